@@ -1,0 +1,17 @@
+"""The one exception that commands turn into a single line and exit code 2."""
+
+
+class UsageError(ValueError):
+    """Something the user asked for that cannot be done, and how to mend it.
+
+    Args:
+        what: the option, argument or file at fault, by the name under which the user knows it (``--steps``).
+        found: what was found there.
+        expected: what would have been accepted.
+        remedy: what to do about it; empty where `expected` already says so.
+    """
+
+    def __init__(self, what: str, *, found: str, expected: str, remedy: str = "") -> None:
+        self.what, self.found, self.expected, self.remedy = what, found, expected, remedy
+        line = f"{what}: found {found}; expected {expected}"
+        super().__init__(f"{line}; {remedy}" if remedy else line)
