@@ -1,0 +1,90 @@
+"""The table of backends. A new backend is one new module and one line in `_BACKENDS`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gsda_kernels.closed_form import TorchBackend
+
+
+class Backend(Protocol):
+    """One way of computing the terms. `tensors` is always (features, w1, b1, w2, b2, w3, b3)."""
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why this backend cannot run on `device`, in a few words; None where it can."""
+        ...
+
+    def saved_like(self, tensors: Sequence[Tensor], max_pairs: int, needs_grad: Sequence[bool]) -> list[Tensor]:
+        """Empty tensors of the shapes and dtypes that `forward` saves, a function of shapes alone."""
+        ...
+
+    def forward(
+        self, tensors: Sequence[Tensor], weight: Tensor, label: Tensor, max_pairs: int, needs_grad: Sequence[bool]
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """loss (K,), gradient_norm (K,) and what `backward` needs; both results NaN beyond `max_pairs` active pairs."""
+        ...
+
+    def backward(
+        self,
+        tensors: Sequence[Tensor],
+        weight: Tensor,
+        label: Tensor,
+        saved: Sequence[Tensor],
+        grad_loss: Tensor,
+        grad_gradient_norm: Tensor,
+        loss_feature_scale: Tensor | None,
+        needs_grad: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """Gradients to `tensors`; None (uncomputed) where `needs_grad` is False."""
+        ...
+
+
+_BACKENDS: dict[str, Backend] = {
+    "torch": TorchBackend(),
+}
+
+# Not behind the registered operations, since autograd must see through it: reference.py.
+_REFERENCE = "reference"
+
+# Tried in this order by "auto".
+_FASTEST_FIRST = ("torch",)
+
+
+def get(name: str) -> Backend:
+    return _BACKENDS[name]
+
+
+def available_backends(device: torch.device | str | None = None) -> dict[str, str | None]:
+    """Every backend by name: None where it can run, else why it cannot.
+
+    Args:
+        device: the device to run on; None for the first CUDA device where there is one, else the CPU.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = torch.device(device)
+    return {_REFERENCE: None, **{name: backend.unavailable(place) for name, backend in _BACKENDS.items()}}
+
+
+def resolve(name: str, device: torch.device) -> str:
+    """The backend that runs on `device`: `name`, or the fastest usable one for ``auto``.
+
+    Raises:
+        ValueError: an unknown name, a backend that cannot run on the device, or the reference inside
+            `torch.compile`, which refuses double backward.
+    """
+    if name == "auto":
+        return next(each for each in _FASTEST_FIRST if _BACKENDS[each].unavailable(device) is None)
+    reasons = available_backends(device)
+    if name not in reasons:
+        raise ValueError(f"backend: found {name!r}; expected auto, {', '.join(reasons)}")
+    if name == _REFERENCE and torch.compiler.is_compiling():
+        reasons[name] = "torch.compile refuses its double backward"
+    if reasons[name] is not None:
+        usable = ", ".join(each for each, why in reasons.items() if why is None)
+        raise ValueError(f"backend: found {name!r}, which cannot run here ({reasons[name]}); expected auto, {usable}")
+    return name
