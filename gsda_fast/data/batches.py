@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from gsda_fast.data.sampling import SamplingPlan
+from gsda_fast.data.sampling import IntArray, SamplingPlan
 
 Role = Literal["source", "target"]
 
@@ -41,10 +41,11 @@ class Loader(Protocol):
         """
         ...
 
-    def evaluate(self, domain: Role, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images (n, C, H, W), index (n,) int64) over the samples rank, rank + world_size, ... of a domain.
+    def evaluate(self, domain: Role, samples: IntArray | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images (n, C, H, W), index (n,) int64) over `samples`, or over the whole domain, with the test transform.
 
-        Each comes exactly once, in that order, the last partial batch included, with the evaluation transform.
+        Each sample comes exactly once, in the order given, the last partial batch included. A process that scores its
+        share of a domain passes ``np.arange(rank, len(domain), world_size)``.
         """
         ...
 

@@ -32,7 +32,7 @@ from torchvision.transforms.v2 import functional as transforms
 from gsda_fast.data.batches import Batch, Role
 from gsda_fast.data.benchmarks import ImageRecipe
 from gsda_fast.data.domains import ImageDomain
-from gsda_fast.data.sampling import Augmentation, SamplingPlan, source_window
+from gsda_fast.data.sampling import Augmentation, IntArray, SamplingPlan, source_window
 from gsda_fast.errors import UsageError
 
 Result = TypeVar("Result")
@@ -143,10 +143,10 @@ class TorchLoader:
 
     # ---------------------------------------------------------------------------------------------------- evaluation
 
-    def evaluate(self, domain: Role, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+    def evaluate(self, domain: Role, samples: IntArray | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """See `Loader.evaluate`."""
-        share = torch.arange(rank, len(self._domains[domain]), world_size)
-        parts = share.split(self._batch_size) if len(share) else ()
+        chosen = np.arange(len(self._domains[domain])) if samples is None else samples
+        parts = torch.from_numpy(chosen).split(self._batch_size) if len(chosen) else ()
         if self._frames:
             return (self._cached_evaluation(domain, part) for part in parts)
         return _prefetch(self._start_evaluation(domain, part) for part in parts)

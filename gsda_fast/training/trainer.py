@@ -158,7 +158,7 @@ class Trainer:
     def features(self, domain: Role, index: np.ndarray) -> np.ndarray:
         """(len(index), D) float32 features of the samples `index` of a domain."""
         self.method.eval()
-        batches = self.loader.evaluate(domain, index=index)
+        batches = self.loader.evaluate(domain, index)
         return np.concatenate([self.method.model(images).features.float().cpu().numpy() for images, _ in batches])
 
     def state_dict(self) -> dict[str, Any]:
