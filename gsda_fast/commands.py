@@ -1,0 +1,87 @@
+"""What every command shares: how it parses its options and how it ends when the user made a mistake."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+from gsda_fast.errors import UsageError
+
+T = TypeVar("T")
+
+_ANSI_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+# tyro frames a message with these where standard output is UTF-8; elsewhere it writes a title, a rule and the message.
+_BORDER = re.compile(r"[╭╰].*")
+_SIDES = re.compile(r"^│|│$")
+_RULE = re.compile(r"[─-]{3,}")
+
+
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Runs a command and ends the process with its exit code.
+
+    A `UsageError` becomes one line on standard error and exit code 2; an interrupt from the keyboard exit code 130, as
+    in a shell. Any other exception is a defect and keeps its traceback.
+
+    Args:
+        main: the command; returns its exit code, None for 0.
+    """
+    try:
+        code = main()
+    except UsageError as error:
+        print(f"error: {_one_line(str(error))}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code or 0)
+
+
+def parse_command_line(parse: Callable[[], T]) -> T:
+    """Parses the options with tyro, whose boxes of several lines become one line.
+
+    Args:
+        parse: calls `tyro.cli`.
+
+    Raises:
+        UsageError: from the `__post_init__` of an options class.
+        SystemExit: code 2 after any other mistake in the options, 0 after `--help`.
+    """
+    written = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(written):
+            options = parse()
+    except SystemExit as end:
+        if end.code in (0, None):
+            raise
+        # tyro wraps a ValueError of a dataclass's own checks; a UsageError says it better.
+        cause: BaseException | None = end
+        while cause is not None:
+            if isinstance(cause, UsageError):
+                raise cause from None
+            cause = cause.__context__
+        print(f"error: {_box_message(written.getvalue())}; see --help", file=sys.stderr)
+        raise SystemExit(2) from None
+    sys.stderr.write(written.getvalue())
+    return options
+
+
+def _box_message(box: str) -> str:
+    """The message in tyro's box: from below its title to the next rule, after which comes the option's help."""
+    lines = [_SIDES.sub("", line).strip() for line in _ANSI_COLOUR.sub("", box).splitlines()]
+    parts: list[list[str]] = [[]]
+    for line in lines:
+        if _BORDER.fullmatch(line) or _RULE.fullmatch(line):
+            parts.append([])
+        else:
+            parts[-1].append(line)
+    # What stands before the first border or rule is the title, or nothing.
+    message = _one_line(" ".join(parts[min(1, len(parts) - 1)]))
+    return message.rstrip(".")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
