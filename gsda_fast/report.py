@@ -45,7 +45,7 @@ class ReportOptions:
 
 
 def main() -> None:
-    options = parse_command_line(lambda: tyro.cli(ReportOptions))
+    options = parse_command_line(lambda: tyro.cli(ReportOptions, prog="python -m gsda_fast.report"))
     runs = [RunFolder.existing(path) for path in options.runs]
     print(f"report: {write_page(runs, options.folder, points=options.points)}")
 
