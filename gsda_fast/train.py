@@ -51,6 +51,9 @@ def train(config: Config, console: Console) -> RunResult:
         f"{config.task} {source.name} -> {target.name}, {config.run.method}: {len(source)} + {len(target)} images"
     )
 
+    if trainer.step == config.run.warmup == 0:
+        _write_features(folder, "warmup", trainer, source, target)
+
     def on_scored() -> None:
         if trainer.step == config.run.warmup:
             _write_features(folder, "warmup", trainer, source, target)

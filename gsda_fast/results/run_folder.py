@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -177,6 +178,16 @@ class RunFolder:
                 found=f"{self.path} ({error.strerror})",
                 expected="a folder that can be made and written",
             ) from error
+
+    def clear(self) -> None:
+        """Removes what an earlier run left here; files that no run writes stay."""
+        for file in (self.config_path, self.environment_path, self.metrics_path, self.result_path, self.report_path):
+            file.unlink(missing_ok=True)
+        for file in (self.predictions_path, self.features_path, *self.path.glob("*.png")):
+            file.unlink(missing_ok=True)
+        for folder in (self.checkpoints, self.tensorboard):
+            shutil.rmtree(folder, ignore_errors=True)
+        self._last_step = None
 
     @property
     def config_path(self) -> Path:
