@@ -1,5 +1,8 @@
 """The one exception that commands turn into a single line and exit code 2."""
 
+from functools import partial
+from typing import Any
+
 
 class UsageError(ValueError):
     """Something the user asked for that cannot be done, and how to mend it.
@@ -15,3 +18,7 @@ class UsageError(ValueError):
         self.what, self.found, self.expected, self.remedy = what, found, expected, remedy
         line = f"{what}: found {found}; expected {expected}"
         super().__init__(f"{line}; {remedy}" if remedy else line)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception is pickled by its positional arguments, and a worker's error must reach the parent process whole.
+        return partial(UsageError, found=self.found, expected=self.expected, remedy=self.remedy), (self.what,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Literal, NamedTuple
 
 import torch
@@ -108,9 +109,9 @@ def _torchvision_backbone(name: str, weights: str) -> tuple[nn.Module, int]:
     if path.is_file():
         _load(network, path)
     head = [(where, module) for where, module in network.named_modules() if isinstance(module, nn.Linear)]
-    if not head:
+    if not head or getattr(network, "aux_logits", False):
         raise UsageError(
-            "--backbone", found=name, expected="a model that ends in a linear classifier, such as resnet50"
+            "--backbone", found=name, expected="a model with one output, a linear classifier, such as resnet50"
         )
     where, last = head[-1]
     network.set_submodule(where, nn.Identity())
@@ -121,6 +122,7 @@ def _load(network: nn.Module, path: Path) -> None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         network.load_state_dict(state)
-    except (RuntimeError, ValueError, KeyError, AttributeError, OSError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError("--weights", found=f"{path} ({first})", expected="a state dict of the backbone") from error
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, UnpicklingError) as error:
+        # The second line names the first key that does not fit; a large network has hundreds of them.
+        told = " ".join(str(error).split("\n")[:2]) or type(error).__name__
+        raise UsageError("--weights", found=f"{path} ({told})", expected="a state dict of the backbone") from error
