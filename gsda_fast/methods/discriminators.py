@@ -61,7 +61,7 @@ class Discriminators(nn.Module):
             self._slices[level] = slice(start, start + size)
             start += size
         # (K, r): what each class's probability weighs in each discriminator.
-        self.register_buffer("class_weights", torch.cat([rows[level] for level in self.levels]), persistent=False)
+        self.register_buffer("class_weights", torch.cat([rows[level] for level in self.levels]))
         self._pairs_per_class = int((self.class_weights > 0).sum(0).max())
         shape = (self.num_discriminators, hidden_dim)
         self.w1, self.b1 = _stacked_linear(*shape, feature_dim)

@@ -48,7 +48,7 @@ class ClassGroups(nn.Module):
         # Row q of matrix l holds the shares in which group q of level l gathers the level below it; classes come last.
         below = [_nesting(index, coarse, fine) for index, (coarse, fine) in enumerate(pairwise(arrays))]
         for index, matrix in enumerate([*below, fractions[-1]]):
-            self.register_buffer(f"_shares_below_{index}", torch.tensor(matrix, dtype=torch.float32), persistent=False)
+            self.register_buffer(f"_shares_below_{index}", torch.tensor(matrix, dtype=torch.float32))
 
     @classmethod
     def random(cls, num_classes: int, num_groups: int, seed: int) -> ClassGroups:
