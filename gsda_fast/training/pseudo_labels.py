@@ -30,4 +30,5 @@ def confident_labels(probabilities: Tensor, threshold: float) -> np.ndarray:
         (n,) int64 array.
     """
     confidence, label = probabilities.max(dim=1)
-    return label.masked_fill(confidence < threshold, -1).cpu().numpy()
+    # Not `confidence < threshold`, which is False for the NaN of a diverged model.
+    return label.masked_fill(~(confidence >= threshold), -1).cpu().numpy()
