@@ -173,7 +173,7 @@ class Trainer:
             "target_table": None if table is None else torch.from_numpy(table),
             "history": self.history.state_dict(),
             "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "images_seen": self.images_seen,
             "training_seconds": self.training_seconds,
             "seconds": self.seconds,
@@ -188,8 +188,9 @@ class Trainer:
             self.plan = self.plan.with_target(state["target_table"].numpy())
         self.history.load_state_dict(state["history"])
         torch.set_rng_state(state["random"].cpu())
-        if state["random_cuda"]:
-            torch.cuda.set_rng_state_all([each.cpu() for each in state["random_cuda"]])
+        # A checkpoint may be read on a machine without a GPU, or go on there.
+        if state["random_cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random_cuda"].cpu(), self.device)
         self.images_seen, self.training_seconds = state["images_seen"], state["training_seconds"]
         self._earlier_seconds, self._started = state["seconds"], time.perf_counter()
 
