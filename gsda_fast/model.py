@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from textwrap import shorten
 from typing import Literal, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from gsda_fast.errors import UsageError
 
-_LENET = "lenet"
+LENET = "lenet"
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def build_model(settings: ModelSettings, num_classes: int) -> AdaptationModel:
     Raises:
         UsageError: a backbone or weights that do not exist, or that do not fit.
     """
-    if settings.backbone == _LENET:
+    if settings.backbone == LENET:
         backbone, dim = _lenet()
         if settings.weights != "none":
             raise UsageError("--weights", found=settings.weights, expected="none, the only choice for lenet")
@@ -91,7 +92,7 @@ def _torchvision_backbone(name: str, weights: str) -> tuple[nn.Module, int]:
     models = torchvision.models.list_models(module=torchvision.models)
     if name not in models:
         raise UsageError(
-            "--backbone", found=name, expected=f"{_LENET} or a torchvision model such as resnet50, resnet101, vit_b_16"
+            "--backbone", found=name, expected=f"{LENET} or a torchvision model such as resnet50, resnet101, vit_b_16"
         )
     path = Path(weights)
     known = [entry.name for entry in torchvision.models.get_model_weights(name)]
@@ -123,6 +124,6 @@ def _load(network: nn.Module, path: Path) -> None:
         state = torch.load(path, map_location="cpu", weights_only=True)
         network.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, UnpicklingError) as error:
-        # The second line names the first key that does not fit; a large network has hundreds of them.
-        told = " ".join(str(error).split("\n")[:2]) or type(error).__name__
+        # The keys that do not fit follow on later lines; a large network has hundreds of them.
+        told = shorten(str(error) or type(error).__name__, 160, placeholder=" ...")
         raise UsageError("--weights", found=f"{path} ({told})", expected="a state dict of the backbone") from error

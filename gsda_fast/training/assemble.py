@@ -10,13 +10,13 @@ import torch
 
 import gsda_kernels
 from gsda_fast.config import Config
-from gsda_fast.data.benchmarks import find_benchmark
+from gsda_fast.data.benchmarks import ImageRecipe, find_benchmark
 from gsda_fast.data.domains import ImageDomain, open_pair
 from gsda_fast.data.loaders import open_loader
 from gsda_fast.data.sampling import SamplingPlan
 from gsda_fast.errors import UsageError
 from gsda_fast.methods import build_method
-from gsda_fast.model import build_model
+from gsda_fast.model import LENET, build_model
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.training.schedules import Schedule
 from gsda_fast.training.trainer import Trainer
@@ -56,6 +56,16 @@ def _backend(name: str, device: str) -> str:
         raise UsageError("--backend", found=name, expected=f"one that can run here ({error})") from error
 
 
+def _require_fit(backbone: str, recipe: ImageRecipe) -> None:
+    """Whether the backbone takes the task's images, asked before a folder is made for the run."""
+    if (backbone == LENET) != (recipe.channels == 1):
+        raise UsageError(
+            "--backbone",
+            found=backbone,
+            expected="lenet for the 16x16 grey images of digits, a torchvision model for the colour images of all else",
+        )
+
+
 def build_trainer(config: Config, source: ImageDomain, target: ImageDomain) -> Trainer:
     """The trainer of a resolved configuration, at step 0.
 
@@ -66,9 +76,10 @@ def build_trainer(config: Config, source: ImageDomain, target: ImageDomain) -> T
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
+    recipe = find_benchmark(config.task).recipe
+    _require_fit(config.model.backbone, recipe)
     model = build_model(config.model, source.num_classes)
     method = build_method(config.run.method, model, config.adversarial, source.num_classes, config.run.seed)
-    recipe = find_benchmark(config.task).recipe
     plan = SamplingPlan(
         source.labels,
         len(target),
