@@ -6,7 +6,7 @@ import dataclasses
 import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -19,6 +19,8 @@ from gsda_fast.methods.gsda import AdversarialSettings
 from gsda_fast.model import ModelSettings
 from gsda_fast.training.optim import OptimizerSettings
 from gsda_fast.training.pseudo_labels import PseudoLabelSettings
+
+_LARGEST_SEED = 2**63 - 1  # what TOML's integers hold
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class Config:
         for option, (value, least) in at_least.items():
             if value < least:
                 raise UsageError(option, found=str(value), expected=f"a whole number >= {least}")
+        if self.run.seed > _LARGEST_SEED:
+            raise UsageError("--seed", found=str(self.run.seed), expected="a whole number below 2^63")
         numbers = {
             "--alpha": self.adversarial.alpha,
             "--beta": self.adversarial.beta,
@@ -176,7 +180,7 @@ def config_from_dict(tables: dict[str, Any], origin: str) -> Config:
         UsageError: no task, an unknown setting, or a value of the wrong type.
     """
     task = tables.get("task")
-    if task not in PRESETS:
+    if not isinstance(task, str) or task not in PRESETS:
         raise UsageError(origin, found=f"task = {task!r}", expected=f"one of {', '.join(PRESETS)}")
     sections: dict[str, Any] = {}
     for name, table in tables.items():
@@ -192,14 +196,37 @@ def config_from_dict(tables: dict[str, Any], origin: str) -> Config:
             raise UsageError(
                 origin, found=f"unknown setting {sorted(unknown)[0]!r} in [{name}]", expected=", ".join(known_settings)
             )
-        sections[name] = replace(preset, **{key: _as_type_of(preset, key, value) for key, value in table.items()})
+        settings = type(preset)
+        sections[name] = replace(preset, **{key: _as_type_of(settings, key, table[key], origin) for key in table})
     return replace(PRESETS[task], **sections)
 
 
-def _as_type_of(preset: Any, key: str, value: Any) -> Any:
-    """Paths are stored as strings; tyro checks all else when the command line is read."""
-    annotation = next(f.type for f in dataclasses.fields(preset) if f.name == key)
-    return Path(value) if "Path" in str(annotation) else value
+def _as_type_of(settings: type, key: str, value: Any, origin: str) -> Any:
+    """A value read from TOML as the setting's own type: paths are strings there, and 1 will do for 1.0."""
+    annotation = get_type_hints(settings)[key]
+    kinds = get_args(annotation) or (annotation,)
+    if get_origin(annotation) is Literal:
+        if value in kinds:
+            return value
+        expected = ", ".join(kinds)
+    else:
+        if type(value) in kinds:
+            return value
+        if Path in kinds and isinstance(value, str):
+            return Path(value)
+        if float in kinds and type(value) is int:
+            return float(value)
+        expected = _TOML_KINDS[next(kind for kind in kinds if kind in _TOML_KINDS)]
+    raise UsageError(origin, found=f"{key} = {value!r}", expected=expected)
+
+
+_TOML_KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text in quotes",
+    Path: "a path in quotes",
+}
 
 
 def _default_config(arguments: list[str], program: str) -> tuple[Config, list[str]]:
