@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ from gsda_fast.results.run_folder import RunFolder, RunResult, atomic_file
 from gsda_fast.train import train
 
 PROGRAM = "python -m gsda_fast.suite"
+
+_OF_ONE_RUN = {"--method": "--methods", "--seed": "--seeds", "--source": "--tasks", "--target": "--tasks"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ def run_suite(settings: SuiteSettings, base: Config, console: Console) -> Path:
     Raises:
         UsageError: a transfer task that the benchmark lacks, or what `gsda_fast.train.train` raises.
     """
+    _check(settings)
     benchmark = find_benchmark(settings.task)
     pairs = [_transfer_task(benchmark, text) for text in settings.tasks] or list(benchmark.transfer_tasks)
     if not pairs:
@@ -72,9 +76,23 @@ def run_suite(settings: SuiteSettings, base: Config, console: Console) -> Path:
         for source, target in pairs
         for method in settings.methods
     ]
+    for config in configs:
+        config.validate()
+    # A transfer task under its name and its alias is one folder, and two processes must not write into it.
+    repeated = [output for output, count in Counter(config.run.output for config in configs).items() if count > 1]
+    if repeated:
+        raise UsageError("--methods, --seeds, --tasks", found=f"{repeated[0]} twice", expected="each run once")
     results = _run_all(configs, settings.jobs, console)
     _write_tables(folder, results, settings.methods, pairs, console)
     return folder
+
+
+def _check(settings: SuiteSettings) -> None:
+    for option, values in {"--methods": settings.methods, "--seeds": settings.seeds}.items():
+        if not values:
+            raise UsageError(option, found="none", expected="one or more")
+    if settings.jobs < 0:
+        raise UsageError("--jobs", found=str(settings.jobs), expected="a whole number >= 0")
 
 
 def _transfer_task(benchmark: Benchmark, text: str) -> tuple[str, str]:
@@ -154,6 +172,9 @@ def main() -> None:
     settings, rest = parse_command_line(
         lambda: tyro.cli(SuiteSettings, args=sys.argv[1:], prog=PROGRAM, return_unknown_args=True)
     )
+    for option, instead in _OF_ONE_RUN.items():
+        if option in (argument.partition("=")[0] for argument in rest):
+            raise UsageError(option, found="an option of a single run", expected=instead)
     run_suite(settings, parse_config([settings.task, *rest], PROGRAM), Console())
 
 
