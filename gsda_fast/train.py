@@ -38,7 +38,10 @@ def train(config: Config, console: Console) -> RunResult:
     folder = RunFolder(config.run.output or "")
     finished = _earlier_result(folder, config)
     if finished is not None:
-        console.print(f"{folder.path}: finished already, {_accuracy_line(finished)}; remove the folder to run it again")
+        console.print(
+            f"{folder.path}: finished already, {_accuracy_line(finished)}; remove the folder to run it again",
+            soft_wrap=True,
+        )
         return finished
 
     trainer = build_trainer(config, source, target)
@@ -70,7 +73,7 @@ def train(config: Config, console: Console) -> RunResult:
     _write_features(folder, "final", trainer, source, target)
     result = _write_result(config, folder, trainer, source, target)
     trainer.loader.close()
-    console.print(f"{folder.path}: {_accuracy_line(result)} in {result.seconds:.0f} s")
+    console.print(f"{folder.path}: {_accuracy_line(result)} in {result.seconds:.0f} s", soft_wrap=True)
     return result
 
 
@@ -80,9 +83,11 @@ def _earlier_result(folder: RunFolder, config: Config) -> RunResult | None:
     Raises:
         UsageError: the folder holds a run with other settings.
     """
+    if config.run.resume == "never":
+        return None
     changed = folder.changed_settings(config.to_dict()) if folder.config_path.is_file() else {}
     differing = {name: pair for name, pair in changed.items() if name not in ("run.output", "run.resume")}
-    if differing and config.run.resume == "auto":
+    if differing:
         told = ", ".join(f"{name} = {old} there and {new} here" for name, (old, new) in differing.items())
         raise UsageError(
             "--output",
@@ -90,7 +95,7 @@ def _earlier_result(folder: RunFolder, config: Config) -> RunResult | None:
             expected="a new folder, or one of a run with the same settings",
             remedy="give another --output, or --resume never to start the folder afresh",
         )
-    return folder.read_result() if config.run.resume == "auto" else None
+    return folder.read_result()
 
 
 def _resume(
@@ -101,7 +106,7 @@ def _resume(
         return
     state, damage = checkpoints.load_newest(trainer.device)
     for line in damage:
-        console.print(f"warning: {line}; going back to the one before it", style="yellow")
+        console.print(f"warning: {line}; going back to the one before it", style="yellow", soft_wrap=True)
     if state is not None:
         trainer.load_state_dict(state)
         console.print(f"resuming after step {trainer.step}")
