@@ -111,7 +111,7 @@ def adversarial_terms(
     weight = sample_weight.detach().to(accumulation)
     label = domain.detach().to(accumulation)
     if min_weight > 0:
-        weight = torch.where((weight >= min_weight) | (label == 1), weight, 0.0)
+        weight = torch.where((weight >= min_weight) | (label == 1).unsqueeze(1), weight, 0.0)
     scale = None
     if isinstance(loss_feature_scale, Tensor):
         if loss_feature_scale.numel() != 1:
