@@ -186,7 +186,7 @@ def with_natural(seed: int) -> Tensor:
 def digits_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     root = tmp_path_factory.mktemp("digits")
     for domain in ("fonts", "optdigits"):
-        for position in range(20):
+        for position in range(500):
             path = root / domain / str(position % 10) / f"{position:04d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             natural_image(position, 16, 16).convert("L").save(path)
@@ -197,7 +197,7 @@ def digits_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 def test_digits_are_the_same_pixels_both_ways_and_cheap(digits_pair: Pair) -> None:
     direct = TorchLoader(*digits_pair, DIGITS, batch_size=8, device=CPU, workers=2)
     fast = TorchLoader(*digits_pair, DIGITS, batch_size=8, device=CPU, workers=2, cache_on_device=True)
-    plan = SamplingPlan(digits_pair[0].labels, 20, recipe=DIGITS, batch_size=64, seed=0)
+    plan = SamplingPlan(digits_pair[0].labels, 500, recipe=DIGITS, batch_size=64, seed=0)
     for first, second in zip(direct.train(plan, range(3)), fast.train(plan, range(3)), strict=True):
         assert torch.equal(first.source_images, second.source_images)
         assert torch.equal(first.target_images, second.target_images)
