@@ -1,4 +1,6 @@
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,3 +19,18 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def one_thread() -> None:
     """Small products on several threads of a busy machine wait for each other."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def few_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every 15th of the built-in digits: a `--data-root` for runs that need no accuracy."""
+    from gsda_fast.data import digits
+
+    root = tmp_path_factory.mktemp("few") / "digits"
+    full = digits.build()
+    for domain in digits.DOMAINS:
+        for digit in range(10):
+            (root / domain / str(digit)).mkdir(parents=True)
+            for file in sorted((full / domain / str(digit)).iterdir())[::15]:
+                shutil.copy(file, root / domain / str(digit))
+    return root
