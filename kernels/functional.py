@@ -126,7 +126,8 @@ def adversarial_terms(
     if chosen == "reference":
         loss, gradient_norm = reference.loop_over_discriminators(features, disc, weight, label, scale)
         if bound < num_pairs:
-            loss, gradient_norm = pairs.poison_overflow(weight, bound, loss, gradient_norm)
+            poison = pairs.nan_beyond(weight, bound)
+            loss, gradient_norm = loss * poison, gradient_norm * poison
         return AdversarialTerms(loss, gradient_norm)
     differentiable = (features, *disc)
     needs_grad = [torch.is_grad_enabled() and tensor.requires_grad for tensor in differentiable]
