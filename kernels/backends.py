@@ -73,13 +73,14 @@ def available_backends(device: torch.device | str | None = None) -> dict[str, st
     return {_REFERENCE: None, **{name: backend.unavailable(place) for name, backend in _BACKENDS.items()}}
 
 
-def resolve(name: str, device: torch.device) -> str:
+def resolve_backend(name: str, device: torch.device | str) -> str:
     """The backend that runs on `device`: `name`, or the fastest usable one for ``auto``.
 
     Raises:
         ValueError: an unknown name, a backend that cannot run on the device, or the reference inside
             `torch.compile`, which refuses double backward.
     """
+    device = torch.device(device)
     if name == "auto":
         return next(each for each in _FASTEST_FIRST if _BACKENDS[each].unavailable(device) is None)
     reasons = available_backends(device)

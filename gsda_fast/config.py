@@ -1,0 +1,229 @@
+"""One tree of settings, a preset for each task, and their ways in and out: command line, file, run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from gsda_fast.commands import parse_command_line
+from gsda_fast.data.benchmarks import BENCHMARKS, find_benchmark
+from gsda_fast.data.loaders import DataSettings
+from gsda_fast.errors import UsageError
+from gsda_fast.methods import METHODS
+from gsda_fast.methods.gsda import AdversarialSettings
+from gsda_fast.model import ModelSettings
+from gsda_fast.training.optim import OptimizerSettings
+from gsda_fast.training.pseudo_labels import PseudoLabelSettings
+
+MethodName = Literal[tuple(METHODS)]  # type: ignore[valid-type]
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The run."""
+
+    method: MethodName = "gsda"
+    """Adaptation method."""
+    steps: int = 20_000
+    """Optimizer steps in all, warm-up included, whatever the number of processes."""
+    warmup: int = 0
+    """The first of the steps, which train on the source alone."""
+    batch_size: int = 36
+    """Images of each domain in a batch, for each process."""
+    seed: int = 0
+    """Seed of the initial weights, the groups of classes, the order of the samples and their augmentation."""
+    log_every: int = 50
+    """Steps between two lines of metrics."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto: the GPU if there is one."""
+    threads: int = 0
+    """CPU threads of PyTorch; 0: PyTorch's choice."""
+    output: Path | None = None
+    """The run's folder; runs/TASK-SOURCE-TARGET-METHOD-seedN if not given."""
+    resume: Literal["auto", "never"] = "auto"
+    """Go on from the newest checkpoint of the output folder, or start it afresh."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on."""
+
+    task: Annotated[str, tyro.conf.Suppress] = "digits"
+    run: RunSettings = field(default_factory=RunSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    adversarial: AdversarialSettings = field(default_factory=AdversarialSettings)
+    pseudo_labels: PseudoLabelSettings = field(default_factory=PseudoLabelSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+
+    def validate(self) -> None:
+        """Checks what a type cannot say.
+
+        Raises:
+            UsageError: a number outside its range; the message names the option.
+        """
+        at_least = {
+            "--steps": (self.run.steps, 1),
+            "--warmup": (self.run.warmup, 0),
+            "--batch-size": (self.run.batch_size, 1),
+            "--log-every": (self.run.log_every, 1),
+            "--seed": (self.run.seed, 0),
+            "--threads": (self.run.threads, 0),
+            "--groups": (self.adversarial.groups, 0),
+            "--hidden-dim": (self.adversarial.hidden_dim, 1),
+            "--bottleneck-dim": (self.model.bottleneck_dim, 1),
+            "--refresh-every": (self.pseudo_labels.refresh_every, 0),
+        }
+        for option, (value, least) in at_least.items():
+            if value < least:
+                raise UsageError(option, found=str(value), expected=f"a whole number >= {least}")
+        numbers = {
+            "--alpha": self.adversarial.alpha,
+            "--beta": self.adversarial.beta,
+            "--adversarial-weight": self.adversarial.adversarial_weight,
+            "--min-weight": self.adversarial.min_weight,
+            "--learning-rate": self.optimizer.learning_rate,
+            "--backbone-learning-rate": self.optimizer.backbone_learning_rate,
+            "--weight-decay": self.optimizer.weight_decay,
+        }
+        for option, number in numbers.items():
+            if not 0 <= number < float("inf"):
+                raise UsageError(option, found=str(number), expected="a finite number >= 0")
+        for option, share in {
+            "--confidence-threshold": self.pseudo_labels.confidence_threshold,
+            "--momentum": self.optimizer.momentum,
+        }.items():
+            if not 0 <= share <= 1:
+                raise UsageError(option, found=str(share), expected="a number from 0 to 1")
+        if self.run.warmup > self.run.steps:
+            raise UsageError("--warmup", found=str(self.run.warmup), expected=f"at most --steps, {self.run.steps}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested tables of plain values, as stored in config.toml."""
+        return dataclasses.asdict(self)
+
+
+def _preset(task: str, steps: int, **changes: Any) -> Config:
+    benchmark = find_benchmark(task)
+    paper = benchmark.paper
+    adversarial = AdversarialSettings(groups=0)
+    if paper is not None:
+        adversarial = AdversarialSettings(alpha=paper.alpha, beta=paper.beta, groups=paper.groups)
+    config = Config(
+        task=task,
+        run=RunSettings(steps=steps),
+        adversarial=adversarial,
+        # Balancing over pseudo-classes would revive the classes that a partial task's target lacks.
+        pseudo_labels=PseudoLabelSettings(balance_target=benchmark.target_classes is None),
+    )
+    return replace(config, **changes)
+
+
+PRESETS: dict[str, Config] = {
+    # The settings under which the figures of the README were obtained.
+    "digits": _preset(
+        "digits",
+        steps=800,
+        run=RunSettings(steps=800, warmup=300, batch_size=64, threads=1),
+        data=DataSettings(cache_on_device=True),
+        model=ModelSettings(backbone="lenet", weights="none", bottleneck_dim=128, bottleneck_activation="relu"),
+        adversarial=AdversarialSettings(alpha=0.1, beta=1.0, groups=3, hidden_dim=32),
+        pseudo_labels=PseudoLabelSettings(refresh_every=50),
+        optimizer=OptimizerSettings(learning_rate=0.05, backbone_learning_rate=0.05, weight_decay=5e-4),
+    ),
+    "visda": _preset("visda", steps=30_000),
+    "office31": _preset("office31", steps=20_000),
+    "office31-partial": _preset("office31-partial", steps=20_000),
+    "office-home": _preset("office-home", steps=30_000),
+    "office-home-partial": _preset("office-home-partial", steps=30_000),
+    "folder": _preset("folder", steps=20_000),
+}
+
+
+def parse_config(arguments: list[str], program: str) -> Config:
+    """The configuration that a command line asks for: ``TASK [options]`` or ``--config FILE [options]``.
+
+    Raises:
+        UsageError: a task, an option or a value that does not exist or does not fit.
+    """
+    default, rest = _default_config(arguments, program)
+    config: Config = parse_command_line(
+        lambda: tyro.cli(
+            Config,
+            default=default,
+            args=rest,
+            prog=f"{program} {default.task}",
+            description=f"Options of the task {default.task}, with the defaults of its preset.",
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+    )
+    config.validate()
+    return config
+
+
+def config_from_dict(tables: dict[str, Any], origin: str) -> Config:
+    """The inverse of `Config.to_dict`; settings left out keep the defaults of the task's preset.
+
+    Args:
+        tables: as read from config.toml. origin: the file's name, for messages.
+
+    Raises:
+        UsageError: no task, an unknown setting, or a value of the wrong type.
+    """
+    task = tables.get("task")
+    if task not in PRESETS:
+        raise UsageError(origin, found=f"task = {task!r}", expected=f"one of {', '.join(PRESETS)}")
+    sections: dict[str, Any] = {}
+    for name, table in tables.items():
+        if name == "task":
+            continue
+        preset = getattr(PRESETS[task], name, None)
+        if preset is None or not isinstance(table, dict):
+            known = ", ".join(f.name for f in dataclasses.fields(Config))
+            raise UsageError(origin, found=f"the entry {name!r}", expected=f"task or a table among {known}")
+        known_settings = {f.name for f in dataclasses.fields(preset)}
+        unknown = set(table) - known_settings
+        if unknown:
+            raise UsageError(
+                origin, found=f"unknown setting {sorted(unknown)[0]!r} in [{name}]", expected=", ".join(known_settings)
+            )
+        sections[name] = replace(preset, **{key: _as_type_of(preset, key, value) for key, value in table.items()})
+    return replace(PRESETS[task], **sections)
+
+
+def _as_type_of(preset: Any, key: str, value: Any) -> Any:
+    """Paths are stored as strings; tyro checks all else when the command line is read."""
+    annotation = next(f.type for f in dataclasses.fields(preset) if f.name == key)
+    return Path(value) if "Path" in str(annotation) else value
+
+
+def _default_config(arguments: list[str], program: str) -> tuple[Config, list[str]]:
+    """The configuration that options change, and those options."""
+    tasks = ", ".join(PRESETS)
+    if arguments[:1] == ["--config"]:
+        if len(arguments) < 2:
+            raise UsageError("--config", found="no file name", expected="the config.toml of a run")
+        path = Path(arguments[1])
+        try:
+            tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise UsageError("--config", found=f"{path} ({error})", expected="the config.toml of a run") from error
+        return config_from_dict(tables, str(path)), arguments[2:]
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(f"usage: {program} TASK [options]\n       {program} --config FILE [options]\n\nTASK: {tasks}")
+        print(f"\n{program} TASK --help lists the options and the defaults of that task.")
+        raise SystemExit(0)
+    if not arguments or arguments[0].startswith("-"):
+        found = f"the option {arguments[0]} first" if arguments else "nothing"
+        raise UsageError("TASK", found=found, expected=f"one of {tasks}, before the options")
+    if arguments[0] not in PRESETS:
+        raise UsageError("TASK", found=f"'{arguments[0]}'", expected=f"one of {tasks}")
+    return PRESETS[arguments[0]], arguments[1:]
+
+
+assert set(PRESETS) == set(BENCHMARKS), "every benchmark has a preset"

@@ -1,0 +1,363 @@
+"""Domains on disk: finding a data set's layout and reading it into a list of files with labels in one label space.
+
+Readers know two forms: a tree of class folders, and an ``image_list`` file with one ``path label`` a line. Files are
+listed in sorted order whatever the form, so every layout of a data set gives the same samples with the same numbers.
+No image is opened here.
+"""
+
+import os
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gsda_fast.data import digits
+from gsda_fast.data.benchmarks import Benchmark, DomainFacts, find_benchmark, plain_name
+from gsda_fast.errors import UsageError
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
+UNKNOWN = -1
+"""Label of a sample whose class the files do not tell."""
+
+_VERIFY = "check the copy of the data set"
+
+
+@dataclass(frozen=True, eq=False)
+class ImageDomain:
+    """The images of one domain: files and labels.
+
+    `labels` index `classes`, which both domains of a task share; a partial target simply lacks some of them.
+    """
+
+    name: str
+    root: Path
+    paths: list[str]
+    """files, relative to `root`, sorted"""
+    labels: NDArray[np.int64]
+    """(n,), `UNKNOWN` (-1) where the files do not tell"""
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def num_classes(self) -> int:
+        """Size of the label space, which may be more than the classes present here."""
+        return len(self.classes)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every sample has a label, so that an accuracy can be computed."""
+        return bool((self.labels >= 0).all())
+
+    def file(self, index: int) -> str:
+        """The full path of sample `index`."""
+        return os.path.join(self.root, self.paths[index])
+
+
+def open_pair(
+    task: str, source: str | None = None, target: str | None = None, data_root: Path | None = None
+) -> tuple[ImageDomain, ImageDomain]:
+    """Source and target domain of a transfer task, in one label space.
+
+    Args:
+        task: a name in `BENCHMARKS`.
+        source, target: domain names or aliases; for the task ``folder``, folders below the data root. None: the task's
+            usual ones.
+        data_root: where the data set lies; None: the environment variable ``GSDA_DATA``. The task ``digits`` builds its
+            own images, in its cache or in a `data_root` that does not exist yet, and does not look at ``GSDA_DATA``.
+
+    Returns:
+        The source, which has samples of every class, and the target, whose classes are among the source's. The labels
+        of the target serve evaluation alone.
+
+    Raises:
+        UsageError: there is no such task, domain or folder, or its files do not fit.
+    """
+    benchmark = find_benchmark(task)
+    if task == "folder":
+        return _open_own_folders(source, target, _existing_root(data_root))
+    names = (source or benchmark.default_source, target or benchmark.default_target)
+    source_facts, target_facts = (benchmark.domain(str(name)) for name in names)
+    root = digits.build(data_root) if task == "digits" else _existing_root(data_root)
+    return (
+        _open_domain(benchmark, source_facts, root, partial=False),
+        _open_domain(benchmark, target_facts, root, partial=benchmark.target_classes is not None),
+    )
+
+
+def _existing_root(data_root: Path | None) -> Path:
+    what = "--data-root"
+    if data_root is None:
+        what, value = "GSDA_DATA", os.environ.get("GSDA_DATA")
+        if not value:
+            raise UsageError(
+                "--data-root",
+                found="neither the option nor the environment variable GSDA_DATA",
+                expected="the folder of the data set",
+            )
+        data_root = Path(value)
+    root = Path(data_root)
+    if not root.is_dir():
+        state = "which is a file" if root.exists() else "which does not exist"
+        raise UsageError(what, found=f"{root}, {state}", expected="the folder of the data set")
+    if not any(root.iterdir()):
+        raise UsageError(what, found=f"{root}, which is empty", expected="the folder of the data set")
+    return root
+
+
+# ------------------------------------------------------------------------------------------------- named benchmarks
+
+
+def _open_domain(benchmark: Benchmark, facts: DomainFacts, root: Path, *, partial: bool) -> ImageDomain:
+    assert benchmark.classes is not None
+    classes = benchmark.classes
+    kept = benchmark.target_classes if partial and benchmark.target_classes else classes
+    domain = _find_domain(benchmark, facts, root, classes, kept)
+    present = set(domain.labels.tolist())
+    missing = [name for label, name in enumerate(classes) if name in kept and label not in present]
+    if missing and domain.labels.max(initial=UNKNOWN) != UNKNOWN:
+        raise UsageError(
+            f"domain {facts.name}",
+            found=f"{domain.root} without images of {_some(missing)}",
+            expected=f"images of all {len(kept)} classes",
+            remedy=_VERIFY,
+        )
+    expected = facts.expected_target_images if partial else facts.expected_images
+    if expected is not None and len(domain) != expected:
+        warnings.warn(
+            f"domain {facts.name}: found {len(domain)} images in {domain.root}, published {expected}", stacklevel=4
+        )
+    return domain
+
+
+def _find_domain(
+    benchmark: Benchmark, facts: DomainFacts, root: Path, classes: tuple[str, ...], kept: tuple[str, ...]
+) -> ImageDomain:
+    """The first layout of the domain that is there."""
+    for base in (root / nested for nested in benchmark.roots):
+        for list_file, start in facts.lists:
+            if (base / list_file).is_file():
+                return _read_list(facts.name, base / list_file, base / start, classes, kept)
+        for folder in facts.folders:
+            if (base / folder).is_dir():
+                return _read_benchmark_tree(facts, base / folder, classes, kept)
+    there = sorted(entry.name for entry in root.iterdir() if not entry.name.startswith("."))
+    layouts = [*facts.folders, *(list_file for list_file, _ in facts.lists)]
+    raise UsageError(
+        "--data-root",
+        found=f"{root}, which holds {_some(there)}",
+        expected=f"the domain {facts.name} of {benchmark.name}: {' or '.join(layouts)}",
+        remedy="give the folder that holds the domains",
+    )
+
+
+def _read_benchmark_tree(
+    facts: DomainFacts, folder: Path, classes: tuple[str, ...], kept: tuple[str, ...]
+) -> ImageDomain:
+    folders = _class_folders(folder)
+    known = {plain_name(name) for name in classes}
+    strangers = [name for key, name in folders.items() if key not in known]
+    if facts.may_be_unlabelled and len(strangers) == len(folders):
+        paths = sorted(_images_below(folder, ""))
+        _require_images(folder, paths)
+        return _domain(facts.name, folder, [(path, UNKNOWN) for path in paths], classes)
+    if not folders:
+        raise UsageError(
+            f"domain {facts.name}", found=f"{folder} without class folders", expected=f"{len(classes)} class folders"
+        )
+    if strangers:
+        raise UsageError(
+            f"domain {facts.name}",
+            found=f"the folders {_some(strangers)} in {folder}",
+            expected=f"class folders among {_some(classes)}",
+            remedy="remove them, or use the task `folder` for classes of your own",
+        )
+    labels = {plain_name(name): label for label, name in enumerate(classes) if name in kept}
+    return _read_tree(facts.name, folder, folders, labels, classes)
+
+
+def _read_list(name: str, list_file: Path, start: Path, classes: tuple[str, ...], kept: tuple[str, ...]) -> ImageDomain:
+    """Lines ``path label``, or ``path`` alone. Paths may contain spaces: the label is what follows the last one."""
+    wanted = {label for label, class_name in enumerate(classes) if class_name in kept}
+    samples: list[tuple[str, int]] = []
+    try:
+        lines = list_file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            str(list_file), found=f"bytes that are not UTF-8 at offset {error.start}", expected="a UTF-8 text file"
+        ) from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        path, _, last = line.strip().rpartition(" ")
+        label = UNKNOWN
+        if path and last.lstrip("-").isdecimal():
+            label = int(last)
+            if not 0 <= label < len(classes):
+                raise UsageError(
+                    f"{list_file}, line {number}",
+                    found=f"label {label} for '{path.strip()}'",
+                    expected=f"a label from 0 to {len(classes) - 1}",
+                )
+        else:
+            path = line
+        if label == UNKNOWN or label in wanted:
+            samples.append((os.path.normpath(path.strip()), label))
+    _require_images(list_file, samples)
+    _require_listed_files(list_file, start, [path for path, _ in samples])
+    return _domain(name, start, sorted(samples), classes)
+
+
+def _require_listed_files(list_file: Path, start: Path, paths: list[str]) -> None:
+    # One listing of each folder: a stat of each of 150,000 files takes minutes on a network file system.
+    listings: dict[str, set[str]] = {}
+    missing = []
+    for path in paths:
+        folder, file_name = os.path.split(path)
+        if folder not in listings:
+            try:
+                listings[folder] = set(os.listdir(start / folder))
+            except OSError:
+                listings[folder] = set()
+        if file_name not in listings[folder]:
+            missing.append(path)
+    if missing:
+        raise UsageError(
+            str(list_file),
+            found=f"{len(missing)} listed files that are missing from {start}: {_some(missing)}",
+            expected="every listed file",
+            remedy=_VERIFY,
+        )
+
+
+# --------------------------------------------------------------------------------------------------- the user's own
+
+
+def _open_own_folders(source: str | None, target: str | None, root: Path) -> tuple[ImageDomain, ImageDomain]:
+    source_folder, target_folder = _own_folder("--source", source, root), _own_folder("--target", target, root)
+    folders = _class_folders(source_folder)
+    if len(folders) < 2:
+        raise UsageError(
+            "--source",
+            found=f"{source_folder} with {len(folders)} class folders",
+            expected="a folder of two or more class folders",
+        )
+    classes = tuple(sorted(folders.values()))
+    labels = {plain_name(name): label for label, name in enumerate(classes)}
+    opened = _read_tree(str(source), source_folder, folders, labels, classes)
+
+    target_folders = _class_folders(target_folder)
+    flat = sorted(_images_in(target_folder))
+    if not target_folders:
+        _require_images(target_folder, flat)
+        return opened, _domain(str(target), target_folder, [(path, UNKNOWN) for path in flat], classes)
+    if flat:
+        raise UsageError(
+            "--target",
+            found=f"{target_folder} with {len(flat)} images beside the folders {_some(target_folders.values())}",
+            expected="either class folders or images without labels",
+        )
+    lacking = [name for key, name in target_folders.items() if key not in labels]
+    if lacking:
+        raise UsageError(
+            "--target",
+            found=f"the classes {_some(lacking)}, which the source lacks",
+            expected=f"classes among the source's: {_some(classes)}",
+            remedy="rename or remove them, or put all images into one flat folder to train without target labels",
+        )
+    return opened, _read_tree(str(target), target_folder, target_folders, labels, classes)
+
+
+def _own_folder(option: str, name: str | None, root: Path) -> Path:
+    if not name:
+        raise UsageError(option, found="nothing", expected=f"a folder in {root}")
+    folder = root / name
+    if not folder.is_dir():
+        raise UsageError(option, found=f"{folder}, which is no folder", expected=f"a folder in {root}")
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------------- files on disk
+
+
+def _read_tree(
+    name: str, root: Path, folders: dict[str, str], labels: dict[str, int], classes: tuple[str, ...]
+) -> ImageDomain:
+    """All images of the class folders whose plain name is in `labels`."""
+    samples: list[tuple[str, int]] = []
+    for key, folder in folders.items():
+        if key in labels:
+            paths = list(_images_below(root, folder))
+            _require_images(root / folder, paths)
+            samples.extend((path, labels[key]) for path in paths)
+    return _domain(name, root, sorted(samples), classes)
+
+
+def _domain(name: str, root: Path, samples: list[tuple[str, int]], classes: tuple[str, ...]) -> ImageDomain:
+    for path, _ in samples:
+        if not path.isascii():
+            _require_utf8(root, path)
+    labels = np.fromiter((label for _, label in samples), dtype=np.int64, count=len(samples))
+    return ImageDomain(name, root, [path for path, _ in samples], labels, classes)
+
+
+def _class_folders(root: Path) -> dict[str, str]:
+    """Class folders by plain name, in sorted order; hidden folders and those of archive tools are none."""
+    found: dict[str, str] = {}
+    for name in sorted(entry.name for entry in os.scandir(root) if entry.is_dir()):
+        if name.startswith((".", "__")):
+            continue
+        _require_utf8(root, name)
+        if plain_name(name) in found:
+            raise UsageError(
+                str(root),
+                found=f"the folders '{found[plain_name(name)]}' and '{name}'",
+                expected="class names that differ by more than case, spaces and hyphens",
+                remedy="merge or rename one of them",
+            )
+        found[plain_name(name)] = name
+    return found
+
+
+def _images_in(folder: Path) -> list[str]:
+    return [entry.name for entry in os.scandir(folder) if _is_image(entry.name) and entry.is_file()]
+
+
+def _images_below(root: Path, folder: str) -> Iterable[str]:
+    """Paths of all images in `folder` and below, relative to `root`."""
+    for directory, _, names in os.walk(root / folder, followlinks=True):
+        relative = os.path.relpath(directory, root)
+        prefix = "" if relative == "." else relative + os.sep
+        yield from (prefix + name for name in names if _is_image(name))
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+
+
+def _require_images(place: Path, found: list[str] | list[tuple[str, int]]) -> None:
+    if not found:
+        kinds = " ".join(sorted(IMAGE_SUFFIXES))
+        raise UsageError(str(place), found="no image", expected=f"at least one file ({kinds})")
+
+
+def _require_utf8(root: Path, path: str) -> None:
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            str(root),
+            found=f"the name {os.fsencode(path)!r}, which is not UTF-8",
+            expected="file names in UTF-8",
+            remedy="rename it",
+        ) from error
+
+
+def _some(names: Iterable[str], at_most: int = 8) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - at_most} more" if len(listed) > at_most else ""
+    return (", ".join(listed[:at_most]) + more) or "nothing"

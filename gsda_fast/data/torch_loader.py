@@ -1,0 +1,341 @@
+"""The reference loader: torchvision.io in a thread pool, one antialiased bilinear resample, nothing hidden.
+
+Every other loader answers to this one: the same samples, windows and flips from the same plan, pixels within a stated
+tolerance.
+
+- Files are decoded as stored: an EXIF orientation is ignored (DALI's ``adjust_orientation=False``), alpha is dropped,
+  16-bit values keep their upper byte. JPEG and PNG go through torchvision.io, what it refuses through Pillow.
+- Training: the window, drawn in the recipe's square frame, is mapped to whole source pixels and resampled once.
+  Evaluation: the whole image is resized to the frame, then its centre is cut out.
+- With `cache_on_device` all images of both domains are resized to the frame once and stay on the device as uint8.
+  Windows are then cut from the frame and resampled a second time, bilinear without antialiasing (a window is hardly
+  larger than the crop). For recipes whose crop is the frame (digits) both ways give equal pixels.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import functional as transforms
+
+from gsda_fast.data.batches import Batch, Role
+from gsda_fast.data.benchmarks import ImageRecipe
+from gsda_fast.data.domains import ImageDomain
+from gsda_fast.data.sampling import Augmentation, IntArray, SamplingPlan, source_window
+from gsda_fast.errors import UsageError
+
+Result = TypeVar("Result")
+
+_AHEAD = 2  # batches in the thread pool beyond the one that is handed out
+_MOST_PIXELS = 89_478_485  # Pillow's limit; torchvision.io dies, with the process, on a header of 60000x60000
+_MAX_WORKERS = 16
+_JPEG_OR_PNG = ("JPEG", "MPO", "PNG")  # MPO: a JPEG with a second picture behind it, as some cameras write
+
+
+class TorchLoader:
+    """Decodes with a pool of threads in this process.
+
+    Args:
+        source, target: the two domains.
+        recipe: sizes, augmentation and normalisation.
+        batch_size: images in a batch of `evaluate`.
+        device: where batches are put.
+        workers: threads; 0 = the usable cores, divided by the processes that share this machine.
+        cache_on_device: keep all images on the device as uint8.
+
+    Raises:
+        UsageError: with `cache_on_device`, an image cannot be read, or all of them do not fit.
+    """
+
+    def __init__(
+        self,
+        source: ImageDomain,
+        target: ImageDomain,
+        recipe: ImageRecipe,
+        *,
+        batch_size: int,
+        device: torch.device,
+        workers: int = 0,
+        cache_on_device: bool = False,
+    ) -> None:
+        self._domains: dict[Role, ImageDomain] = {"source": source, "target": target}
+        self._recipe = recipe
+        self._batch_size = batch_size
+        self._device = torch.device(device)
+        self._pool = ThreadPoolExecutor(workers or usable_cores(), thread_name_prefix="decode")
+        std = torch.tensor(recipe.std, device=self._device).view(1, -1, 1, 1)
+        mean = torch.tensor(recipe.mean, device=self._device).view(1, -1, 1, 1)
+        self._scale, self._shift = 1 / (255 * std), mean / std
+        self._labels = torch.from_numpy(source.labels).to(self._device)
+        self._frames: dict[Role, Tensor] = {}
+        if cache_on_device:
+            _require_memory(len(source) + len(target), recipe, self._device)
+            self._frames = {role: self._decode_frames(domain) for role, domain in self._domains.items()}
+
+    # ------------------------------------------------------------------------------------------------------ training
+
+    def train(self, plan: SamplingPlan, steps: range, rank: int = 0) -> Iterator[Batch]:
+        """See `Loader.train`."""
+        if self._frames:
+            return (self._cached_batch(plan, step, rank) for step in steps)
+        return _prefetch(self._start_batch(plan, step, rank) for step in steps)
+
+    def _start_batch(self, plan: SamplingPlan, step: int, rank: int) -> "_Pending[Batch]":
+        batch = plan.batch(step, rank)
+        source = self._start_crops("source", batch.source_index, batch.source_augmentation)
+        target = self._start_crops("target", batch.target_index, batch.target_augmentation)
+
+        def finish() -> Batch:
+            source_index = self._to_device(torch.from_numpy(batch.source_index))
+            return Batch(
+                source_images=self._normalise(source.pixels),
+                source_labels=self._labels[source_index],
+                target_images=self._normalise(target.pixels),
+                source_index=source_index,
+                target_index=self._to_device(torch.from_numpy(batch.target_index)),
+            )
+
+        return _Pending(source.futures + target.futures, finish)
+
+    def _start_crops(self, role: Role, index: NDArray[np.int64], augmentation: Augmentation) -> "_Crops":
+        domain, recipe = self._domains[role], self._recipe
+        pixels = self._empty_pixels(len(index))
+
+        def crop(i: int) -> None:
+            image = read_image(domain.file(int(index[i])), recipe.channels)
+            height, width = image.shape[-2:]
+            window = source_window(augmentation.window[i], height, width, recipe.resize)
+            image = transforms.resized_crop(image, *window, size=[recipe.crop, recipe.crop], antialias=True)
+            pixels[i] = image.flip(-1) if augmentation.flip[i] else image
+
+        return _Crops(pixels, [self._pool.submit(crop, i) for i in range(len(index))])
+
+    def _cached_batch(self, plan: SamplingPlan, step: int, rank: int) -> Batch:
+        batch = plan.batch(step, rank)
+        source_index = self._to_device(torch.from_numpy(batch.source_index))
+        target_index = self._to_device(torch.from_numpy(batch.target_index))
+        return Batch(
+            source_images=self._cached_crops("source", source_index, batch.source_augmentation),
+            source_labels=self._labels[source_index],
+            target_images=self._cached_crops("target", target_index, batch.target_augmentation),
+            source_index=source_index,
+            target_index=target_index,
+        )
+
+    def _cached_crops(self, role: Role, index: Tensor, augmentation: Augmentation) -> Tensor:
+        frames, recipe = self._frames[role][index], self._recipe
+        if recipe.crop == recipe.resize and recipe.random_scale is None and not recipe.flip:
+            return self._normalise(frames)
+        window = self._to_device(torch.from_numpy(augmentation.window))
+        flip = self._to_device(torch.from_numpy(augmentation.flip))
+        return self._normalise(crop_frames(frames, window, flip, recipe.crop))
+
+    # ---------------------------------------------------------------------------------------------------- evaluation
+
+    def evaluate(self, domain: Role, samples: IntArray | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `Loader.evaluate`."""
+        chosen = np.arange(len(self._domains[domain])) if samples is None else samples
+        parts = torch.from_numpy(chosen).split(self._batch_size) if len(chosen) else ()
+        if self._frames:
+            return (self._cached_evaluation(domain, part) for part in parts)
+        return _prefetch(self._start_evaluation(domain, part) for part in parts)
+
+    def _cached_evaluation(self, role: Role, part: Tensor) -> tuple[Tensor, Tensor]:
+        index = self._to_device(part)
+        return self._normalise(transforms.center_crop(self._frames[role][index], [self._recipe.crop])), index
+
+    def _start_evaluation(self, role: Role, part: Tensor) -> "_Pending[tuple[Tensor, Tensor]]":
+        domain, recipe = self._domains[role], self._recipe
+        pixels = self._empty_pixels(len(part))
+
+        def centre(i: int, sample: int) -> None:
+            frame = read_frame(domain.file(sample), recipe)
+            pixels[i] = transforms.center_crop(frame, [recipe.crop])
+
+        futures = [self._pool.submit(centre, i, sample) for i, sample in enumerate(part.tolist())]
+        return _Pending(futures, lambda: (self._normalise(pixels), self._to_device(part)))
+
+    def close(self) -> None:
+        """See `Loader.close`."""
+        self._pool.shutdown(cancel_futures=True)
+        self._frames = {}
+
+    # -------------------------------------------------------------------------------------------------------- pixels
+
+    def _decode_frames(self, domain: ImageDomain) -> Tensor:
+        """All images of a domain, (n, C, resize, resize) uint8 on the device, channels_last."""
+        recipe, parts = self._recipe, []
+        for start in range(0, len(domain), 256):
+            samples = range(start, min(start + 256, len(domain)))
+            frames = list(self._pool.map(lambda sample: read_frame(domain.file(sample), recipe), samples))
+            parts.append(torch.stack(frames).contiguous(memory_format=torch.channels_last).to(self._device))
+        return torch.cat(parts).contiguous(memory_format=torch.channels_last)
+
+    def _empty_pixels(self, count: int) -> Tensor:
+        """(count, C, crop, crop) uint8 in channels_last, page-locked where that makes the copy to the device faster."""
+        side, pinned = self._recipe.crop, self._device.type == "cuda"
+        pixels = torch.empty((count, side, side, self._recipe.channels), dtype=torch.uint8, pin_memory=pinned)
+        return pixels.permute(0, 3, 1, 2)
+
+    def _normalise(self, pixels: Tensor) -> Tensor:
+        """(x / 255 - mean) / std, float32, on the device."""
+        images = self._to_device(pixels).to(torch.float32)
+        return images.mul_(self._scale).sub_(self._shift).contiguous(memory_format=torch.channels_last)
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        if self._device.type != "cuda" or tensor.is_cuda:
+            return tensor.to(self._device)
+        return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(self._device, non_blocking=True)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, divided by the processes that torchrun started on this machine; at most 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(_MAX_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def read_frame(path: str, recipe: ImageRecipe) -> Tensor:
+    """An image resized to the recipe's frame, (C, resize, resize) uint8: antialiased bilinear."""
+    return transforms.resize(read_image(path, recipe.channels), [recipe.resize, recipe.resize], antialias=True)
+
+
+def read_image(path: str, channels: int) -> Tensor:
+    """An image as stored, (channels, height, width) uint8, RGB or grey.
+
+    Raises:
+        UsageError: the file is gone, cannot be decoded, is an animation, or declares an absurd size.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+        with Image.open(BytesIO(data)) as header:
+            width, height = header.size
+            if width * height > _MOST_PIXELS:
+                raise _unreadable(path, f"a header of {width}x{height} pixels")
+            if header.format in _JPEG_OR_PNG:
+                return _decode(data, header, channels)
+            num_frames = getattr(header, "n_frames", 1)
+            if num_frames > 1:
+                raise _unreadable(path, f"an animation of {num_frames} frames")
+            return _decode_with_pillow(header, channels)
+    except UsageError:
+        raise
+    except FileNotFoundError as error:
+        raise _unreadable(path, "no such file any more") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise _unreadable(path, f"{type(error).__name__}: {error}") from error
+
+
+def _decode(data: bytes, header: Image.Image, channels: int) -> Tensor:
+    try:
+        # bytearray: torch wants memory that it might write to.
+        image = decode_image(
+            torch.frombuffer(bytearray(data), dtype=torch.uint8),
+            mode=ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY,
+        )
+    except RuntimeError:
+        return _decode_with_pillow(header, channels)
+    if image.dtype == torch.uint16:
+        image = (image.to(torch.int32) >> 8).to(torch.uint8)
+    return image
+
+
+def _decode_with_pillow(image: Image.Image, channels: int) -> Tensor:
+    converted = image.convert("RGB" if channels == 3 else "L")
+    return torch.from_numpy(np.array(converted)).view(image.height, image.width, channels).permute(2, 0, 1)
+
+
+def _unreadable(path: str, found: str) -> UsageError:
+    return UsageError(path, found=found, expected="a readable image", remedy="repair it or take it out of the data set")
+
+
+def crop_frames(frames: Tensor, window: Tensor, flip: Tensor, crop: int) -> Tensor:
+    """Windows of a batch of frames, each resampled to `crop` x `crop`: bilinear, all in one call.
+
+    Points are kept inside their window, so that the result is that of cutting the window out first and resizing it.
+
+    Args:
+        frames: (B, C, R, R) uint8.
+        window: (B, 4) int64: top, left, height, width.
+        flip: (B,) bool.
+        crop: side of the result.
+
+    Returns:
+        (B, C, crop, crop) float32 on the scale 0..255.
+    """
+    side = frames.shape[-1]
+    centres = (torch.arange(crop, device=frames.device) + 0.5) / crop
+    top, left, height, width = window.to(torch.float32).unsqueeze(-1).unbind(1)
+
+    def points(start: Tensor, length: Tensor, places: Tensor) -> Tensor:
+        inside = torch.minimum((places * length - 0.5).clamp_min(0), length - 1)
+        return (2 * (start + inside) + 1) / side - 1  # to grid_sample's -1..1, align_corners=False
+
+    columns = torch.where(flip.unsqueeze(-1), centres.flip(0), centres)
+    rows = points(top, height, centres.expand_as(columns))
+    columns = points(left, width, columns)
+    grid = torch.stack([columns.unsqueeze(1).expand(-1, crop, -1), rows.unsqueeze(2).expand(-1, -1, crop)], dim=-1)
+    return functional.grid_sample(
+        frames.to(torch.float32), grid, mode="bilinear", padding_mode="border", align_corners=False
+    )
+
+
+def _require_memory(images: int, recipe: ImageRecipe, device: torch.device) -> None:
+    if device.type != "cuda":
+        return
+    needed = images * recipe.channels * recipe.resize**2
+    free = torch.cuda.mem_get_info(device)[0]
+    if needed > free:
+        raise UsageError(
+            "--cache-on-device",
+            found=f"{images} images, {needed / 2**30:.1f} GiB",
+            expected=f"at most the {free / 2**30:.1f} GiB that are free on {device}",
+            remedy="leave the option out",
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Crops:
+    pixels: Tensor
+    futures: list[Future[None]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Pending(Generic[Result]):
+    """A batch whose images are being decoded, and what to do when they are."""
+
+    futures: list[Future[None]]
+    finish: Callable[[], Result]
+
+
+def _prefetch(started: Iterable[_Pending[Result]]) -> Iterator[Result]:
+    """The finished batches in order, the next `_AHEAD` of them already in the pool."""
+    waiting: deque[_Pending[Result]] = deque()
+    try:
+        for pending in started:
+            waiting.append(pending)
+            if len(waiting) > _AHEAD:
+                yield _finished(waiting.popleft())
+        while waiting:
+            yield _finished(waiting.popleft())
+    finally:
+        for pending in waiting:
+            for future in pending.futures:
+                future.cancel()
+
+
+def _finished(pending: _Pending[Result]) -> Result:
+    for future in pending.futures:
+        future.result()
+    return pending.finish()

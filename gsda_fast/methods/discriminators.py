@@ -1,0 +1,141 @@
+"""The K = 1 + b + r discriminators as one module of stacked parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gsda_fast.methods.groups import ClassGroups
+from gsda_kernels import AdversarialTerms, DiscriminatorWeights, adversarial_terms
+
+LEVELS = ("domain", "group", "class")
+
+
+class Discriminators(nn.Module):
+    """Adversarial discriminators of the whole domain, of groups of classes and of classes.
+
+    Each is a ReLU network D -> H -> H -> 1, without BatchNorm (which would couple the samples, so that no per-sample
+    gradient would exist) and without dropout. Sample i weighs ``[1, p_i @ G.T, p_i]`` in the K discriminators.
+
+    Args:
+        feature_dim: D. groups: the groups of classes (see `ClassGroups`). hidden_dim: H.
+        levels: which of "domain", "group", "class" exist; the order is always domain, groups, classes.
+        backend: how the terms are computed (`gsda_kernels.available_backends`).
+        min_weight: target pairs below this weight are dropped; 0 is exact.
+
+    Attributes:
+        w1 (K, H, D), b1 (K, H), w2 (K, H, H), b2 (K, H), w3 (K, H), b3 (K,): the parameters.
+    """
+
+    class_weights: Tensor
+
+    def __init__(
+        self,
+        feature_dim: int,
+        groups: ClassGroups,
+        hidden_dim: int = 1024,
+        levels: Sequence[str] = LEVELS,
+        backend: str = "auto",
+        min_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        unknown = set(levels) - set(LEVELS)
+        if unknown or not levels:
+            raise ValueError(f"levels: found {tuple(levels)}; expected one or more of {', '.join(LEVELS)}")
+        self.groups = groups
+        self.levels = tuple(level for level in LEVELS if level in levels)
+        self.backend = backend
+        self.min_weight = min_weight
+        rows = {
+            "domain": torch.ones(1, groups.num_classes),
+            "group": groups.membership,
+            "class": torch.eye(groups.num_classes),
+        }
+        sizes = {level: len(rows[level]) for level in self.levels}
+        self._slices: dict[str, slice] = {}
+        start = 0
+        for level, size in sizes.items():
+            self._slices[level] = slice(start, start + size)
+            start += size
+        # (K, r): what each class's probability weighs in each discriminator.
+        self.register_buffer("class_weights", torch.cat([rows[level] for level in self.levels]), persistent=False)
+        self._pairs_per_class = int((self.class_weights > 0).sum(0).max())
+        shape = (self.num_discriminators, hidden_dim)
+        self.w1, self.b1 = _stacked_linear(*shape, feature_dim)
+        self.w2, self.b2 = _stacked_linear(*shape, hidden_dim)
+        w3, b3 = _stacked_linear(self.num_discriminators, 1, hidden_dim)
+        self.w3, self.b3 = nn.Parameter(w3.detach().squeeze(1)), nn.Parameter(b3.detach().squeeze(1))
+
+    @property
+    def num_discriminators(self) -> int:
+        """K."""
+        return len(self.class_weights)
+
+    def level_slice(self, level: str) -> slice:
+        """Where a level's discriminators lie in the (K,) results."""
+        return self._slices[level]
+
+    def sum_per_level(self, values: Tensor) -> dict[str, Tensor]:
+        """(K,) -> a 0-d sum for each level that exists, by its name."""
+        return {level: values[where].sum() for level, where in self._slices.items()}
+
+    def forward(
+        self,
+        features: Tensor,
+        class_probabilities: Tensor,
+        domain: Tensor,
+        num_source: int | None = None,
+        loss_feature_scale: float | Tensor = 1.0,
+        frozen: bool = False,
+    ) -> AdversarialTerms:
+        """Losses and gradient magnitudes of all discriminators (eqs. 6-12).
+
+        Args:
+            features: (N, D), source rows first.
+            class_probabilities: (N, r), source rows one-hot, target rows predicted; used as constants.
+            domain: (N,), 1 source, 0 target.
+            num_source: number of source rows, which bounds the work: a one-hot row takes part in few discriminators.
+                None: no bound is assumed.
+            loss_feature_scale: factor on the losses' gradient to `features`; -lambda is gradient reversal.
+            frozen: hold the parameters, as the step of the encoder does.
+
+        Returns:
+            AdversarialTerms: loss (K,) and gradient_norm (K,), float32 (float64 for float64 features), in the order
+            domain, groups, classes.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+            probabilities = class_probabilities.detach().to(dtype)
+            weight = probabilities @ self.class_weights.to(dtype).T
+            if "domain" in self.levels:
+                # Exactly 1, which a sum of rounded probabilities is not.
+                weight = torch.cat([torch.ones_like(weight[:, :1]), weight[:, 1:]], dim=1)
+            parameters = DiscriminatorWeights(self.w1, self.b1, self.w2, self.b2, self.w3, self.b3)
+            if frozen:
+                parameters = DiscriminatorWeights(*(parameter.detach() for parameter in parameters))
+            max_pairs = None
+            if num_source is not None:
+                num_target = len(features) - num_source
+                max_pairs = num_source * self._pairs_per_class + num_target * self.num_discriminators
+            return adversarial_terms(
+                features,
+                parameters,
+                weight,
+                domain,
+                backend=self.backend,
+                min_weight=self.min_weight,
+                max_pairs=max_pairs,
+                loss_feature_scale=loss_feature_scale,
+            )
+
+
+def _stacked_linear(num: int, out_features: int, in_features: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """Parameters of `num` linear layers, each initialised on its own: with its fan-in, not that of the stack."""
+    weight, bias = torch.empty(num, out_features, in_features), torch.empty(num, out_features)
+    bound = 1 / math.sqrt(in_features)
+    nn.init.uniform_(weight, -bound, bound)
+    nn.init.uniform_(bias, -bound, bound)
+    return nn.Parameter(weight), nn.Parameter(bias)

@@ -1,0 +1,171 @@
+"""Hierarchical gradient synchronization (Hu et al., CVPR 2020) and its six ablations, as settings of the same code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from gsda_fast.methods.base import Method, Move, StepInputs, TargetSamples
+from gsda_fast.methods.discriminators import LEVELS, Discriminators
+from gsda_fast.methods.groups import ClassGroups
+from gsda_fast.methods.objective import (
+    Objective,
+    class_probabilities,
+    discriminator_objective,
+    encoder_objective,
+    synchronization_loss,
+)
+from gsda_fast.model import AdaptationModel
+from gsda_kernels import AdversarialTerms
+
+
+@dataclass(frozen=True)
+class AdversarialSettings:
+    """The adversarial part of the objective."""
+
+    alpha: float = 0.02
+    """Weight of the target's entropy (eq. 3)."""
+    beta: float = 1.0
+    """Weight of the synchronization loss (eqs. 15 and 16)."""
+    groups: int = 6
+    """Number of random groups of classes (b)."""
+    adversarial_weight: float = 1.0
+    """Weight of the adversarial part against the classification loss, for the encoder."""
+    sync_ramp: bool = True
+    """Multiply beta by the adversarial ramp, so that synchronization starts as gently as alignment does."""
+    min_weight: float = 0.0
+    """Leave out target samples from discriminators in which they weigh less than this; 0 is exact."""
+    update: Literal["alternating", "reversal"] = "alternating"
+    """Discriminators first and then the encoder through them (the paper), or both at once by gradient reversal."""
+    hidden_dim: int = 1024
+    """Width of the discriminators' two hidden layers."""
+    backend: str = "auto"
+    """How the adversarial terms are computed: auto, or one of gsda_kernels.available_backends()."""
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Which parts of the method take part."""
+
+    levels: tuple[str, ...] = ()
+    entropy: bool = False
+    synchronize: bool = False
+    target_samples: TargetSamples = "confident"
+
+
+ABLATIONS = {
+    "source-only": Ablation(target_samples="none"),
+    "entropy": Ablation(entropy=True),
+    "dann": Ablation(levels=("domain",), target_samples="all"),
+    "domain": Ablation(levels=("domain",), entropy=True),
+    "class": Ablation(levels=("domain", "class"), entropy=True),
+    "group": Ablation(levels=("domain", "group", "class"), entropy=True),
+    "gsda": Ablation(levels=("domain", "group", "class"), entropy=True, synchronize=True),
+}
+
+
+class GSDA(Method):
+    """Adversarial alignment on up to three levels, with or without synchronized gradient magnitudes.
+
+    Args:
+        model: encoder and classifier. settings: weights and sizes. groups: the groups of classes.
+        ablation: which parts take part; all of them by default.
+    """
+
+    def __init__(
+        self,
+        model: AdaptationModel,
+        settings: AdversarialSettings,
+        groups: ClassGroups,
+        ablation: Ablation = ABLATIONS["gsda"],
+    ) -> None:
+        super().__init__(model)
+        self.settings = settings
+        self.ablation = ablation
+        self.target_samples = ablation.target_samples
+        self.discriminators = None
+        if ablation.levels:
+            self.discriminators = Discriminators(
+                model.feature_dim,
+                groups,
+                settings.hidden_dim,
+                ablation.levels,
+                backend=settings.backend,
+                min_weight=settings.min_weight,
+            )
+
+    def players(self) -> dict[str, nn.Module]:
+        if self.discriminators is None:
+            return super().players()
+        return {**super().players(), "discriminators": self.discriminators}
+
+    def moves(self, inputs: StepInputs) -> Iterator[Move]:
+        if inputs.warming_up or self.target_samples == "none":
+            _, logits = self.model(inputs.source_images)
+            yield Move(("encoder",), encoder_objective(logits, inputs.source_labels))
+            return
+        features, logits = self.model(torch.cat([inputs.source_images, inputs.target_images]))
+        if self.discriminators is None:
+            yield Move(("encoder",), encoder_objective(logits, inputs.source_labels, alpha=self._alpha))
+            return
+        yield from self._adversarial_moves(self.discriminators, features, logits, inputs)
+
+    def _adversarial_moves(
+        self, discriminators: Discriminators, features: Tensor, logits: Tensor, inputs: StepInputs
+    ) -> Iterator[Move]:
+        num_source = len(inputs.source_labels)
+        domain = (torch.arange(len(features), device=features.device) < num_source).to(torch.float32)
+        probabilities = class_probabilities(logits, inputs.source_labels)
+        groups = discriminators.groups if self.ablation.synchronize else None
+        beta = self.settings.beta * (inputs.adversarial_ramp if self.settings.sync_ramp else 1.0)
+        weight, mean_over_ranks = self.settings.adversarial_weight, inputs.mean_over_ranks
+
+        if self.settings.update == "reversal":
+            # What reaches the encoder is weighed, what reaches the discriminators is not.
+            weighed = features.detach() + weight * (features - features.detach())
+            reversed_scale = -inputs.adversarial_ramp
+            terms = discriminators(weighed, probabilities, domain, num_source, loss_feature_scale=reversed_scale)
+            adversarial = discriminator_objective(terms, groups, beta=beta, mean_over_ranks=mean_over_ranks)
+            own = encoder_objective(logits, inputs.source_labels, alpha=self._alpha)
+            named = {**self._adversarial_terms(discriminators, terms, inputs), **own.terms}
+            yield Move(("encoder", "discriminators"), Objective(own.total + adversarial.total, named))
+            return
+
+        terms = discriminators(features.detach(), probabilities, domain, num_source)
+        adversarial = discriminator_objective(terms, groups, beta=beta, mean_over_ranks=mean_over_ranks)
+        yield Move(
+            ("discriminators",), Objective(adversarial.total, self._adversarial_terms(discriminators, terms, inputs))
+        )
+        objective = encoder_objective(
+            logits,
+            inputs.source_labels,
+            discriminators(features, probabilities, domain, num_source, frozen=True),
+            groups,
+            alpha=self._alpha,
+            beta=beta,
+            adversarial_ramp=inputs.adversarial_ramp,
+            adversarial_weight=weight,
+            mean_over_ranks=mean_over_ranks,
+        )
+        # The discriminators' own move has logged the adversarial terms already, before they moved.
+        own_terms = {name: objective.terms[name] for name in ("classification", "entropy") if name in objective.terms}
+        yield Move(("encoder",), Objective(objective.total, own_terms))
+
+    @property
+    def _alpha(self) -> float:
+        return self.settings.alpha if self.ablation.entropy else 0.0
+
+    def _adversarial_terms(
+        self, discriminators: Discriminators, terms: AdversarialTerms, inputs: StepInputs
+    ) -> dict[str, Tensor]:
+        named = {f"adversarial_{level}": x for level, x in discriminators.sum_per_level(terms.loss.detach()).items()}
+        norms = terms.gradient_norm.detach()
+        named |= {f"gradient_norm_{level}": x for level, x in discriminators.sum_per_level(norms).items()}
+        if discriminators.levels == LEVELS:
+            # Logged without synchronization as well, to show what it changes.
+            named["synchronization"] = synchronization_loss(norms, discriminators.groups, inputs.mean_over_ranks)
+        return named

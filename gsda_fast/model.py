@@ -1,0 +1,126 @@
+"""Encoder (backbone and bottleneck) and classifier."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from gsda_fast.errors import UsageError
+
+_LENET = "lenet"
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The network."""
+
+    backbone: str = "resnet50"
+    """A classification model of torchvision by name, or lenet (16x16 grey images)."""
+    weights: str = "IMAGENET1K_V1"
+    """Initial backbone weights: a name that torchvision knows, the path of a file, or none."""
+    bottleneck_dim: int = 256
+    """Size of the features that the discriminators and the classifier see (D)."""
+    bottleneck_activation: Literal["none", "relu"] = "none"
+    """What follows the bottleneck's linear layer."""
+
+
+class ModelOutput(NamedTuple):
+    """features (N, D) and logits (N, r)."""
+
+    features: Tensor
+    logits: Tensor
+
+
+class AdaptationModel(nn.Module):
+    """Backbone, bottleneck and classifier.
+
+    Args:
+        backbone: maps images (N, C, H, W) to (N, backbone_dim).
+        backbone_dim: its output size. num_classes: r. settings: the bottleneck's size and activation.
+    """
+
+    def __init__(self, backbone: nn.Module, backbone_dim: int, num_classes: int, settings: ModelSettings) -> None:
+        super().__init__()
+        self.feature_dim = settings.bottleneck_dim
+        self.backbone = backbone
+        layers: list[nn.Module] = [nn.Linear(backbone_dim, settings.bottleneck_dim)]
+        if settings.bottleneck_activation == "relu":
+            layers.append(nn.ReLU())
+        self.bottleneck = nn.Sequential(*layers)
+        self.classifier = nn.Linear(settings.bottleneck_dim, num_classes)
+
+    def forward(self, images: Tensor) -> ModelOutput:
+        """images (N, C, H, W) -> features (N, D) and logits (N, r)."""
+        features = self.bottleneck(self.backbone(images))
+        return ModelOutput(features, self.classifier(features))
+
+
+def build_model(settings: ModelSettings, num_classes: int) -> AdaptationModel:
+    """The network of `settings`, in channels_last memory format.
+
+    Raises:
+        UsageError: a backbone or weights that do not exist, or that do not fit.
+    """
+    if settings.backbone == _LENET:
+        backbone, dim = _lenet()
+        if settings.weights != "none":
+            raise UsageError("--weights", found=settings.weights, expected="none, the only choice for lenet")
+    else:
+        backbone, dim = _torchvision_backbone(settings.backbone, settings.weights)
+    model = AdaptationModel(backbone, dim, num_classes, settings)
+    return model.to(memory_format=torch.channels_last)
+
+
+def _lenet() -> tuple[nn.Module, int]:
+    """LeNet's convolutions for 16x16 grey images: (N, 1, 16, 16) -> (N, 512)."""
+    layers = [
+        *(nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(16, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+        nn.Flatten(),
+    ]
+    return nn.Sequential(*layers), 512
+
+
+def _torchvision_backbone(name: str, weights: str) -> tuple[nn.Module, int]:
+    models = torchvision.models.list_models(module=torchvision.models)
+    if name not in models:
+        raise UsageError(
+            "--backbone", found=name, expected=f"{_LENET} or a torchvision model such as resnet50, resnet101, vit_b_16"
+        )
+    path = Path(weights)
+    known = [entry.name for entry in torchvision.models.get_model_weights(name)]
+    if weights != "none" and weights not in known and not path.is_file():
+        raise UsageError("--weights", found=weights, expected=f"none, an existing file, or one of {', '.join(known)}")
+    try:
+        network = torchvision.models.get_model(name, weights=weights if weights in known else None)
+    except OSError as error:
+        raise UsageError(
+            "--weights",
+            found=f"{weights}, which could not be fetched ({error})",
+            expected="a connection, or weights on this machine",
+            remedy="give --weights PATH with the file fetched elsewhere, or --weights none for a random start",
+        ) from error
+    if path.is_file():
+        _load(network, path)
+    head = [(where, module) for where, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if not head:
+        raise UsageError(
+            "--backbone", found=name, expected="a model that ends in a linear classifier, such as resnet50"
+        )
+    where, last = head[-1]
+    network.set_submodule(where, nn.Identity())
+    return network, last.in_features
+
+
+def _load(network: nn.Module, path: Path) -> None:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        network.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError, AttributeError, OSError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError("--weights", found=f"{path} ({first})", expected="a state dict of the backbone") from error

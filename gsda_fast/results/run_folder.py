@@ -1,0 +1,513 @@
+"""A run's folder: the only place that knows the names and the layout of its files.
+
+Whole files are replaced atomically, `metrics.jsonl` grows line by line; after a kill at any moment every file is either
+absent, its old self or its new self, and a torn last line of `metrics.jsonl` is ignored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+import tomli_w
+
+from gsda_fast.errors import UsageError
+
+LABEL_FREE_CRITERION = "mutual_information"
+"""What chooses the label-free figure: the mutual information of the target predictions (see `metrics`)."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """One figure, in percent, under the three ways to choose the evaluation; None where the target has no labels.
+
+    Attributes:
+        last: after the last step; nothing is chosen.
+        best: the highest of all evaluations. Chosen with the target's labels, so an upper bound and no result.
+        label_free: at the evaluation whose predictions have the largest mutual information; no label is used.
+    """
+
+    last: float | None = None
+    best: float | None = None
+    label_free: float | None = None
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """`result.json`: what a finished run found on the target domain.
+
+    Attributes:
+        task, source, target, method, seed: what was run.
+        steps: optimiser steps, warm-up included.
+        accuracy: overall accuracy, percent.
+        mean_per_class: mean over the classes present in the target of their accuracies, percent.
+        per_class: accuracy of each class after the last step, percent, in the order of `classes`; None for a class
+            without a target sample.
+        classes: names of the classes.
+        images_per_second: training throughput, both domains and all ranks; None if no step was timed.
+        seconds: wall-clock time of the run, all of its sessions together.
+        label_free_criterion: what chose the `label_free` figures.
+    """
+
+    task: str
+    source: str
+    target: str
+    method: str
+    seed: int
+    steps: int
+    accuracy: Selection
+    mean_per_class: Selection
+    per_class: tuple[float | None, ...]
+    classes: tuple[str, ...]
+    images_per_second: float | None
+    seconds: float
+    label_free_criterion: str = LABEL_FREE_CRITERION
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> RunResult:
+        """The inverse of `dataclasses.asdict`; keys that a later version added are ignored.
+
+        Raises:
+            KeyError, TypeError: a key is missing or of another kind.
+        """
+        values = {field.name: stored[field.name] for field in dataclasses.fields(cls)}
+        for name in ("accuracy", "mean_per_class"):
+            values[name] = Selection(**values[name])
+        for name in ("per_class", "classes"):
+            values[name] = tuple(values[name])
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """`predictions.npz`: the target as the final model sees it.
+
+    Attributes:
+        labels: (n,) int64, -1 where unknown.
+        probabilities: (n, r) float32.
+    """
+
+    labels: np.ndarray
+    probabilities: np.ndarray
+
+
+@dataclass(frozen=True)
+class Features:
+    """`features.npz`: bottleneck features of some samples of each domain, the same samples at both moments.
+
+    Attributes:
+        source_labels, target_labels: (n_s,) and (n_t,) int64, -1 where unknown.
+        source_warmup, target_warmup: (n_s, D) and (n_t, D) float32 at the end of warm-up; None if not reached.
+        source_final, target_final: the same after the last step.
+    """
+
+    source_labels: np.ndarray
+    target_labels: np.ndarray
+    source_warmup: np.ndarray | None = None
+    target_warmup: np.ndarray | None = None
+    source_final: np.ndarray | None = None
+    target_final: np.ndarray | None = None
+
+
+class RunFolder:
+    """Reads and writes the files of one run. One process writes; any number may read.
+
+    Args:
+        path: the folder; `prepare` makes it.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._last_step: int | None = None
+
+    @staticmethod
+    def default_name(task: str, source: str, target: str, method: str, seed: int) -> str:
+        """`TASK-SOURCE-TARGET-METHOD-seedN`, with `_` for characters that do not belong into a folder's name."""
+        return "-".join(re.sub(r"[^\w.+-]+", "_", part) for part in (task, source, target, method, f"seed{seed}"))
+
+    @classmethod
+    def existing(cls, path: Path | str) -> RunFolder:
+        """The folder of a run that has at least begun.
+
+        Raises:
+            UsageError: there is no such folder, or it holds none of a run's files.
+        """
+        run = cls(path)
+        if not run.path.is_dir():
+            found = "a file" if run.path.exists() else "nothing"
+            raise UsageError(str(path), found=found, expected="the folder of a run")
+        if not any(file.is_file() for file in (run.config_path, run.metrics_path, run.result_path)):
+            raise UsageError(
+                str(path),
+                found=f"neither {run.config_path.name} nor {run.metrics_path.name} nor {run.result_path.name} in it",
+                expected="the folder of a run",
+                remedy="name the folder that training was given as --output",
+            )
+        return run
+
+    def prepare(self) -> None:
+        """Makes the folder and its subfolders.
+
+        Raises:
+            UsageError: it cannot be made or written.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            with atomic_file(self.path / "writable") as file:
+                file.write(b"")
+            (self.path / "writable").unlink()
+        except OSError as error:
+            raise UsageError(
+                "--output",
+                found=f"{self.path} ({error.strerror})",
+                expected="a folder that can be made and written",
+            ) from error
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def environment_path(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of the TensorBoard event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def result_path(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def predictions_path(self) -> Path:
+        return self.path / "predictions.npz"
+
+    @property
+    def features_path(self) -> Path:
+        return self.path / "features.npz"
+
+    @property
+    def report_path(self) -> Path:
+        return self.path / "report.html"
+
+    def plot_path(self, name: str) -> Path:
+        """Where the plot `name` of this run is kept."""
+        return self.path / f"{name}.png"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end: `result.json` is the last file that it writes."""
+        return self.result_path.is_file()
+
+    # config.toml
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Stores every setting, tables nested as in `config`. TOML has no null: settings that are None are left out."""
+        with atomic_file(self.config_path) as file:
+            tomli_w.dump(_toml_table(config), file)
+
+    def read_config(self) -> dict[str, Any]:
+        """The stored settings, {} before there are any.
+
+        Raises:
+            UsageError: the file is no TOML.
+        """
+        if not self.config_path.is_file():
+            return {}
+        try:
+            return tomllib.loads(self.config_path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UsageError(str(self.config_path), found=f"no TOML ({error})", expected="a run's settings") from error
+
+    def setting(self, name: str) -> Any:
+        """The stored value of an option, None if it is not set.
+
+        Options are one flat list on the command line, so that a name occurs once whatever table it is kept in.
+        """
+        for path, value in flat_settings(self.read_config()).items():
+            if path.rpartition(".")[2] == name:
+                return value
+        return None
+
+    def changed_settings(self, config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Where `config` differs from the stored settings: dotted name -> (stored, asked for), None for not set."""
+        stored = flat_settings(self.read_config())
+        # Through TOML and back, so that a tuple equals the list and a Path the string that it is stored as.
+        asked = flat_settings(tomllib.loads(tomli_w.dumps(_toml_table(config))))
+        names = list(dict.fromkeys([*stored, *asked]))
+        return {name: (stored.get(name), asked.get(name)) for name in names if stored.get(name) != asked.get(name)}
+
+    # environment.json
+
+    def write_environment(self, device: str) -> None:
+        """Stores the versions in use, the device's name, the git revision of a source checkout and the command line."""
+        packages = ("gsda-fast", "torch", "torchvision", "triton", "numpy")
+        environment = {
+            "versions": {
+                "python": platform.python_version(),
+                **{package.replace("-", "_"): _version(package) for package in packages},
+            },
+            "platform": platform.platform(),
+            "device": device,
+            "git_revision": _git_revision(),
+            "command_line": shlex.join(sys.orig_argv),
+        }
+        self._write_json(self.environment_path, environment)
+
+    def read_environment(self) -> dict[str, Any]:
+        """The stored environment, {} before there is one."""
+        return self._read_json(self.environment_path) or {}
+
+    # metrics.jsonl
+
+    def append_metrics(self, step: int, values: Mapping[str, Any]) -> None:
+        """Adds one line. A figure that is not finite is stored as null, since JSON has no NaN.
+
+        Args:
+            step: optimiser steps done; larger than that of the line before.
+            values: name -> number (a Python, NumPy or zero-dimensional torch one).
+
+        Raises:
+            ValueError: `step` does not increase.
+        """
+        if self._last_step is None:
+            self.truncate_metrics()
+        if self._last_step is not None and step <= self._last_step:
+            raise ValueError(f"step: found {step} after {self._last_step}; expected a larger one")
+        with self.metrics_path.open("ab") as file:
+            file.write(_json_bytes({"step": step, **values}) + b"\n")
+        self._last_step = step
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All complete lines, in order; figures that were not finite are None.
+
+        Raises:
+            UsageError: a line other than the last is broken.
+        """
+        return [record for _, record in self._metric_lines()]
+
+    def truncate_metrics(self, step: int | None = None) -> None:
+        """Drops every line after `step` (as a resumed run must, which writes them again) and a torn last line."""
+        if not self.metrics_path.exists():
+            return
+        kept = [(line, record) for line, record in self._metric_lines() if step is None or record["step"] <= step]
+        with atomic_file(self.metrics_path) as file:
+            file.writelines(line + b"\n" for line, _ in kept)
+        self._last_step = kept[-1][1]["step"] if kept else None
+
+    def _metric_lines(self) -> list[tuple[bytes, dict[str, Any]]]:
+        if not self.metrics_path.is_file():
+            return []
+        # What follows the last newline was cut off by a kill; a complete file leaves nothing there.
+        *lines, _ = self.metrics_path.read_bytes().split(b"\n")
+        records = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = json.loads(line)
+                record["step"]
+            except (ValueError, TypeError, KeyError) as error:
+                if number == len(lines):
+                    break
+                raise UsageError(
+                    f"{self.metrics_path}, line {number}",
+                    found=line[:40].decode(errors="replace") or "an empty line",
+                    expected="a JSON object with a step",
+                    remedy="remove the line",
+                ) from error
+            records.append((line, record))
+        return records
+
+    # result.json
+
+    def write_result(self, result: RunResult) -> None:
+        """Stores the outcome, and by that marks the run as finished: to be called last."""
+        self._write_json(self.result_path, dataclasses.asdict(result))
+
+    def read_result(self) -> RunResult | None:
+        """The outcome; None of a run that has not finished.
+
+        Raises:
+            UsageError: the file is no result.
+        """
+        stored = self._read_json(self.result_path)
+        if stored is None:
+            return None
+        try:
+            return RunResult.from_json(stored)
+        except (KeyError, TypeError) as error:
+            raise UsageError(
+                str(self.result_path), found=f"no complete result ({error!r})", expected="a run's result"
+            ) from error
+
+    # predictions.npz, features.npz
+
+    def write_predictions(self, labels: np.ndarray, probabilities: np.ndarray) -> None:
+        """Stores the target's labels, (n,), -1 where unknown, and class probabilities, (n, r)."""
+        with atomic_file(self.predictions_path) as file:
+            np.savez(file, labels=labels.astype(np.int64), probabilities=probabilities.astype(np.float32))
+
+    def read_predictions(self) -> Predictions | None:
+        if not self.predictions_path.is_file():
+            return None
+        with np.load(self.predictions_path, allow_pickle=False) as arrays:
+            return Predictions(labels=arrays["labels"], probabilities=arrays["probabilities"])
+
+    def write_features(
+        self,
+        moment: Literal["warmup", "final"],
+        source: np.ndarray,
+        target: np.ndarray,
+        *,
+        source_labels: np.ndarray,
+        target_labels: np.ndarray,
+    ) -> None:
+        """Adds the features of one moment to those already stored.
+
+        Args:
+            moment: `warmup` at the end of warm-up, `final` after the last step.
+            source, target: (n_s, D) and (n_t, D).
+            source_labels, target_labels: (n_s,) and (n_t,), -1 where unknown; the same samples at both moments.
+        """
+        arrays: dict[str, Any] = {}
+        if self.features_path.is_file():
+            with np.load(self.features_path, allow_pickle=False) as stored:
+                arrays.update(stored)
+        arrays[f"source_{moment}"] = source.astype(np.float32)
+        arrays[f"target_{moment}"] = target.astype(np.float32)
+        arrays["source_labels"] = source_labels.astype(np.int64)
+        arrays["target_labels"] = target_labels.astype(np.int64)
+        with atomic_file(self.features_path) as file:
+            np.savez(file, **arrays)
+
+    def read_features(self) -> Features | None:
+        if not self.features_path.is_file():
+            return None
+        with np.load(self.features_path, allow_pickle=False) as arrays:
+            return Features(**dict(arrays))
+
+    def _write_json(self, path: Path, value: Any) -> None:
+        with atomic_file(path) as file:
+            file.write(_json_bytes(value, indent=2) + b"\n")
+
+    def _read_json(self, path: Path) -> dict[str, Any] | None:
+        if not path.is_file():
+            return None
+        try:
+            stored = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise UsageError(str(path), found=f"no JSON ({error})", expected="a JSON object") from error
+        if not isinstance(stored, dict):
+            raise UsageError(str(path), found=type(stored).__name__, expected="a JSON object")
+        return stored
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes the place of `path` when the block ends well, and leaves no trace when it does not.
+
+    It is on the disk before it is renamed, so that after a kill or a loss of power `path` holds all of the old content
+    or all of the new. A kill can leave the temporary file behind; its name is fixed, so the next write takes it over.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one: `{"a": {"b": 1}}` becomes `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flat_settings(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _toml_table(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _toml_value(value) for name, value in config.items() if value is not None}
+
+
+def _toml_value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return _toml_table(value)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_toml_value(item) for item in value]
+    return value
+
+
+def _json_bytes(value: Any, indent: int | None = None) -> bytes:
+    return json.dumps(_json_value(value), allow_nan=False, indent=indent, ensure_ascii=False).encode()
+
+
+def _json_value(value: Any) -> Any:
+    if hasattr(value, "tolist"):  # NumPy and torch, arrays and scalars alike
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {name: _json_value(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """The checkout's commit, with `-dirty` if files differ from it; None if this file is not under version control."""
+    here = Path(__file__)
+    try:
+        # An installed package may lie inside somebody else's repository, whose revision would say nothing.
+        for command in (["ls-files", "--error-unmatch", here.name], ["describe", "--always", "--dirty", "--abbrev=40"]):
+            done = subprocess.run(
+                ["git", "-C", str(here.parent), *command], capture_output=True, text=True, timeout=30, check=True
+            )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

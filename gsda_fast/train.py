@@ -1,0 +1,258 @@
+"""`python -m gsda_fast.train TASK [options]`: train a method on a transfer task, into a run folder."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import gsda_kernels
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from gsda_fast.commands import run_command
+from gsda_fast.config import Config, parse_config
+from gsda_fast.data.benchmarks import find_benchmark
+from gsda_fast.data.domains import ImageDomain, open_pair
+from gsda_fast.data.loaders import open_loader
+from gsda_fast.data.sampling import SamplingPlan
+from gsda_fast.errors import UsageError
+from gsda_fast.methods import build_method
+from gsda_fast.model import build_model
+from gsda_fast.results.metrics import evaluation_figures
+from gsda_fast.results.run_folder import RunFolder, RunResult
+from gsda_fast.training.checkpoint import CheckpointFolder
+from gsda_fast.training.schedules import Schedule
+from gsda_fast.training.trainer import Report, Trainer
+
+FEATURE_SAMPLES = 2000
+"""Samples of each domain whose features are kept for plots."""
+
+
+def train(config: Config, console: Console) -> RunResult:
+    """Trains as `config` says, or goes on with an interrupted run, and returns what `result.json` holds.
+
+    Raises:
+        UsageError: settings, data or a folder that do not fit; nothing has been written then.
+    """
+    config, source, target = resolve(config)
+    device = torch.device(config.run.device)
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    folder = RunFolder(config.run.output or "")
+    finished = _earlier_result(folder, config)
+    if finished is not None:
+        console.print(f"{folder.path}: finished already, {_accuracy_line(finished)}; remove the folder to run it again")
+        return finished
+
+    torch.manual_seed(config.run.seed)
+    model = build_model(config.model, source.num_classes)
+    method = build_method(config.run.method, model, config.adversarial, source.num_classes, config.run.seed).to(device)
+    recipe = find_benchmark(config.task).recipe
+    plan = SamplingPlan(
+        source.labels,
+        len(target),
+        recipe=recipe,
+        batch_size=config.run.batch_size,
+        seed=config.run.seed,
+        balance_target=config.pseudo_labels.balance_target,
+    )
+    loader = open_loader(config.data, source, target, recipe, batch_size=256, device=device)
+    schedule = Schedule(config.run.steps, config.run.warmup, config.pseudo_labels.refresh_every)
+    trainer = Trainer(
+        method,
+        loader,
+        plan,
+        target,
+        schedule,
+        config.optimizer,
+        confidence_threshold=config.pseudo_labels.confidence_threshold,
+        device=device,
+        log_every=config.run.log_every,
+    )
+    folder.prepare()
+    checkpoints = CheckpointFolder(folder.checkpoints)
+    _resume(config, folder, checkpoints, trainer, console)
+    folder.write_config(config.to_dict())
+    folder.write_environment(_device_name(device))
+    console.print(f"{config.task} {source.name} -> {target.name}, {config.run.method}: {len(source)} + {len(target)} images")
+
+    def on_scored() -> None:
+        if trainer.step == schedule.warmup:
+            _write_features(folder, "warmup", trainer, source, target)
+        checkpoints.save(trainer.step, trainer.state_dict())
+
+    with SummaryWriter(str(folder.tensorboard), purge_step=trainer.step) as board, _progress(console, trainer) as show:
+        for report in trainer.run(on_scored):
+            folder.append_metrics(report.step, report.values)
+            for name, value in report.values.items():
+                if value is not None:
+                    board.add_scalar(name, value, report.step)
+            show(report)
+
+    _write_features(folder, "final", trainer, source, target)
+    result = _write_result(config, folder, trainer, source, target)
+    loader.close()
+    console.print(f"{folder.path}: {_accuracy_line(result)} in {result.seconds:.0f} s")
+    return result
+
+
+def resolve(config: Config) -> tuple[Config, ImageDomain, ImageDomain]:
+    """The configuration with every automatic choice made, and the domains that it names.
+
+    Raises:
+        UsageError: data, a device or a backend that is not there.
+    """
+    source, target = open_pair(config.task, config.data.source, config.data.target, config.data.data_root)
+    run, name = config.run, config.run.device
+    cuda = torch.cuda.is_available()
+    if name == "cuda" and not cuda:
+        raise UsageError("--device", found="cuda", expected="cpu or auto: PyTorch finds no CUDA device here")
+    device = "cuda" if name != "cpu" and cuda else "cpu"
+    groups = config.adversarial.groups or max(1, round(source.num_classes / 5))
+    refresh_every = config.pseudo_labels.refresh_every or -(-len(target) // run.batch_size)
+    default_output = Path("runs") / RunFolder.default_name(config.task, source.name, target.name, run.method, run.seed)
+    resolved = replace(
+        config,
+        run=replace(run, device=device, output=run.output or default_output),
+        data=replace(config.data, source=source.name, target=target.name),
+        adversarial=replace(config.adversarial, groups=groups, backend=_backend(config.adversarial.backend, device)),
+        pseudo_labels=replace(config.pseudo_labels, refresh_every=refresh_every),
+    )
+    return resolved, source, target
+
+
+def _backend(name: str, device: str) -> str:
+    try:
+        return gsda_kernels.resolve_backend(name, device)
+    except ValueError as error:
+        raise UsageError("--backend", found=name, expected=f"one that can run here ({error})") from error
+
+
+def _earlier_result(folder: RunFolder, config: Config) -> RunResult | None:
+    """The result of the same run, if it has finished already.
+
+    Raises:
+        UsageError: the folder holds a run with other settings.
+    """
+    changed = folder.changed_settings(config.to_dict()) if folder.config_path.is_file() else {}
+    differing = {name: pair for name, pair in changed.items() if name not in ("run.output", "run.resume")}
+    if differing and config.run.resume == "auto":
+        told = ", ".join(f"{name} = {old} there and {new} here" for name, (old, new) in differing.items())
+        raise UsageError(
+            "--output",
+            found=f"{folder.path} with other settings ({told})",
+            expected="a new folder, or one of a run with the same settings",
+            remedy="give another --output, or --resume never to start the folder afresh",
+        )
+    return folder.read_result() if config.run.resume == "auto" else None
+
+
+def _resume(config: Config, folder: RunFolder, checkpoints: CheckpointFolder, trainer: Trainer, console: Console) -> None:
+    if config.run.resume == "never":
+        folder.clear()
+        return
+    state, damage = checkpoints.load_newest(trainer.device)
+    for line in damage:
+        console.print(f"warning: {line}; going back to the one before it", style="yellow")
+    if state is not None:
+        trainer.load_state_dict(state)
+        console.print(f"resuming after step {trainer.step}")
+    folder.truncate_metrics(trainer.step)
+
+
+def _write_features(
+    folder: RunFolder, moment: Literal["warmup", "final"], trainer: Trainer, source: ImageDomain, target: ImageDomain
+) -> None:
+    chosen = [_spread(len(domain), FEATURE_SAMPLES) for domain in (source, target)]
+    folder.write_features(
+        moment,
+        trainer.features("source", chosen[0]),
+        trainer.features("target", chosen[1]),
+        source_labels=source.labels[chosen[0]],
+        target_labels=target.labels[chosen[1]],
+    )
+
+
+def _spread(count: int, at_most: int) -> np.ndarray:
+    """At most `at_most` numbers below `count`, evenly spread: files are sorted by class, so every class is among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, at_most)).round().astype(np.int64))
+
+
+def _write_result(
+    config: Config, folder: RunFolder, trainer: Trainer, source: ImageDomain, target: ImageDomain
+) -> RunResult:
+    probabilities = trainer.probabilities if trainer.probabilities is not None else trainer.predict("target")
+    folder.write_predictions(target.labels, probabilities.numpy())
+    result = RunResult(
+        task=config.task,
+        source=source.name,
+        target=target.name,
+        method=config.run.method,
+        seed=config.run.seed,
+        steps=trainer.step,
+        accuracy=trainer.history.accuracy,
+        mean_per_class=trainer.history.mean_per_class,
+        per_class=evaluation_figures(torch.from_numpy(target.labels), probabilities).per_class,
+        classes=target.classes,
+        images_per_second=trainer.images_seen / trainer.training_seconds if trainer.training_seconds else None,
+        seconds=trainer.seconds,
+    )
+    folder.write_result(result)
+    return result
+
+
+@contextmanager
+def _progress(console: Console, trainer: Trainer) -> Iterator[Callable[[Report], None]]:
+    """A console line for each report, and below them a progress bar where there is a terminal."""
+    columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[rate]} images/s"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
+        bar = progress.add_task("", total=trainer.schedule.steps, completed=trainer.step, rate="-")
+
+        def show(report: Report) -> None:
+            progress.update(bar, completed=report.step, rate=f"{report.values['images_per_second']:.0f}")
+            console.print(_report_line(report), highlight=False)
+
+        yield show
+
+
+def _report_line(report: Report) -> str:
+    shown = ("classification", "entropy", "adversarial_domain", "synchronization", "images_per_second", "accuracy")
+    names = {"adversarial_domain": "domain", "images_per_second": "images/s"}
+    parts = [f"step {report.step:>6}"]
+    for name in shown:
+        value = report.values.get(name)
+        if value is not None:
+            parts.append(f"{names.get(name, name)} {value:.4g}" if name != "accuracy" else f"accuracy {value:.2f} %")
+    return "  ".join(parts)
+
+
+def _accuracy_line(result: RunResult) -> str:
+    accuracy = result.accuracy
+    if accuracy.last is None:
+        return "no accuracy, since the target has no labels"
+    return (
+        f"accuracy {accuracy.last:.2f} % after the last step, {accuracy.label_free:.2f} % chosen without labels, "
+        f"{accuracy.best:.2f} % at best on the target (an upper bound)"
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def main() -> None:
+    train(parse_config(sys.argv[1:], "python -m gsda_fast.train"), Console())
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,99 @@
+"""Checkpoints that a kill at any moment leaves usable: written aside, flushed, renamed, and verified when read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+_MAGIC = b"gsda-sha256:"
+_TRAILER_LENGTH = len(_MAGIC) + hashlib.sha256().digest_size
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint whose bytes are not those that were written."""
+
+
+class CheckpointFolder:
+    """The newest checkpoints of a run, ``step-00000800.pt``; older ones are deleted once a newer one is safe.
+
+    Args:
+        path: the folder, made when the first checkpoint is saved. keep: how many to keep, at least 2.
+    """
+
+    def __init__(self, path: Path, keep: int = 2) -> None:
+        if keep < 2:
+            raise ValueError(f"keep: found {keep}; expected at least 2, so that one is good while another is written")
+        self.path, self.keep = path, keep
+
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints on disk, oldest first."""
+        return sorted(int(file.stem.removeprefix("step-")) for file in self.path.glob("step-*.pt"))
+
+    def file(self, step: int) -> Path:
+        return self.path / f"step-{step:08d}.pt"
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Writes `state` (tensors, numbers, strings, lists and dicts) as the checkpoint of `step`."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        temporary = self.path / f"step-{step:08d}.tmp"
+        with temporary.open("wb") as file:
+            digest = _HashingWriter(file)
+            torch.save(state, digest)  # type: ignore[arg-type]
+            file.write(_MAGIC + digest.sha256.digest())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.file(step))
+        _sync_folder(self.path)
+        for old in self.steps()[: -self.keep]:
+            self.file(old).unlink()
+
+    def load(self, step: int, device: torch.device | str = "cpu") -> dict[str, Any]:
+        """The state saved at `step`.
+
+        Raises:
+            DamagedCheckpoint: truncated or altered bytes, which `torch.load` alone would not notice.
+        """
+        content = self.file(step).read_bytes()
+        payload, trailer = content[:-_TRAILER_LENGTH], content[-_TRAILER_LENGTH:]
+        if trailer != _MAGIC + hashlib.sha256(payload).digest():
+            raise DamagedCheckpoint(f"{self.file(step)}: its content does not match its digest")
+        state: dict[str, Any] = torch.load(BytesIO(payload), map_location=device, weights_only=True)
+        return state
+
+    def load_newest(self, device: torch.device | str = "cpu") -> tuple[dict[str, Any] | None, list[str]]:
+        """The newest sound checkpoint's state, or None, and a line for each damaged one that was passed over."""
+        damage: list[str] = []
+        for step in reversed(self.steps()):
+            try:
+                return self.load(step, device), damage
+            except DamagedCheckpoint as error:
+                damage.append(str(error))
+        return None, damage
+
+
+class _HashingWriter:
+    """A binary file that hashes what is written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _sync_folder(path: Path) -> None:
+    """Makes a rename durable: without it a power cut can bring the old name back."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
