@@ -82,7 +82,9 @@ def train(config: Config, console: Console) -> RunResult:
     _resume(config, folder, checkpoints, trainer, console)
     folder.write_config(config.to_dict())
     folder.write_environment(_device_name(device))
-    console.print(f"{config.task} {source.name} -> {target.name}, {config.run.method}: {len(source)} + {len(target)} images")
+    console.print(
+        f"{config.task} {source.name} -> {target.name}, {config.run.method}: {len(source)} + {len(target)} images"
+    )
 
     def on_scored() -> None:
         if trainer.step == schedule.warmup:
@@ -155,7 +157,9 @@ def _earlier_result(folder: RunFolder, config: Config) -> RunResult | None:
     return folder.read_result() if config.run.resume == "auto" else None
 
 
-def _resume(config: Config, folder: RunFolder, checkpoints: CheckpointFolder, trainer: Trainer, console: Console) -> None:
+def _resume(
+    config: Config, folder: RunFolder, checkpoints: CheckpointFolder, trainer: Trainer, console: Console
+) -> None:
     if config.run.resume == "never":
         folder.clear()
         return

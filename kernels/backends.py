@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gsda_kernels.closed_form import TorchBackend
+from gsda_kernels.native import NativeBackend
 
 
 class Backend(Protocol):
@@ -48,13 +49,14 @@ class Backend(Protocol):
 
 _BACKENDS: dict[str, Backend] = {
     "torch": TorchBackend(),
+    "native": NativeBackend(),
 }
 
 # Not behind the registered operations, since autograd must see through it: reference.py.
 _REFERENCE = "reference"
 
 # Tried in this order by "auto".
-_FASTEST_FIRST = ("torch",)
+_FASTEST_FIRST = ("native", "torch")
 
 
 def get(name: str) -> Backend:

@@ -151,7 +151,9 @@ class Trainer:
     def predict(self, domain: Role) -> Tensor:
         """(n, r) float32 class probabilities of a domain, in its order, on the CPU."""
         self.method.eval()
-        parts = [self.method.model(images).logits.float().softmax(1).cpu() for images, _ in self.loader.evaluate(domain)]
+        parts = [
+            self.method.model(images).logits.float().softmax(1).cpu() for images, _ in self.loader.evaluate(domain)
+        ]
         return torch.cat(parts)
 
     @torch.no_grad()
