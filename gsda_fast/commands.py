@@ -14,10 +14,10 @@ from gsda_fast.errors import UsageError
 T = TypeVar("T")
 
 _ANSI_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-# tyro draws its boxes with these where standard output is UTF-8, and with ASCII elsewhere.
-_BORDER = re.compile(r"^[╭+][─-]|^[╰+][─-]")
-_SIDE = re.compile(r"^[│|] ?| ?[│|]$")
-_RULE = re.compile(r"^[─-]{3,}$")
+# tyro frames a message with these where standard output is UTF-8; elsewhere it writes a title, a rule and the message.
+_BORDER = re.compile(r"[╭╰].*")
+_SIDES = re.compile(r"^│|│$")
+_RULE = re.compile(r"[─-]{3,}")
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
@@ -47,7 +47,8 @@ def parse_command_line(parse: Callable[[], T]) -> T:
         parse: calls `tyro.cli`.
 
     Raises:
-        SystemExit: code 2 after a mistake in the options, 0 after `--help`.
+        UsageError: from the `__post_init__` of an options class.
+        SystemExit: code 2 after any other mistake in the options, 0 after `--help`.
     """
     written = io.StringIO()
     try:
@@ -56,6 +57,12 @@ def parse_command_line(parse: Callable[[], T]) -> T:
     except SystemExit as end:
         if end.code in (0, None):
             raise
+        # tyro wraps a ValueError of a dataclass's own checks; a UsageError says it better.
+        cause: BaseException | None = end
+        while cause is not None:
+            if isinstance(cause, UsageError):
+                raise cause from None
+            cause = cause.__context__
         print(f"error: {_box_message(written.getvalue())}; see --help", file=sys.stderr)
         raise SystemExit(2) from None
     sys.stderr.write(written.getvalue())
@@ -63,16 +70,17 @@ def parse_command_line(parse: Callable[[], T]) -> T:
 
 
 def _box_message(box: str) -> str:
-    """The text of tyro's box up to its first horizontal rule: what follows is the help of the option."""
-    message: list[str] = []
-    for line in _ANSI_COLOUR.sub("", box).splitlines():
-        if _BORDER.match(line):
-            continue
-        text = _SIDE.sub("", line).strip()
-        if _RULE.match(text):
-            break
-        message.append(text)
-    return _one_line(" ".join(message)).rstrip(".")
+    """The message in tyro's box: from below its title to the next rule, after which comes the option's help."""
+    lines = [_SIDES.sub("", line).strip() for line in _ANSI_COLOUR.sub("", box).splitlines()]
+    parts: list[list[str]] = [[]]
+    for line in lines:
+        if _BORDER.fullmatch(line) or _RULE.fullmatch(line):
+            parts.append([])
+        else:
+            parts[-1].append(line)
+    # What stands before the first border or rule is the title, or nothing.
+    message = _one_line(" ".join(parts[min(1, len(parts) - 1)]))
+    return message.rstrip(".")
 
 
 def _one_line(text: str) -> str:

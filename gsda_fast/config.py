@@ -20,14 +20,12 @@ from gsda_fast.model import ModelSettings
 from gsda_fast.training.optim import OptimizerSettings
 from gsda_fast.training.pseudo_labels import PseudoLabelSettings
 
-MethodName = Literal[tuple(METHODS)]  # type: ignore[valid-type]
-
 
 @dataclass(frozen=True)
 class RunSettings:
     """The run."""
 
-    method: MethodName = "gsda"
+    method: Annotated[str, tyro.conf.arg(metavar="|".join(METHODS))] = "gsda"
     """Adaptation method."""
     steps: int = 20_000
     """Optimizer steps in all, warm-up included, whatever the number of processes."""
@@ -67,6 +65,8 @@ class Config:
         Raises:
             UsageError: a number outside its range; the message names the option.
         """
+        if self.run.method not in METHODS:
+            raise UsageError("--method", found=f"'{self.run.method}'", expected=", ".join(METHODS))
         at_least = {
             "--steps": (self.run.steps, 1),
             "--warmup": (self.run.warmup, 0),

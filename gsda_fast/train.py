@@ -6,11 +6,8 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
-import gsda_kernels
 import numpy as np
 import torch
 from rich.console import Console
@@ -19,17 +16,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 from gsda_fast.commands import run_command
 from gsda_fast.config import Config, parse_config
-from gsda_fast.data.benchmarks import find_benchmark
-from gsda_fast.data.domains import ImageDomain, open_pair
-from gsda_fast.data.loaders import open_loader
-from gsda_fast.data.sampling import SamplingPlan
+from gsda_fast.data.domains import ImageDomain
 from gsda_fast.errors import UsageError
-from gsda_fast.methods import build_method
-from gsda_fast.model import build_model
 from gsda_fast.results.metrics import evaluation_figures
 from gsda_fast.results.run_folder import RunFolder, RunResult
+from gsda_fast.training.assemble import build_trainer, resolve
 from gsda_fast.training.checkpoint import CheckpointFolder
-from gsda_fast.training.schedules import Schedule
 from gsda_fast.training.trainer import Report, Trainer
 
 FEATURE_SAMPLES = 2000
@@ -43,51 +35,27 @@ def train(config: Config, console: Console) -> RunResult:
         UsageError: settings, data or a folder that do not fit; nothing has been written then.
     """
     config, source, target = resolve(config)
-    device = torch.device(config.run.device)
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
     folder = RunFolder(config.run.output or "")
     finished = _earlier_result(folder, config)
     if finished is not None:
         console.print(f"{folder.path}: finished already, {_accuracy_line(finished)}; remove the folder to run it again")
         return finished
 
-    torch.manual_seed(config.run.seed)
-    model = build_model(config.model, source.num_classes)
-    method = build_method(config.run.method, model, config.adversarial, source.num_classes, config.run.seed).to(device)
-    recipe = find_benchmark(config.task).recipe
-    plan = SamplingPlan(
-        source.labels,
-        len(target),
-        recipe=recipe,
-        batch_size=config.run.batch_size,
-        seed=config.run.seed,
-        balance_target=config.pseudo_labels.balance_target,
-    )
-    loader = open_loader(config.data, source, target, recipe, batch_size=256, device=device)
-    schedule = Schedule(config.run.steps, config.run.warmup, config.pseudo_labels.refresh_every)
-    trainer = Trainer(
-        method,
-        loader,
-        plan,
-        target,
-        schedule,
-        config.optimizer,
-        confidence_threshold=config.pseudo_labels.confidence_threshold,
-        device=device,
-        log_every=config.run.log_every,
-    )
+    trainer = build_trainer(config, source, target)
     folder.prepare()
     checkpoints = CheckpointFolder(folder.checkpoints)
     _resume(config, folder, checkpoints, trainer, console)
     folder.write_config(config.to_dict())
-    folder.write_environment(_device_name(device))
+    folder.write_environment(_device_name(trainer.device))
     console.print(
         f"{config.task} {source.name} -> {target.name}, {config.run.method}: {len(source)} + {len(target)} images"
     )
 
+    if trainer.step == config.run.warmup == 0:
+        _write_features(folder, "warmup", trainer, source, target)
+
     def on_scored() -> None:
-        if trainer.step == schedule.warmup:
+        if trainer.step == config.run.warmup:
             _write_features(folder, "warmup", trainer, source, target)
         checkpoints.save(trainer.step, trainer.state_dict())
 
@@ -101,41 +69,9 @@ def train(config: Config, console: Console) -> RunResult:
 
     _write_features(folder, "final", trainer, source, target)
     result = _write_result(config, folder, trainer, source, target)
-    loader.close()
+    trainer.loader.close()
     console.print(f"{folder.path}: {_accuracy_line(result)} in {result.seconds:.0f} s")
     return result
-
-
-def resolve(config: Config) -> tuple[Config, ImageDomain, ImageDomain]:
-    """The configuration with every automatic choice made, and the domains that it names.
-
-    Raises:
-        UsageError: data, a device or a backend that is not there.
-    """
-    source, target = open_pair(config.task, config.data.source, config.data.target, config.data.data_root)
-    run, name = config.run, config.run.device
-    cuda = torch.cuda.is_available()
-    if name == "cuda" and not cuda:
-        raise UsageError("--device", found="cuda", expected="cpu or auto: PyTorch finds no CUDA device here")
-    device = "cuda" if name != "cpu" and cuda else "cpu"
-    groups = config.adversarial.groups or max(1, round(source.num_classes / 5))
-    refresh_every = config.pseudo_labels.refresh_every or -(-len(target) // run.batch_size)
-    default_output = Path("runs") / RunFolder.default_name(config.task, source.name, target.name, run.method, run.seed)
-    resolved = replace(
-        config,
-        run=replace(run, device=device, output=run.output or default_output),
-        data=replace(config.data, source=source.name, target=target.name),
-        adversarial=replace(config.adversarial, groups=groups, backend=_backend(config.adversarial.backend, device)),
-        pseudo_labels=replace(config.pseudo_labels, refresh_every=refresh_every),
-    )
-    return resolved, source, target
-
-
-def _backend(name: str, device: str) -> str:
-    try:
-        return gsda_kernels.resolve_backend(name, device)
-    except ValueError as error:
-        raise UsageError("--backend", found=name, expected=f"one that can run here ({error})") from error
 
 
 def _earlier_result(folder: RunFolder, config: Config) -> RunResult | None:
@@ -186,7 +122,7 @@ def _write_features(
 
 
 def _spread(count: int, at_most: int) -> np.ndarray:
-    """At most `at_most` numbers below `count`, evenly spread: files are sorted by class, so every class is among them."""
+    """At most `at_most` numbers below `count`, evenly spread: files are sorted by class, so all classes take part."""
     return np.unique(np.linspace(0, count - 1, min(count, at_most)).round().astype(np.int64))
 
 
@@ -222,7 +158,7 @@ def _progress(console: Console, trainer: Trainer) -> Iterator[Callable[[Report],
 
         def show(report: Report) -> None:
             progress.update(bar, completed=report.step, rate=f"{report.values['images_per_second']:.0f}")
-            console.print(_report_line(report), highlight=False)
+            console.print(_report_line(report), highlight=False, soft_wrap=True)
 
         yield show
 

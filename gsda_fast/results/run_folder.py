@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -60,7 +61,7 @@ class RunResult:
             without a target sample.
         classes: names of the classes.
         images_per_second: training throughput, both domains and all ranks; None if no step was timed.
-        seconds: wall-clock time of the run, all of its sessions together.
+        seconds: wall-clock time of the run, with that before an interruption.
         label_free_criterion: what chose the `label_free` figures.
     """
 
@@ -177,6 +178,16 @@ class RunFolder:
                 found=f"{self.path} ({error.strerror})",
                 expected="a folder that can be made and written",
             ) from error
+
+    def clear(self) -> None:
+        """Removes what an earlier run left here; files that no run writes stay."""
+        for file in (self.config_path, self.environment_path, self.metrics_path, self.result_path, self.report_path):
+            file.unlink(missing_ok=True)
+        for file in (self.predictions_path, self.features_path, *self.path.glob("*.png")):
+            file.unlink(missing_ok=True)
+        for folder in (self.checkpoints, self.tensorboard):
+            shutil.rmtree(folder, ignore_errors=True)
+        self._last_step = None
 
     @property
     def config_path(self) -> Path:

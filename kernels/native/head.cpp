@@ -11,9 +11,11 @@ namespace GSDA_ISA {
 namespace {
 
 #ifdef __AVX512F__
-constexpr int kVectorBytes = 64, kTileRows = 6, kTileVectors = 4; // 24 of 32 registers accumulate
+// 24 of 32 registers accumulate.
+constexpr int kVectorBytes = 64, kTileRows = 6, kTileVectors = 4, kInnerRows = 3, kInnerUnits = 8;
 #else
-constexpr int kVectorBytes = 32, kTileRows = 3, kTileVectors = 4; // 12 of 16
+// 12 of 16 do.
+constexpr int kVectorBytes = 32, kTileRows = 3, kTileVectors = 4, kInnerRows = 3, kInnerUnits = 4;
 #endif
 // Rows of a matrix that stay in the second-level cache while every pair passes over them.
 constexpr int64_t kDepthBlock = 64;
@@ -84,9 +86,9 @@ inline void with_rows(int64_t rows, Run run) {
 }
 
 // Cuts `count` rows into tiles of nearly equal height: 39 rows are 7 tiles of 5 or 6, not 6 of 6 and one of 3.
-template <class Run>
+template <int Height, class Run>
 inline void for_row_tiles(int64_t count, Run run) {
-  const int64_t tiles = (count + kTileRows - 1) / kTileRows;
+  const int64_t tiles = (count + Height - 1) / Height;
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t first = count * tile / tiles;
     with_rows(count * (tile + 1) / tiles - first, [&](auto rows) { run(first, rows); });
@@ -141,7 +143,7 @@ void product(int64_t rows, int64_t columns, int64_t depth, const T *a, int64_t a
   do { // once for a depth of zero, too: a sum over nothing
     const int64_t block = depth - from < kDepthBlock ? depth - from : kDepthBlock;
     for_column_strips<T>(columns, [&](int64_t column, auto vectors) {
-      for_row_tiles(rows, [&](int64_t row, auto tile_rows) {
+      for_row_tiles<kTileRows>(rows, [&](int64_t row, auto tile_rows) {
         outer_tile<tile_rows.value, vectors.value, false>(a + row * a_stride + from, a_stride, 1,
                                                           b + from * b_stride + column, b_stride, block,
                                                           c + row * c_stride + column, c_stride, from > 0);
@@ -156,7 +158,7 @@ template <class T>
 void gradient_product(int64_t rows, int64_t columns, int64_t depth, const T *a, int64_t a_stride, const T *b,
                       int64_t b_stride, T *c, int64_t c_stride) {
   const bool aligned = reinterpret_cast<uintptr_t>(c) % kVectorBytes == 0 && c_stride % kLanes<T> == 0;
-  for_row_tiles(rows, [&](int64_t row, auto tile_rows) {
+  for_row_tiles<kTileRows>(rows, [&](int64_t row, auto tile_rows) {
     for_column_strips<T>(columns, [&](int64_t column, auto vectors) {
       T *to = c + row * c_stride + column;
       if (aligned)
@@ -194,35 +196,41 @@ inline void sum_lanes(const Vector<double> *v, double *out) {
   _mm256_storeu_pd(out, _mm256_add_pd(low, high));
 }
 
-// c[m, 0 .. 3] = sum_k a[m, k] * b[0 .. 3, k] for M rows; depth is a multiple of the vector length.
-template <int M, class T>
+// c[m, n] = sum_k a[m, k] * b[n, k] for M rows and N units; depth is a multiple of the vector length.
+template <int M, int N, class T>
 inline void inner_tile(const T *a, int64_t a_stride, const T *b, int64_t b_stride, int64_t depth, T *c,
                        int64_t c_stride) {
-  Vector<T> sums[M][4] = {};
+  Vector<T> sums[M][N] = {};
   for (int64_t k = 0; k < depth; k += kLanes<T>) {
-    Vector<T> units[4];
-#pragma GCC unroll 4
-    for (int n = 0; n < 4; ++n) units[n] = load(b + n * b_stride + k);
+    Vector<T> row[M];
 #pragma GCC unroll 6
-    for (int m = 0; m < M; ++m) {
-      const Vector<T> pair = load(a + m * a_stride + k);
-#pragma GCC unroll 4
-      for (int n = 0; n < 4; ++n) sums[m][n] += pair * units[n];
+    for (int m = 0; m < M; ++m) row[m] = load(a + m * a_stride + k);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      const Vector<T> unit = load(b + n * b_stride + k);
+#pragma GCC unroll 6
+      for (int m = 0; m < M; ++m) sums[m][n] += row[m] * unit;
     }
   }
 #pragma GCC unroll 6
-  for (int m = 0; m < M; ++m) sum_lanes(sums[m], c + m * c_stride);
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int n = 0; n < N; n += 4) sum_lanes(sums[m] + n, c + m * c_stride + n);
 }
 
 // c (rows, columns) = a (rows, depth) @ b (columns, depth).T; columns and depth are multiples of the vector length.
 template <class T>
 void transposed_product(int64_t rows, int64_t columns, int64_t depth, const T *a, int64_t a_stride, const T *b,
                         int64_t b_stride, T *c, int64_t c_stride) {
-  for (int64_t column = 0; column < columns; column += 4)
-    for_row_tiles(rows, [&](int64_t row, auto tile_rows) {
-      inner_tile<tile_rows.value>(a + row * a_stride, a_stride, b + column * b_stride, b_stride, depth,
-                                  c + row * c_stride + column, c_stride);
+  const auto run = [&](int64_t column, auto units) {
+    for_row_tiles<kInnerRows>(rows, [&](int64_t row, auto tile_rows) {
+      inner_tile<tile_rows.value, units.value>(a + row * a_stride, a_stride, b + column * b_stride, b_stride, depth,
+                                               c + row * c_stride + column, c_stride);
     });
+  };
+  int64_t column = 0;
+  for (; column + kInnerUnits <= columns; column += kInnerUnits) run(column, Size<kInnerUnits>{});
+  for (; column < columns; column += 4) run(column, Size<4>{});
 }
 
 template <class T>
