@@ -35,12 +35,15 @@ class NativeBackend:
 
     def __init__(self, instruction_set: str | None = None) -> None:
         """`instruction_set`: avx2 or avx512; None for the widest that the CPU has."""
-        self._wide = (instruction_set or (_EXTENSION and _EXTENSION.instruction_set())) == "avx512"
+        widest = None if _EXTENSION is None else _EXTENSION.instruction_set()
+        self._wide = (instruction_set or widest) == "avx512"
+        self._why_not = _WHY_NOT
+        if _WHY_NOT is None and self._wide and widest != "avx512":
+            self._why_not = "the CPU has no AVX-512"
 
     def unavailable(self, device: torch.device) -> str | None:
-        if device.type not in ("cpu", "meta"):
-            return f"no code for {device.type}"
-        return _WHY_NOT
+        # Meta tensors carry shapes alone, and every backend knows those.
+        return self._why_not if device.type in ("cpu", "meta") else f"C++ code for CPUs alone, not for {device.type}"
 
     def saved_like(self, tensors: Sequence[Tensor], max_pairs: int, needs_grad: Sequence[bool]) -> list[Tensor]:
         features, (_, hidden, dim) = tensors[0], tensors[1].shape

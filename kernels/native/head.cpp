@@ -99,15 +99,17 @@ inline void for_row_tiles(int64_t count, Run run) {
 template <class T, class Run>
 inline void for_column_strips(int64_t columns, Run run) {
   int64_t first = 0;
-  for (; first + kTileVectors * kLanes<T> <= columns; first += kTileVectors * kLanes<T>) run(first, Size<kTileVectors>{});
+  for (; first + kTileVectors * kLanes<T> <= columns; first += kTileVectors * kLanes<T>)
+    run(first, Size<kTileVectors>{});
   for (; first + 2 * kLanes<T> <= columns; first += 2 * kLanes<T>) run(first, Size<2>{});
   for (; first < columns; first += kLanes<T>) run(first, Size<1>{});
 }
 
-// c[m, :] (+)= sum_k a[m * a_row + k * a_depth] * b[k, :] for M rows and N vectors of columns.
+// c[m, :] (+)= sum_k a[m * a_row + k * a_depth] * b[k, :] for M rows and N vectors of columns. Beside its own work it
+// fetches one cache line at `soon` from each of the same rows: the hardware's own fetching stops at the end of a page.
 template <int M, int N, bool Streaming, class T>
 inline void outer_tile(const T *a, int64_t a_row, int64_t a_depth, const T *b, int64_t b_stride, int64_t depth, T *c,
-                       int64_t c_stride, bool accumulate) {
+                       int64_t c_stride, bool accumulate, const T *soon) {
   Vector<T> sums[M][N];
 #pragma GCC unroll 6
   for (int m = 0; m < M; ++m)
@@ -115,6 +117,7 @@ inline void outer_tile(const T *a, int64_t a_row, int64_t a_depth, const T *b, i
     for (int n = 0; n < N; ++n)
       sums[m][n] = accumulate ? load(c + m * c_stride + n * kLanes<T>) : Vector<T>{};
   for (int64_t k = 0; k < depth; ++k) {
+    __builtin_prefetch(soon + k * b_stride, 0, 2);
     Vector<T> row[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) row[n] = load(b + k * b_stride + n * kLanes<T>);
@@ -143,10 +146,11 @@ void product(int64_t rows, int64_t columns, int64_t depth, const T *a, int64_t a
   do { // once for a depth of zero, too: a sum over nothing
     const int64_t block = depth - from < kDepthBlock ? depth - from : kDepthBlock;
     for_column_strips<T>(columns, [&](int64_t column, auto vectors) {
+      const T *strip = b + from * b_stride + column, *next_strip = strip + vectors.value * kLanes<T>;
       for_row_tiles<kTileRows>(rows, [&](int64_t row, auto tile_rows) {
-        outer_tile<tile_rows.value, vectors.value, false>(a + row * a_stride + from, a_stride, 1,
-                                                          b + from * b_stride + column, b_stride, block,
-                                                          c + row * c_stride + column, c_stride, from > 0);
+        outer_tile<tile_rows.value, vectors.value, false>(
+            a + row * a_stride + from, a_stride, 1, strip, b_stride, block, c + row * c_stride + column, c_stride,
+            from > 0, next_strip + row / kTileRows * kLanes<T>);
       });
     });
     from += kDepthBlock;
@@ -160,13 +164,11 @@ void gradient_product(int64_t rows, int64_t columns, int64_t depth, const T *a, 
   const bool aligned = reinterpret_cast<uintptr_t>(c) % kVectorBytes == 0 && c_stride % kLanes<T> == 0;
   for_row_tiles<kTileRows>(rows, [&](int64_t row, auto tile_rows) {
     for_column_strips<T>(columns, [&](int64_t column, auto vectors) {
-      T *to = c + row * c_stride + column;
-      if (aligned)
-        outer_tile<tile_rows.value, vectors.value, true>(a + row, 1, a_stride, b + column, b_stride, depth, to,
-                                                         c_stride, false);
-      else
-        outer_tile<tile_rows.value, vectors.value, false>(a + row, 1, a_stride, b + column, b_stride, depth, to,
-                                                          c_stride, false);
+      const auto tile = aligned ? outer_tile<tile_rows.value, vectors.value, true, T>
+                                : outer_tile<tile_rows.value, vectors.value, false, T>;
+      const T *strip = b + column;
+      tile(a + row, 1, a_stride, strip, b_stride, depth, c + row * c_stride + column, c_stride, false,
+           strip + vectors.value * kLanes<T>);
     });
   });
 }
@@ -180,7 +182,8 @@ inline void sum_lanes(const Vector<float> *v, float *out) {
 #else
   auto halves = [](Vector<float> x) { return (__m256)x; };
 #endif
-  const __m256 quads = _mm256_hadd_ps(_mm256_hadd_ps(halves(v[0]), halves(v[1])), _mm256_hadd_ps(halves(v[2]), halves(v[3])));
+  const __m256 first = _mm256_hadd_ps(halves(v[0]), halves(v[1])), second = _mm256_hadd_ps(halves(v[2]), halves(v[3]));
+  const __m256 quads = _mm256_hadd_ps(first, second);
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(quads), _mm256_extractf128_ps(quads, 1)));
 }
 inline void sum_lanes(const Vector<double> *v, double *out) {
@@ -196,12 +199,14 @@ inline void sum_lanes(const Vector<double> *v, double *out) {
   _mm256_storeu_pd(out, _mm256_add_pd(low, high));
 }
 
-// c[m, n] = sum_k a[m, k] * b[n, k] for M rows and N units; depth is a multiple of the vector length.
+// c[m, n] = sum_k a[m, k] * b[n, k] for M rows and N units; depth is a multiple of the vector length. Beside its own
+// work it fetches the row at `soon`.
 template <int M, int N, class T>
 inline void inner_tile(const T *a, int64_t a_stride, const T *b, int64_t b_stride, int64_t depth, T *c,
-                       int64_t c_stride) {
+                       int64_t c_stride, const T *soon) {
   Vector<T> sums[M][N] = {};
   for (int64_t k = 0; k < depth; k += kLanes<T>) {
+    __builtin_prefetch(soon + k, 0, 2);
     Vector<T> row[M];
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m) row[m] = load(a + m * a_stride + k);
@@ -223,9 +228,11 @@ template <class T>
 void transposed_product(int64_t rows, int64_t columns, int64_t depth, const T *a, int64_t a_stride, const T *b,
                         int64_t b_stride, T *c, int64_t c_stride) {
   const auto run = [&](int64_t column, auto units) {
+    const T *group = b + column * b_stride, *next_group = group + units.value * b_stride;
     for_row_tiles<kInnerRows>(rows, [&](int64_t row, auto tile_rows) {
-      inner_tile<tile_rows.value, units.value>(a + row * a_stride, a_stride, b + column * b_stride, b_stride, depth,
-                                               c + row * c_stride + column, c_stride);
+      inner_tile<tile_rows.value, units.value>(a + row * a_stride, a_stride, group, b_stride, depth,
+                                               c + row * c_stride + column, c_stride,
+                                               next_group + row / kInnerRows * b_stride);
     });
   };
   int64_t column = 0;
@@ -279,7 +286,8 @@ void unpad(const T *from, int64_t from_columns, T *to, int64_t rows, int64_t col
 template <class T>
 Weights<T> weights_of(const Head<T> &head, int64_t k, Scratch<T> &scratch) {
   const int64_t d = head.dim, h = head.hidden, dp = padded<T>(d), hp = padded<T>(h);
-  const Weights<T> own{head.w1 + k * h * d, head.b1 + k * h, head.w2 + k * h * h, head.b2 + k * h, head.w3 + k * h, dp, hp};
+  const Weights<T> own{head.w1 + k * h * d, head.b1 + k * h, head.w2 + k * h * h, head.b2 + k * h, head.w3 + k * h,
+                       dp,                  hp};
   if (d == dp && h == hp) return own;
   return {padded_copy(own.w1, h, d, hp, dp, scratch.take(hp * dp)), padded_copy(own.b1, 1, h, 1, hp, scratch.take(hp)),
           padded_copy(own.w2, h, h, hp, hp, scratch.take(hp * hp)), padded_copy(own.b2, 1, h, 1, hp, scratch.take(hp)),
