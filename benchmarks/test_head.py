@@ -20,7 +20,7 @@ from benchmarks.contenders import BASELINE, REFERENCE, contenders, step
 from benchmarks.shapes import SHAPES, HeadInputs, make_inputs
 
 PLAYERS = {"both players": True, "encoder step": False}
-VISITS = 7
+VISITS = 5
 # The loop takes up to a minute a step at the large shapes.
 REFERENCE_VISITS, REFERENCE_SHAPES = 2, ("visda", "office31", "office-home", "digits")
 
@@ -74,5 +74,5 @@ def test_head(
             peak_memory=work.peak_memory(shape, contender, discriminators, device),
         )
     slow = contender == REFERENCE and shape != "digits"
-    many = 20 if shape == "digits" else 3
-    benchmark.pedantic(timed, rounds=1 if slow else many, warmup_rounds=0 if slow else 1)
+    many = 20 if shape == "digits" else 2
+    benchmark.pedantic(timed, rounds=1 if slow else many, warmup_rounds=0 if slow or visit else 1)
