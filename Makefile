@@ -2,9 +2,49 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+BUILT_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/native/*)
 
-.PHONY: types
+.PHONY: help demo test test-all lint types clean
 
-types:
+help:
+	@echo "make demo      train on the built-in digits and show what adaptation gained (a few minutes on a CPU)"
+	@echo "make test      run the tests; make test-all adds the exhaustive sweeps"
+	@echo "make lint      style and types"
+	@echo "make clean     remove the environment and everything built"
+
+demo: $(VENV)/installed
+	$(BIN)/python -m gsda_fast.suite digits --tasks "fonts->optdigits" --methods source-only gsda --seeds 0 \
+		--output runs/demo --report
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-dev types
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+# mypy finds gsda_kernels by its import name, which is not its folder's.
+types: $(VENV)/installed-dev
 	mkdir -p build/types && ln -sfn ../../kernels build/types/gsda_kernels
 	MYPYPATH=build/types $(BIN)/python -m mypy -p gsda_fast -p gsda_kernels
+
+clean:
+	rm -rf $(VENV) build
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+		{ echo "error: PYTHON: found $$($(PYTHON) --version); expected 3.11 or newer; make PYTHON=/path/to/python"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# Editable, so that gsda_fast and gsda_kernels always come from the same checkout.
+$(VENV)/installed: $(VENV)/bin/python $(BUILT_FROM)
+	$(INSTALL) --editable ".[dali]"
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(INSTALL) --editable ".[dali,dev]"
+	touch $@

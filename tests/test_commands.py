@@ -1,0 +1,142 @@
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Literal, NoReturn
+
+import pytest
+import tyro
+
+from gsda_fast.commands import parse_command_line, run_command
+from gsda_fast.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Trains."""
+
+    task: Annotated[Literal["digits", "visda"], tyro.conf.Positional]
+    """The task."""
+    steps: int = 5
+    """Number of steps."""
+    backend: Literal["auto", "torch", "reference", "native", "triton"] = "auto"
+    """What computes the adversarial terms."""
+
+
+def parse(*arguments: str) -> Callable[[], Options]:
+    return lambda: tyro.cli(Options, args=arguments)
+
+
+def test_good_options_pass() -> None:
+    assert parse_command_line(parse("visda", "--steps", "7")) == Options("visda", 7)
+
+
+@pytest.mark.parametrize("utf8", [True, False])
+@pytest.mark.parametrize("colour", [True, False])
+@pytest.mark.parametrize(
+    ("arguments", "mentioned"),
+    [
+        (("digits", "--stesp", "3"), ["Unrecognized options", "--stesp"]),
+        (("digits", "--backend", "cuda"), ["'cuda'", "--backend", "'triton'"]),
+        (("digits", "--steps", "many"), ["--steps", "'many'"]),
+        (("digits", "--steps"), ["Missing value", "--steps"]),
+        (("office",), ["'office'", "'digits'"]),
+        ((), ["Missing", "{digits,visda}"]),
+    ],
+)
+def test_mistake_is_one_line(
+    arguments: tuple[str, ...],
+    mentioned: list[str],
+    utf8: bool,
+    colour: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tyro._fmtlib._should_use_utf8_drawing_chars", lambda: utf8)
+    if colour:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+        monkeypatch.setenv("TERM", "xterm")
+    with pytest.raises(SystemExit) as end:
+        parse_command_line(parse(*arguments))
+    assert end.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("error: ")
+    assert captured.err.endswith("; see --help\n")
+    assert not set("╭╮╰╯│─|\x1b") & set(captured.err)
+    assert "  " not in captured.err
+    assert "helptext" not in captured.err
+    for words in mentioned:
+        assert words in captured.err
+
+
+def test_help_is_shown_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse_command_line(parse("--help"))
+    assert end.value.code in (0, None)
+    assert "Number of steps" in capsys.readouterr().out
+
+
+@dataclass(frozen=True)
+class Checked:
+    steps: int = 5
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UsageError("--steps", found=str(self.steps), expected="1 or more")
+
+
+@dataclass(frozen=True)
+class Nested:
+    training: tyro.conf.OmitArgPrefixes[Checked]
+
+
+@pytest.mark.parametrize("options", [Checked, Nested])
+def test_usage_error_of_the_options_stays_itself(options: type) -> None:
+    with pytest.raises(UsageError, match=r"^--steps: found 0; expected 1 or more$"):
+        parse_command_line(lambda: tyro.cli(options, args=["--steps", "0"]))
+
+
+def test_warning_on_standard_error_survives(capsys: pytest.CaptureFixture[str]) -> None:
+    def parse_with_warning() -> int:
+        print("a warning", file=sys.stderr)
+        return 1
+
+    assert parse_command_line(parse_with_warning) == 1
+    assert capsys.readouterr().err == "a warning\n"
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (1, 1)])
+def test_exit_code(returned: int | None, code: int) -> None:
+    with pytest.raises(SystemExit) as end:
+        run_command(lambda: returned)
+    assert end.value.code == code
+
+
+def test_usage_error_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> NoReturn:
+        raise UsageError("--steps", found="0", expected="1 or\n  more", remedy="ask for one")
+
+    with pytest.raises(SystemExit) as end:
+        run_command(main)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: --steps: found 0; expected 1 or more; ask for one\n"
+
+
+def test_interrupt(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> NoReturn:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        run_command(main)
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_defect_keeps_its_traceback() -> None:
+    def main() -> NoReturn:
+        raise ValueError("a defect")
+
+    with pytest.raises(ValueError, match="a defect"):
+        run_command(main)
