@@ -25,7 +25,10 @@ class Backend(Protocol):
     def forward(
         self, tensors: Sequence[Tensor], weight: Tensor, label: Tensor, max_pairs: int, needs_grad: Sequence[bool]
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """loss (K,), gradient_norm (K,) and what `backward` needs; both results NaN beyond `max_pairs` active pairs."""
+        """loss (K,), gradient_norm (K,) and what `backward` needs.
+
+        Both results are NaN beyond `max_pairs` active pairs, and so are the gradients to whatever has such a pair.
+        """
         ...
 
     def backward(

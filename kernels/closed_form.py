@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gsda_kernels import pairs
+from gsda_kernels import buffers, pairs
 
 
 class TorchBackend:
@@ -27,9 +27,9 @@ class TorchBackend:
         features, w1 = tensors[:2]
         count, (_, hidden, dim) = pairs.num_buffer_rows(features, w1, max_pairs), w1.shape
         sums = torch.float64 if features.dtype == torch.float64 else torch.float32
-        saved = [features.new_empty(count, dim), *(features.new_empty(count, dtype=sums) for _ in range(2))]
+        saved = [buffers.empty((count, dim), features), *(features.new_empty(count, dtype=sums) for _ in range(2))]
         if any(needs_grad[1:]):
-            saved += [features.new_empty(count, hidden) for _ in range(3)]
+            saved += [buffers.empty((count, hidden), features) for _ in range(3)]
         return saved
 
     def forward(
@@ -59,8 +59,10 @@ class TorchBackend:
             torch.linalg.vector_norm(jacobian, dim=-1, dtype=weight.dtype, out=norm)
             loss[block.discriminator] = (block.weight * F.softplus(signed_logit)).sum(-1)
             gradient_norm[block.discriminator] = (block.weight * residual * norm).sum(-1)
-        loss, gradient_norm = pairs.poison_overflow(weight, max_pairs, loss / num_samples, gradient_norm / num_samples)
-        return loss, gradient_norm, saved
+        poison = pairs.nan_beyond(weight, max_pairs)
+        # Through the saved norms the gradients become NaN as well.
+        norms.mul_(poison)
+        return loss / num_samples * poison, gradient_norm / num_samples * poison, saved
 
     def backward(
         self,
@@ -74,7 +76,7 @@ class TorchBackend:
         needs_grad: Sequence[bool],
     ) -> list[Tensor | None]:
         features, parameters = tensors[0], [parameter.to(tensors[0].dtype) for parameter in tensors[1:]]
-        gradients = [torch.zeros_like(t) if needed else None for t, needed in zip(tensors, needs_grad)]
+        gradients = [buffers.empty(t.shape, t) if needed else None for t, needed in zip(tensors, needs_grad)]
         jacobians, residuals, norms = saved[:3]
         feature_gradient = torch.zeros_like(features, dtype=weight.dtype) if needs_grad[0] else None
         for block in pairs.blocks(features, parameters[0], weight, label, len(jacobians)):

@@ -64,7 +64,9 @@ def num_buffer_rows(features: Tensor, w1: Tensor, max_pairs: int) -> int:
 
 
 def blocks(features: Tensor, w1: Tensor, weight: Tensor, label: Tensor, max_pairs: int) -> Iterator[Block]:
-    """The blocks that cover every pair with a non-zero weight; none beyond `max_pairs` pairs.
+    """The blocks that cover every pair with a non-zero weight, at most the first `max_pairs` of them.
+
+    A discriminator without pairs has an empty block: its gradients are sums over nothing.
 
     Args:
         features: (N, D). w1: (K, H, D). weight: (N, K). label: (N,).
@@ -75,20 +77,16 @@ def blocks(features: Tensor, w1: Tensor, weight: Tensor, label: Tensor, max_pair
         yield Block(slice(None), slice(None), shape, None, weight.t(), sign.expand(shape))
         return
     by_discriminator = weight.t()
-    discriminators, rows = by_discriminator.nonzero().unbind(1)
+    discriminators, rows = by_discriminator.nonzero()[:max_pairs].unbind(1)
     counts = torch.bincount(discriminators, minlength=w1.shape[0]).tolist()
     pair_weight, pair_sign = by_discriminator[discriminators, rows], sign[rows]
     start = 0
     for k, count in enumerate(counts):
         span = slice(start, start + count)
         start += count
-        if start > max_pairs:
-            return
-        if count:
-            yield Block(k, span, (count,), rows[span], pair_weight[span], pair_sign[span])
+        yield Block(k, span, (count,), rows[span], pair_weight[span], pair_sign[span])
 
 
-def poison_overflow(weight: Tensor, max_pairs: int, loss: Tensor, gradient_norm: Tensor) -> tuple[Tensor, Tensor]:
-    """NaN in both results where more than `max_pairs` pairs are active: never a wrong number, and no host wait."""
-    too_many = torch.count_nonzero(weight) > max_pairs
-    return loss.masked_fill(too_many, float("nan")), gradient_norm.masked_fill(too_many, float("nan"))
+def nan_beyond(weight: Tensor, max_pairs: int) -> Tensor:
+    """0-d: NaN where more than `max_pairs` pairs are active, else 1. A factor, so that gradients turn NaN as well."""
+    return torch.where(torch.count_nonzero(weight) > max_pairs, torch.nan, 1.0).to(weight.dtype)
