@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-
-# What one block may hold on the chips with the least shared memory (compute capability 8.6, 8.9, 12.0).
-SHARED_MEMORY = 101376
 
 
 @dataclass(frozen=True)
@@ -28,8 +25,10 @@ class Product:
 
 @dataclass(frozen=True)
 class Configuration:
-    """Attributes:
-    layer: results of (pairs, H). jacobian: of (pairs, D); the same block_rows. weight: of (H, D) and (H, H).
+    """The three kinds of products.
+
+    Attributes:
+        layer: results of (pairs, H). jacobian: of (pairs, D), with the same block_rows. weight: of (H, D) and (H, H).
     """
 
     layer: Product
@@ -41,42 +40,44 @@ class Configuration:
         return self.layer.block_rows
 
 
-def configure(num_samples: int, dim: int, hidden: int, dtype: torch.dtype, precision: str) -> Configuration:
+def configure(
+    num_samples: int, dim: int, hidden: int, dtype: torch.dtype, parameter_dtype: torch.dtype, precision: str
+) -> Configuration:
     """The configuration for one shape class.
 
     Args:
         num_samples: bounds the pairs of one discriminator. dim, hidden: D and H.
-        dtype: of the products' operands. precision: ``ieee`` or ``tf32``, for float32 operands.
+        dtype: of the features and of the products. parameter_dtype: of the weights as they are stored.
+        precision: ``ieee`` or ``tf32``, for float32 products.
     """
+    # An iteration takes as many bytes in every dtype.
+    wide = parameter_dtype.itemsize > 2
+    inner, warps = (32, 8) if wide else (64, 4)
+    weight = Product(64, 128, inner, warps, num_stages=2)
     if dtype == torch.float32 and precision == "ieee":
         # Without tensor cores a tile lives in registers: small ones, or it spills.
         layer = jacobian = weight = Product(64, 64, 16, num_warps=8, num_stages=3)
     elif num_samples <= 96:
         # One or two tiles to a discriminator: reading the weights is the cost, so many programs keep loads in flight.
-        layer = weight = Product(64, 64, 64, num_warps=4, num_stages=4)
-        jacobian = Product(64, 32, 64, num_warps=4, num_stages=4)
+        layer = Product(64, 64, inner, num_warps=4, num_stages=4)
+        jacobian = Product(64, 32, inner, num_warps=4, num_stages=4)
     elif num_samples <= 512:
-        layer = weight = Product(64, 128, 64, num_warps=4, num_stages=3)
-        jacobian = Product(64, 64, 64, num_warps=4, num_stages=4)
+        layer = Product(64, 128, inner, warps, num_stages=3)
+        jacobian = Product(64, 64, inner, num_warps=4, num_stages=4)
     else:
-        layer = weight = Product(128, 128, 64, num_warps=8, num_stages=3)
-        jacobian = Product(128, 64, 64, num_warps=8, num_stages=3)
-    return Configuration(
-        _fit(layer, num_samples, hidden, max(dim, hidden), dtype),
-        _fit(jacobian, num_samples, dim, hidden, dtype),
-        _fit(weight, hidden, max(dim, hidden), num_samples, dtype),
-    )
+        layer = Product(128, 64 if wide else 128, inner, num_warps=8, num_stages=3)
+        jacobian = Product(128, 64, inner, num_warps=8, num_stages=3)
+        weight = weight if wide else Product(128, 128, inner, num_warps=8, num_stages=3)
+    widest = max(dim, hidden)
+    return Configuration(_fit(layer, hidden, widest), _fit(jacobian, dim, hidden), _fit(weight, widest, num_samples))
 
 
-def _fit(product: Product, rows: int, columns: int, inner: int, dtype: torch.dtype) -> Product:
-    """No tile wider than what it covers; operands of four bytes in half as many."""
-    block_rows = max(64, min(product.block_rows, _power_of_two(rows)))
-    return Product(
-        block_rows,
-        min(product.block_columns, _power_of_two(columns)),
-        min(product.block_inner * 2 // max(dtype.itemsize, 2), _power_of_two(inner)),
-        product.num_warps,
-        product.num_stages,
+def _fit(product: Product, columns: int, inner: int) -> Product:
+    """No tile wider, and no iteration longer, than what it covers."""
+    return replace(
+        product,
+        block_columns=min(product.block_columns, _power_of_two(columns)),
+        block_inner=min(product.block_inner, _power_of_two(inner)),
     )
 
 

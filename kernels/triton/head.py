@@ -50,7 +50,7 @@ class Saved:
         """Uninitialised."""
         features, w1 = tensors[:2]
         (num_samples, dim), (num_discriminators, hidden, _) = features.shape, w1.shape
-        block_pairs = _configuration(features, hidden).block_pairs
+        block_pairs = _configuration(features, w1).block_pairs
         layers = [features.new_empty(max_pairs, hidden) for _ in range(3)] if any(needs_grad[1:]) else []
         return Saved(
             Routing.empty(features, num_samples, num_discriminators, max_pairs, block_pairs),
@@ -76,7 +76,7 @@ def forward(
     features, w1, b1, w2, b2, w3, b3 = (tensor.contiguous() for tensor in tensors)
     weight, label = weight.contiguous(), label.contiguous()
     (num_samples, dim), (num_discriminators, hidden, _) = features.shape, w1.shape
-    config = _configuration(features, hidden)
+    config = _configuration(features, w1)
     saved = Saved.empty((features, w1), max_pairs, needs_grad)
     routing = saved.routing
     h1 = features.new_empty(max_pairs, hidden) if saved.h1 is None else saved.h1
@@ -176,11 +176,12 @@ def _parameter_gradients(
     w1, b1, w2, b2, w3, b3 = parameters
     want_w1, want_b1, want_w2, want_b2, want_w3, _ = wanted
     (num_samples, dim), (num_discriminators, hidden, _) = features.shape, w1.shape
-    config, routing, pairs = _configuration(features, hidden), saved.routing, len(saved.jacobian)
+    config, routing, pairs = _configuration(features, w1), saved.routing, len(saved.jacobian)
     grad_logit, direction = torch.empty_like(saved.residual), torch.empty_like(saved.norm)
     # A pointer that a kernel does not store through is any tensor: no memory is taken for what is not wanted.
     grad_w1, grad_w2 = (torch.empty_like(w) if want else w for w, want in ((w1, want_w1), (w2, want_w2)))
-    grad_b1, grad_b2, grad_w3, grad_b3 = (torch.empty_like(parameter) for parameter in (b1, b2, w3, b3))
+    grad_b1, grad_b2, grad_b3 = (torch.empty_like(parameter) for parameter in (b1, b2, b3))
+    grad_w3 = None
 
     first_operand = torch.empty_like(saved.jacobian)
     block_columns = min(64, triton.next_power_of_2(dim))
@@ -191,30 +192,35 @@ def _parameter_gradients(
         BLOCK_PAIRS=_BLOCK_PAIRS, BLOCK_COLUMNS=block_columns, num_warps=4,
     )  # fmt: skip
     sums = _options(config.weight, features)
-    weight_grid = (triton.cdiv(hidden, config.weight.block_rows), num_discriminators)
+    row_blocks = triton.cdiv(hidden, config.weight.block_rows)
     if want_w1 or want_b1:
-        weight_gradient_kernel[weight_grid](
-            saved.u1, first_operand, grad_logit, routing.offsets, w2, b2, w3, grad_w1, grad_b1, grad_w3, hidden, dim,
+        column_blocks = triton.cdiv(dim, config.weight.block_columns) if want_w1 else 1
+        weight_gradient_kernel[(column_blocks, row_blocks, num_discriminators)](
+            saved.u1, first_operand, grad_logit, routing.offsets, w2, b2, w3, grad_w1, grad_b1, grad_logit, hidden, dim,
             SECOND_LAYER=False, WANT_WEIGHT=want_w1, WANT_W3=False, **sums,
         )  # fmt: skip
     if want_w2 or want_b2 or want_w3:
-        second_operand = features.new_empty(pairs, hidden)
-        if want_w2 or want_w3:
+        product = want_w2 or want_w3
+        column_blocks = triton.cdiv(hidden, config.weight.block_columns) if product else 1
+        second_operand = features.new_empty(pairs, hidden) if product else saved.h1
+        w3_part = grad_logit.new_empty(num_discriminators, hidden, column_blocks)
+        if product:
             hidden_backward_kernel[(triton.cdiv(hidden, config.layer.block_columns), routing.num_tiles)](
                 saved.jacobian, w1, saved.h1, grad_logit, direction, routing.offsets, routing.tiles, second_operand,
                 dim, hidden, **_options(config.layer, features),
             )  # fmt: skip
-        weight_gradient_kernel[weight_grid](
-            saved.active2, second_operand, grad_logit, routing.offsets, w2, b2, w3, grad_w2, grad_b2, grad_w3,
+        weight_gradient_kernel[(column_blocks, row_blocks, num_discriminators)](
+            saved.active2, second_operand, grad_logit, routing.offsets, w2, b2, w3, grad_w2, grad_b2, w3_part,
             hidden, hidden, SECOND_LAYER=True, WANT_WEIGHT=want_w2, WANT_W3=want_w3, **sums,
         )  # fmt: skip
+        if want_w3:
+            grad_w3 = w3_part.sum(-1).to(w3.dtype)
     every = (grad_w1, grad_b1, grad_w2, grad_b2, grad_w3, grad_b3)
     return [gradient if want else None for gradient, want in zip(every, wanted)]
 
 
-def _configuration(features: Tensor, hidden: int) -> Configuration:
-    num_samples, dim = features.shape
-    return configure(num_samples, dim, hidden, features.dtype, _precision(features.dtype))
+def _configuration(features: Tensor, w1: Tensor) -> Configuration:
+    return configure(*features.shape, w1.shape[1], features.dtype, w1.dtype, _precision(features.dtype))
 
 
 def _precision(dtype: torch.dtype) -> str:

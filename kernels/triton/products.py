@@ -253,7 +253,7 @@ def weight_gradient_kernel(
     w3: tl.tensor,
     grad_weight: tl.tensor,
     grad_bias: tl.tensor,
-    grad_w3: tl.tensor,
+    w3_part: tl.tensor,
     hidden: int,
     num_columns: int,
     SECOND_LAYER: tl.constexpr,
@@ -269,55 +269,50 @@ def weight_gradient_kernel(
     With A = sum_p left[p]^T right[p] and a = sum_p left[p] dz[p]:
         layer 1 (left u1, right dz f + q):         dW1 = A          db1 = a
         layer 2 (left m2, right dz h1 + g1):       dW2 = w3 A       db2 = w3 a       dw3 = rowsum(W2 * A) + b2 a
-    The last one is sum_p m2 (W2 g1) + dz h2 with its product of pairs and W2 taken after the sum over pairs, where it
-    costs a row sum instead.
+    The last one is sum_p m2 (W2 g1) + dz h2 with the product with W2 taken after the sum over pairs, where it costs a
+    row sum: a quarter less work than a product for every pair.
 
-    Grid (H / BLOCK_ROWS, K). left: (max_pairs, H), right: (max_pairs, C = num_columns), one dtype.
-    grad_logit: (max_pairs,) float32. w2: (K, H, H), b2, w3: (K, H), read if SECOND_LAYER. grad_weight: (K, H, C),
-    stored if WANT_WEIGHT. grad_bias: (K, H). grad_w3: (K, H), stored if WANT_W3.
+    Grid (C / BLOCK_COLUMNS, H / BLOCK_ROWS, K); the programs of the first column store what has no columns.
+    left: (max_pairs, H), right: (max_pairs, C = num_columns), one dtype. grad_logit (dz): (max_pairs,) float32.
+    w2: (K, H, H), b2, w3: (K, H), read if SECOND_LAYER. grad_weight: (K, H, C), stored if WANT_WEIGHT.
+    grad_bias: (K, H). w3_part: (K, H, C / BLOCK_COLUMNS) float32, stored if WANT_W3, to be summed.
     """
-    k = tl.program_id(1)
+    k = tl.program_id(2)
     begin = tl.load(offsets + k)
     end = tl.load(offsets + k + 1)
-    units = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    units = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     unit_mask = units < hidden
     inner = tl.arange(0, BLOCK_INNER)
-    bias = tl.zeros([BLOCK_ROWS], tl.float32)
-    for first in range(begin, end, BLOCK_INNER):
-        pairs = first + inner
-        pair_mask = pairs < end
-        a = tl.load(
-            left + pairs[:, None].to(tl.int64) * hidden + units[None, :],
-            mask=pair_mask[:, None] & unit_mask[None, :],
-            other=0.0,
-        )
-        dz = tl.load(grad_logit + pairs, mask=pair_mask, other=0.0)
-        bias += tl.sum(a.to(tl.float32) * dz[:, None], 0)
     row = k * hidden + units
     scale = tl.full([BLOCK_ROWS], 1.0, tl.float32)
     if SECOND_LAYER:
         scale = tl.load(w3 + row, mask=unit_mask, other=0.0).to(tl.float32)
-    tl.store(grad_bias + row, (scale * bias).to(grad_bias.dtype.element_ty), mask=unit_mask)
-    if WANT_WEIGHT or WANT_W3:
-        last = tl.zeros([BLOCK_ROWS], tl.float32)
-        for first_column in range(0, num_columns, BLOCK_COLUMNS):
-            columns = first_column + tl.arange(0, BLOCK_COLUMNS)
-            column_mask = columns < num_columns
-            total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
-            for first in range(begin, end, BLOCK_INNER):
-                pairs = (first + inner)[:, None].to(tl.int64)
-                pair_mask = pairs < end
-                a = tl.load(left + pairs * hidden + units[None, :], mask=pair_mask & unit_mask[None, :], other=0.0)
-                b = tl.load(
-                    right + pairs * num_columns + columns[None, :], mask=pair_mask & column_mask[None, :], other=0.0
-                )
-                total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION)
-            cell = row[:, None].to(tl.int64) * num_columns + columns[None, :]
-            mask = unit_mask[:, None] & column_mask[None, :]
-            if WANT_W3:
-                last += tl.sum(total * tl.load(w2 + cell, mask=mask, other=0.0).to(tl.float32), 1)
-            if WANT_WEIGHT:
-                tl.store(grad_weight + cell, (total * scale[:, None]).to(grad_weight.dtype.element_ty), mask=mask)
+    first_part = tl.zeros([BLOCK_ROWS], tl.float32)
+    if tl.program_id(0) == 0:
+        bias = tl.zeros([BLOCK_ROWS], tl.float32)
+        for first in range(begin, end, BLOCK_INNER):
+            pairs = (first + inner)[:, None].to(tl.int64)
+            a = tl.load(left + pairs * hidden + units[None, :], mask=(pairs < end) & unit_mask[None, :], other=0.0)
+            dz = tl.load(grad_logit + pairs, mask=pairs < end, other=0.0)
+            bias += tl.sum(a.to(tl.float32) * dz, 0)
+        tl.store(grad_bias + row, (scale * bias).to(grad_bias.dtype.element_ty), mask=unit_mask)
         if WANT_W3:
-            last += bias * tl.load(b2 + row, mask=unit_mask, other=0.0).to(tl.float32)
-            tl.store(grad_w3 + row, last.to(grad_w3.dtype.element_ty), mask=unit_mask)
+            first_part = bias * tl.load(b2 + row, mask=unit_mask, other=0.0).to(tl.float32)
+    if WANT_WEIGHT or WANT_W3:
+        columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+        column_mask = columns < num_columns
+        total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+        for first in range(begin, end, BLOCK_INNER):
+            pairs = (first + inner)[:, None].to(tl.int64)
+            a = tl.load(left + pairs * hidden + units[None, :], mask=(pairs < end) & unit_mask[None, :], other=0.0)
+            b = tl.load(
+                right + pairs * num_columns + columns[None, :], mask=(pairs < end) & column_mask[None, :], other=0.0
+            )
+            total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION)
+        cell = row[:, None].to(tl.int64) * num_columns + columns[None, :]
+        mask = unit_mask[:, None] & column_mask[None, :]
+        if WANT_W3:
+            last = tl.sum(total * tl.load(w2 + cell, mask=mask, other=0.0).to(tl.float32), 1)
+            tl.store(w3_part + row * tl.num_programs(0) + tl.program_id(0), last + first_part, mask=unit_mask)
+        if WANT_WEIGHT:
+            tl.store(grad_weight + cell, (total * scale[:, None]).to(grad_weight.dtype.element_ty), mask=mask)
