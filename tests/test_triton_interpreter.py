@@ -42,7 +42,9 @@ def _allocations_are_poisoned() -> Iterator[None]:
         pytest.param({"dim": 33, "hidden": 70}, id="neither dimension a power of two, two tiles of H"),
         pytest.param({"dim": 70, "hidden": 33}, id="three tiles of D, more than one iteration in every product"),
         pytest.param({"dim": 16, "hidden": 16}, id="exactly one tile"),
-        pytest.param({"num_discriminators": 33, "num_source": 2, "num_target": 2}, id="more discriminators than a block"),
+        pytest.param(
+            {"num_discriminators": 33, "num_source": 2, "num_target": 2}, id="more discriminators than a block"
+        ),
         pytest.param({"empty": [0, 3]}, id="first and last discriminator without pairs"),
         pytest.param({"empty": [0, 1, 2, 3]}, id="no active pair at all"),
         pytest.param({"dead": [1], "silent_sample": 0}, id="norms of exactly zero"),
@@ -68,7 +70,12 @@ def test_equals_the_reference(shape: dict[str, int], dtype: torch.dtype) -> None
 @pytest.mark.parametrize("num_samples", [40, 140])
 def test_float32_parameters_beside_half_precision_features(num_samples: int) -> None:
     problem = make_problem(
-        num_source=20, num_target=num_samples - 20, dim=40, hidden=72, dtype=torch.float16, parameter_dtype=torch.float32
+        num_source=20,
+        num_target=num_samples - 20,
+        dim=40,
+        hidden=72,
+        dtype=torch.float16,
+        parameter_dtype=torch.float32,
     )
     assert_equivalent(problem, "triton")
 

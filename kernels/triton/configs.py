@@ -1,4 +1,4 @@
-"""Tile sizes and launch parameters of the products: a pure function of shapes, so that nothing is tuned at first call."""
+"""Tile sizes and launch parameters of the products: a pure function of shapes. Nothing is tuned at first call."""
 
 from __future__ import annotations
 
@@ -51,12 +51,16 @@ def configure(
         precision: ``ieee`` or ``tf32``, for float32 products.
     """
     # An iteration takes as many bytes in every dtype.
+    unaligned = dim % 16 != 0 or hidden % 16 != 0
     wide = parameter_dtype.itemsize > 2
     inner, warps = (32, 8) if wide else (64, 4)
     weight = Product(64, 128, inner, warps, num_stages=2)
     if dtype == torch.float32 and precision == "ieee":
         # Without tensor cores a tile lives in registers: small ones, or it spills.
-        layer = jacobian = weight = Product(64, 64, 16, num_warps=8, num_stages=3)
+        layer = jacobian = weight = Product(64, 32 if unaligned else 64, 16, num_warps=8, num_stages=3)
+    elif unaligned:
+        # Rows that start anywhere are loaded one element at a time, an address each.
+        layer = jacobian = weight = Product(64, 32, 32, num_warps=8, num_stages=2)
     elif num_samples <= 96:
         # One or two tiles to a discriminator: reading the weights is the cost, so many programs keep loads in flight.
         layer = Product(64, 64, inner, num_warps=4, num_stages=4)

@@ -172,7 +172,10 @@ def _parameter_gradients(
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients to w1, b1, w2, b2, w3, b3; the products that only unwanted ones need are skipped."""
-    assert saved.h1 is not None and saved.u1 is not None and saved.active2 is not None
+    h1, u1, active2 = saved.h1, saved.u1, saved.active2
+    assert h1 is not None
+    assert u1 is not None
+    assert active2 is not None
     w1, b1, w2, b2, w3, b3 = parameters
     want_w1, want_b1, want_w2, want_b2, want_w3, _ = wanted
     (num_samples, dim), (num_discriminators, hidden, _) = features.shape, w1.shape
@@ -196,21 +199,21 @@ def _parameter_gradients(
     if want_w1 or want_b1:
         column_blocks = triton.cdiv(dim, config.weight.block_columns) if want_w1 else 1
         weight_gradient_kernel[(column_blocks, row_blocks, num_discriminators)](
-            saved.u1, first_operand, grad_logit, routing.offsets, w2, b2, w3, grad_w1, grad_b1, grad_logit, hidden, dim,
+            u1, first_operand, grad_logit, routing.offsets, w2, b2, w3, grad_w1, grad_b1, grad_logit, hidden, dim,
             SECOND_LAYER=False, WANT_WEIGHT=want_w1, WANT_W3=False, **sums,
         )  # fmt: skip
     if want_w2 or want_b2 or want_w3:
         product = want_w2 or want_w3
         column_blocks = triton.cdiv(hidden, config.weight.block_columns) if product else 1
-        second_operand = features.new_empty(pairs, hidden) if product else saved.h1
+        second_operand = features.new_empty(pairs, hidden) if product else h1
         w3_part = grad_logit.new_empty(num_discriminators, hidden, column_blocks)
         if product:
             hidden_backward_kernel[(triton.cdiv(hidden, config.layer.block_columns), routing.num_tiles)](
-                saved.jacobian, w1, saved.h1, grad_logit, direction, routing.offsets, routing.tiles, second_operand,
+                saved.jacobian, w1, h1, grad_logit, direction, routing.offsets, routing.tiles, second_operand,
                 dim, hidden, **_options(config.layer, features),
             )  # fmt: skip
         weight_gradient_kernel[(column_blocks, row_blocks, num_discriminators)](
-            saved.active2, second_operand, grad_logit, routing.offsets, w2, b2, w3, grad_w2, grad_b2, w3_part,
+            active2, second_operand, grad_logit, routing.offsets, w2, b2, w3, grad_w2, grad_b2, w3_part,
             hidden, hidden, SECOND_LAYER=True, WANT_WEIGHT=want_w2, WANT_W3=want_w3, **sums,
         )  # fmt: skip
         if want_w3:
@@ -220,7 +223,8 @@ def _parameter_gradients(
 
 
 def _configuration(features: Tensor, w1: Tensor) -> Configuration:
-    return configure(*features.shape, w1.shape[1], features.dtype, w1.dtype, _precision(features.dtype))
+    num_samples, dim = features.shape
+    return configure(num_samples, dim, w1.shape[1], features.dtype, w1.dtype, _precision(features.dtype))
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -230,9 +234,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _options(product: Product, features: Tensor) -> Mapping[str, int | str]:
-    options = {
-        name.upper() if name.startswith("block") else name: value for name, value in asdict(product).items()
-    }
+    options = {name.upper() if name.startswith("block") else name: value for name, value in asdict(product).items()}
     return {**options, "PRECISION": _precision(features.dtype)}
 
 

@@ -1,4 +1,4 @@
-"""The grouped matrix products: every tile of pairs with the weights of its discriminator, and the pointwise work at hand.
+"""The grouped matrix products: every tile of pairs with its discriminator's weights, and the pointwise work at hand.
 
 One main loop serves all products over pairs; kernels differ in what surrounds it. A tile covers pairs of one
 discriminator only (routing.py), and tiles that no pairs need return at once. Row offsets are 64-bit, accumulators are
@@ -26,10 +26,11 @@ def _rows_times_matrix(
     BLOCK_INNER: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tl.tensor:
-    """sum_i rows[r][i] * matrix[i, c], (BLOCK_ROWS, BLOCK_COLUMNS) float32; rows: pointers to the rows' first elements."""
+    """sum_i rows[r][i] * matrix[i, c], (BLOCK_ROWS, BLOCK_COLUMNS) float32; rows: pointers to the rows."""
     inner = tl.arange(0, BLOCK_INNER)
     left = rows[:, None] + inner[None, :]
-    right = matrix + inner[:, None].to(tl.int64) * stride_inner + columns[None, :].to(tl.int64) * stride_column
+    # Inside one matrix 32 bits reach.
+    right = matrix + (inner[:, None] * stride_inner + columns[None, :] * stride_column)
     total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     for first in range(0, num_inner, BLOCK_INNER):
         inside = first + inner < num_inner
@@ -216,7 +217,7 @@ def hidden_backward_kernel(
     BLOCK_INNER: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """out[p] = dz h1[p] + g1 with g1 = (h1[p] > 0) * W1[k] q and q = direction[p] * J[p]: what dW2 contracts with m2 w3.
+    """out[p] = dz h1[p] + g1 with g1 = (h1[p] > 0) * W1[k] q and q = direction[p] * J[p]: the right operand of dW2.
 
     The scale of a row commutes with the product, so that J is read as it lies.
 
