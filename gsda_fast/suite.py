@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from gsda_fast.data.benchmarks import Benchmark, find_benchmark
 from gsda_fast.errors import UsageError
 from gsda_fast.methods import METHODS
 from gsda_fast.results import tables
+from gsda_fast.results.page import write_page
 from gsda_fast.results.run_folder import RunFolder, RunResult, atomic_file
 from gsda_fast.train import train
 
@@ -44,6 +46,8 @@ class SuiteSettings:
     """Runs at a time; 0: one on each GPU, or one on each CPU core."""
     output: Path | None = None
     """Folder of the suite; runs/suite-TASK if not given."""
+    report: bool = False
+    """Draw a page of plots that compares the runs of the first transfer task and seed."""
 
 
 def run_suite(settings: SuiteSettings, base: Config, console: Console) -> Path:
@@ -72,8 +76,15 @@ def run_suite(settings: SuiteSettings, base: Config, console: Console) -> Path:
         for source, target in pairs
         for method in settings.methods
     ]
+    started = time.perf_counter()
     results = _run_all(configs, settings.jobs, console)
     _write_tables(folder, results, settings.methods, pairs, console)
+    if settings.report:
+        compared = [RunFolder(config.run.output or "") for config in configs[: len(settings.methods)]]
+        with console.status("drawing the page"):
+            page = write_page(compared, folder / "report")
+        console.print(f"page of plots: {page.resolve()}", soft_wrap=True)
+    console.print(f"{len(results)} runs in {time.perf_counter() - started:.0f} s")
     return folder
 
 

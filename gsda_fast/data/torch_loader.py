@@ -23,7 +23,7 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional
 from torchvision.io import ImageReadMode, decode_image
@@ -233,6 +233,8 @@ def read_image(path: str, channels: int) -> Tensor:
         raise
     except FileNotFoundError as error:
         raise _unreadable(path, "no such file any more") from error
+    except UnidentifiedImageError as error:  # its own message names a memory address
+        raise _unreadable(path, f"{len(data)} bytes that are no image") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise _unreadable(path, f"{type(error).__name__}: {error}") from error
 

@@ -61,7 +61,7 @@ class RunResult:
             without a target sample.
         classes: names of the classes.
         images_per_second: training throughput, both domains and all ranks; None if no step was timed.
-        seconds: wall-clock time of the run, all of its sessions together.
+        seconds: wall-clock time of the run, with that before an interruption.
         label_free_criterion: what chose the `label_free` figures.
     """
 

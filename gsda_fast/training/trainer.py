@@ -86,6 +86,7 @@ class Trainer:
                 if self.step == segment.stop:
                     figures = self._score_target()
                     values = {"accuracy": figures.accuracy, "mean_per_class": figures.mean_per_class}
+                    values["mutual_information"] = figures.mutual_information
                     yield Report(self.step, {**_numbers(terms), **timing, **values}, figures)
                     on_scored()
                 elif self.step % self.log_every == 0:

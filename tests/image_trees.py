@@ -1,0 +1,30 @@
+"""Small trees of natural-looking images in the layouts of the real data sets, for the data tests."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def natural_image(seed: int, width: int = 40, height: int = 30) -> Image.Image:
+    """Smooth colour gradients with some texture: compresses and resizes as photographs do, unlike noise."""
+    generator = np.random.default_rng(seed)
+    coarse = Image.fromarray(generator.integers(0, 256, (5, 6, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
+    texture = generator.integers(-6, 7, smooth.shape)
+    return Image.fromarray(np.clip(smooth + texture, 0, 255).astype(np.uint8))
+
+
+def save(path: Path, seed: int = 0, width: int = 40, height: int = 30) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    natural_image(seed, width, height).save(path)
+    return path
+
+
+def class_tree(root: Path, classes: Iterable[str], per_class: int = 2, suffix: str = ".jpg") -> Path:
+    """``root/<class>/frame_0001.jpg`` and on."""
+    for position, name in enumerate(classes):
+        for number in range(1, per_class + 1):
+            save(root / name / f"frame_{number:04d}{suffix}", seed=100 * position + number)
+    return root
