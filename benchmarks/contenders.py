@@ -14,6 +14,7 @@ from benchmarks.shapes import HeadInputs
 Terms = tuple[Tensor, Tensor]
 Contender = Callable[[HeadInputs], Terms]
 
+REFERENCE = "reference loop"
 BASELINE = "strong autograd baseline"
 
 
@@ -63,7 +64,7 @@ def contenders(device: torch.device | str) -> dict[str, Contender]:
     """Every contender that can run on `device`, by the name that results are stored under."""
     usable = [name for name, why in gk.available_backends(device).items() if why is None and name != "reference"]
     return {
-        "reference loop": reference_loop,
+        REFERENCE: reference_loop,
         BASELINE: strong_autograd_baseline,
         **{name: closed_form(name) for name in usable},
     }

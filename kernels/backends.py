@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gsda_kernels.closed_form import TorchBackend
+from gsda_kernels.native import NativeBackend
 from gsda_kernels.triton import TritonBackend
 
 
@@ -53,6 +54,7 @@ class Backend(Protocol):
 
 _BACKENDS: dict[str, Backend] = {
     "torch": TorchBackend(),
+    "native": NativeBackend(),
     "triton": TritonBackend(),
 }
 
@@ -60,7 +62,7 @@ _BACKENDS: dict[str, Backend] = {
 _REFERENCE = "reference"
 
 # Tried in this order by "auto".
-_FASTEST_FIRST = ("triton", "torch")
+_FASTEST_FIRST = ("triton", "native", "torch")
 
 
 def get(name: str) -> Backend:

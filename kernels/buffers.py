@@ -57,6 +57,6 @@ def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) 
     array = _POOL.take(count * dtype.itemsize + _ALIGNMENT)
     offset = -array.ctypes.data % _ALIGNMENT
     tensor = torch.frombuffer(array, dtype=dtype, count=count, offset=offset).view(*shape)
-    if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
-        tensor.fill_(torch.nan)
+    if torch.are_deterministic_algorithms_enabled():
+        tensor.fill_(torch.nan)  # as `torch.empty` does then
     return tensor

@@ -44,12 +44,14 @@ class Block:
         """(N, D) -> (n, D), or (N, D) itself, which broadcasts over (K, N, D)."""
         return features if self.rows is None else features[self.rows]
 
-    def scatter_add(self, out: Tensor, values: Tensor) -> None:
-        """Adds each pair's row of `values` (shape + (D,)) to its sample's row of `out` (N, D)."""
+    def scatter_add(self, out: Tensor, factor: Tensor, values: Tensor) -> None:
+        """Adds each pair's `factor` (shape) times its row of `values` (shape + (D,)) to its sample's row of `out`."""
         if self.rows is None:
-            out.add_(values.sum(0) if values.dim() == 3 else values)
+            # A product for each sample, which sums over the discriminators without the (K, N, D) of all summands.
+            by_sample = values.transpose(0, 1).to(factor.dtype)
+            out.add_(torch.bmm(factor.t().unsqueeze(1), by_sample).squeeze(1))
         else:
-            out.index_add_(0, self.rows, values)
+            out.index_add_(0, self.rows, factor.unsqueeze(-1) * values)
 
 
 def is_batched(features: Tensor, w1: Tensor) -> bool:

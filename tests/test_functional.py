@@ -96,10 +96,10 @@ def test_available_backends() -> None:
 
 def test_auto_is_the_fastest_backend_that_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in backends._FASTEST_FIRST:
-        assert backends.resolve("auto", torch.device("cpu")) in BACKENDS
+        assert backends.resolve_backend("auto", torch.device("cpu")) in BACKENDS
         if name != "torch":
             monkeypatch.setattr(backends.get(name), "unavailable", lambda device: "switched off", raising=False)
-    assert backends.resolve("auto", torch.device("cpu")) == "torch"
+    assert backends.resolve_backend("auto", torch.device("cpu")) == "torch"
 
 
 def test_values_are_checked_where_that_is_free() -> None:
