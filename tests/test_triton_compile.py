@@ -104,15 +104,27 @@ def test_compiles_everywhere(name: str, capability: int, monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float16, HALF], ids=str)
+@pytest.mark.parametrize("capability", TENSOR_CORES)
+@pytest.mark.parametrize(
+    ("dtype", "parameter_dtype"), [(torch.float16, None), (HALF, None), (HALF, SINGLE), (SINGLE, None)], ids=str
+)
 def test_compiles_for_dimensions_that_align_with_nothing(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    dtype: torch.dtype,
+    parameter_dtype: torch.dtype | None,
+    capability: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    for num_samples, dim, hidden in ((71, 37, 101), (257, 1, 33)):
-        forward, backward = head_launches(
-            monkeypatch, num_samples=num_samples, num_discriminators=3, dim=dim, hidden=hidden, dtype=dtype
-        )
-        _assert_compiles(forward + backward, 90, tmp_path, tensor_cores=True)
+    forward, backward = head_launches(
+        monkeypatch,
+        num_samples=71,
+        num_discriminators=3,
+        dim=37,
+        hidden=101,
+        dtype=dtype,
+        parameter_dtype=parameter_dtype,
+    )
+    _assert_compiles(forward + backward, capability, tmp_path, tensor_cores=dtype != SINGLE)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from equivalence import INPUTS, Problem, assert_equivalent, compute, make_problem, non_contiguous
+from triton_cases import SHAPES
 
 import gsda_kernels as gk
 from gsda_kernels import backends, ops
@@ -18,8 +19,6 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 triton = pytest.importorskip("triton")
 routing = pytest.importorskip("gsda_kernels.triton.routing")
-
-DTYPES = [torch.float32, torch.float16]
 
 
 @pytest.fixture(autouse=True)
@@ -32,37 +31,8 @@ def _allocations_are_poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "shape",
-    [
-        pytest.param({"num_source": 1, "num_target": 1, "num_discriminators": 1, "dim": 1, "hidden": 1}, id="all ones"),
-        pytest.param({"num_source": 0, "num_target": 3}, id="no source sample"),
-        pytest.param({"num_source": 3, "num_target": 0}, id="no target sample"),
-        pytest.param({"dim": 33, "hidden": 70}, id="neither dimension a power of two, two tiles of H"),
-        pytest.param({"dim": 70, "hidden": 33}, id="three tiles of D, more than one iteration in every product"),
-        pytest.param({"dim": 16, "hidden": 16}, id="exactly one tile"),
-        pytest.param(
-            {"num_discriminators": 33, "num_source": 2, "num_target": 2}, id="more discriminators than a block"
-        ),
-        pytest.param({"empty": [0, 3]}, id="first and last discriminator without pairs"),
-        pytest.param({"empty": [0, 1, 2, 3]}, id="no active pair at all"),
-        pytest.param({"dead": [1], "silent_sample": 0}, id="norms of exactly zero"),
-        pytest.param({"zero_weights": 1.0}, id="target pairs only"),
-        pytest.param(
-            {"num_source": 36, "num_target": 36, "num_discriminators": 3, "zero_weights": 0.0, "dim": 8, "hidden": 8},
-            id="two tiles of pairs, the second partly filled",
-        ),
-        pytest.param(
-            {"num_source": 50, "num_target": 90, "num_discriminators": 2, "dim": 20, "hidden": 140},
-            id="configuration for medium batches",
-        ),
-        pytest.param(
-            {"num_source": 300, "num_target": 300, "num_discriminators": 1, "dim": 20, "hidden": 40},
-            id="configuration for large batches, routing in more than one block of samples",
-        ),
-    ],
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_equals_the_reference(shape: dict[str, int], dtype: torch.dtype) -> None:
     assert_equivalent(make_problem(dtype=dtype, **shape), "triton")
 
@@ -194,6 +164,7 @@ def test_compiled() -> None:
 
 def test_interpreter_serves_cpu_tensors() -> None:
     assert gk.available_backends("cpu")["triton"] is None
-    assert backends.resolve_backend("auto", "cpu", torch.float64) == "torch"
+    assert backends.resolve_backend("auto", "cpu", torch.float32) == "triton"
+    assert backends.resolve_backend("auto", "cpu", torch.float64) != "triton"
     with pytest.raises(ValueError, match=r"backend: found 'triton', which cannot run here \(no float64\)"):
         compute(make_problem(dtype=torch.float64), "triton")
