@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gsda_kernels.closed_form import TorchBackend
 from gsda_kernels.native import NativeBackend
+from gsda_kernels.triton import TritonBackend
 
 
 class Backend(Protocol):
@@ -17,6 +18,10 @@ class Backend(Protocol):
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why this backend cannot run on `device`, in a few words; None where it can."""
+        ...
+
+    def unsupported(self, dtype: torch.dtype) -> str | None:
+        """Why this backend does not compute on features of `dtype`, in a few words; None where it does."""
         ...
 
     def saved_like(self, tensors: Sequence[Tensor], max_pairs: int, needs_grad: Sequence[bool]) -> list[Tensor]:
@@ -50,13 +55,14 @@ class Backend(Protocol):
 _BACKENDS: dict[str, Backend] = {
     "torch": TorchBackend(),
     "native": NativeBackend(),
+    "triton": TritonBackend(),
 }
 
 # Not behind the registered operations, since autograd must see through it: reference.py.
 _REFERENCE = "reference"
 
 # Tried in this order by "auto".
-_FASTEST_FIRST = ("native", "torch")
+_FASTEST_FIRST = ("triton", "native", "torch")
 
 
 def get(name: str) -> Backend:
@@ -75,17 +81,19 @@ def available_backends(device: torch.device | str | None = None) -> dict[str, st
     return {_REFERENCE: None, **{name: backend.unavailable(place) for name, backend in _BACKENDS.items()}}
 
 
-def resolve_backend(name: str, device: torch.device | str) -> str:
-    """The backend that runs on `device`: `name`, or the fastest usable one for ``auto``.
+def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
+    """The backend that runs on `device` with features of `dtype`: `name`, or the fastest usable one for ``auto``.
 
     Raises:
-        ValueError: an unknown name, a backend that cannot run on the device, or the reference inside
+        ValueError: an unknown name, a backend that cannot run on the device or in the dtype, or the reference inside
             `torch.compile`, which refuses double backward.
     """
     device = torch.device(device)
-    if name == "auto":
-        return next(each for each in _FASTEST_FIRST if _BACKENDS[each].unavailable(device) is None)
     reasons = available_backends(device)
+    for each, backend in _BACKENDS.items():
+        reasons[each] = reasons[each] or backend.unsupported(dtype)
+    if name == "auto":
+        return next(each for each in _FASTEST_FIRST if reasons[each] is None)
     if name not in reasons:
         raise ValueError(f"backend: found {name!r}; expected auto, {', '.join(reasons)}")
     if name == _REFERENCE and torch.compiler.is_compiling():

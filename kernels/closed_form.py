@@ -23,6 +23,9 @@ class TorchBackend:
     def unavailable(self, device: torch.device) -> str | None:
         return None
 
+    def unsupported(self, dtype: torch.dtype) -> str | None:
+        return None
+
     def saved_like(self, tensors: Sequence[Tensor], max_pairs: int, needs_grad: Sequence[bool]) -> list[Tensor]:
         features, w1 = tensors[:2]
         count, (_, hidden, dim) = pairs.num_buffer_rows(features, w1, max_pairs), w1.shape

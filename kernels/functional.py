@@ -106,7 +106,7 @@ def adversarial_terms(
         validate = features.device.type == "cpu" and not torch.compiler.is_compiling()
     if validate:
         _check_values(sample_weight, domain)
-    chosen = backends.resolve_backend(backend, features.device)
+    chosen = backends.resolve_backend(backend, features.device, features.dtype)
 
     weight = sample_weight.detach().to(accumulation)
     label = domain.detach().to(accumulation)

@@ -45,6 +45,9 @@ class NativeBackend:
         # Meta tensors carry shapes alone, and every backend knows those.
         return self._why_not if device.type in ("cpu", "meta") else f"C++ code for CPUs alone, not for {device.type}"
 
+    def unsupported(self, dtype: torch.dtype) -> str | None:
+        return None
+
     def saved_like(self, tensors: Sequence[Tensor], max_pairs: int, needs_grad: Sequence[bool]) -> list[Tensor]:
         features, (_, hidden, dim) = tensors[0], tensors[1].shape
         kind = _kind(features)

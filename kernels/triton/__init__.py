@@ -1,0 +1,59 @@
+"""The Triton backend. Triton itself is imported at the first call, and no device is asked for anything before it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_INSTALLED = importlib.util.find_spec("triton") is not None
+# Triton's own switch, which it reads when it is imported: kernels then run on CPU tensors, for tests.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class TritonBackend:
+    """float32, bfloat16 and float16 on a CUDA device, float32 parameters beside half-precision features included."""
+
+    def unavailable(self, device: torch.device) -> str | None:
+        if not _INSTALLED:
+            return "triton is not installed"
+        if _INTERPRETED and device.type == "cpu":
+            return None
+        if device.type != "cuda" or not torch.cuda.is_available():
+            return "no CUDA device"
+        return None
+
+    def unsupported(self, dtype: torch.dtype) -> str | None:
+        return "no float64" if dtype == torch.float64 else None
+
+    def saved_like(self, tensors: Sequence[Tensor], max_pairs: int, needs_grad: Sequence[bool]) -> list[Tensor]:
+        from gsda_kernels.triton import head
+
+        return head.Saved.empty(tensors, max_pairs, needs_grad).tensors()
+
+    def forward(
+        self, tensors: Sequence[Tensor], weight: Tensor, label: Tensor, max_pairs: int, needs_grad: Sequence[bool]
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        from gsda_kernels.triton import head
+
+        return head.forward(tensors, weight, label, max_pairs, needs_grad)
+
+    def backward(
+        self,
+        tensors: Sequence[Tensor],
+        weight: Tensor,
+        label: Tensor,
+        saved: Sequence[Tensor],
+        grad_loss: Tensor,
+        grad_gradient_norm: Tensor,
+        loss_feature_scale: Tensor | None,
+        needs_grad: Sequence[bool],
+    ) -> list[Tensor | None]:
+        from gsda_kernels.triton import head
+
+        return head.backward(
+            tensors, weight, label, saved, grad_loss, grad_gradient_norm, loss_feature_scale, needs_grad
+        )

@@ -1,0 +1,243 @@
+"""The launches of the adversarial head, forward and backward: six, then one for frozen discriminators, four for frozen
+features, five for both. Nothing here waits for the device or reads a value from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from gsda_kernels.triton.configs import Configuration, Product, configure
+from gsda_kernels.triton.pointwise import feature_gradient_kernel, pair_gradient_kernel, terms_kernel
+from gsda_kernels.triton.products import (
+    first_layer_kernel,
+    hidden_backward_kernel,
+    hidden_gradient_kernel,
+    jacobian_kernel,
+    second_layer_kernel,
+    weight_gradient_kernel,
+)
+from gsda_kernels.triton.routing import Routing, route
+
+_BLOCK_PAIRS = 64  # of the pointwise passes over one discriminator's pairs
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What the forward leaves to the backward.
+
+    Attributes:
+        jacobian: (max_pairs, D), dtype of the features. residual, norm: (max_pairs,) float32.
+        h1, u1, active2: (max_pairs, H), dtype of the features, only where a parameter's gradient is wanted: the first
+            layer, the logit's gradient to it before its ReLU, and the second layer's mask as 0 or 1.
+    """
+
+    routing: Routing
+    jacobian: Tensor
+    residual: Tensor
+    norm: Tensor
+    h1: Tensor | None = None
+    u1: Tensor | None = None
+    active2: Tensor | None = None
+
+    @staticmethod
+    def empty(tensors: Sequence[Tensor], max_pairs: int, needs_grad: Sequence[bool]) -> Saved:
+        """Uninitialised."""
+        features, w1 = tensors[:2]
+        (num_samples, dim), (num_discriminators, hidden, _) = features.shape, w1.shape
+        block_pairs = _configuration(features, w1).block_pairs
+        layers = [features.new_empty(max_pairs, hidden) for _ in range(3)] if any(needs_grad[1:]) else []
+        return Saved(
+            Routing.empty(features, num_samples, num_discriminators, max_pairs, block_pairs),
+            features.new_empty(max_pairs, dim),
+            *(features.new_empty(max_pairs, dtype=torch.float32) for _ in range(2)),
+            *layers,
+        )
+
+    def tensors(self) -> list[Tensor]:
+        routing, rest = self.routing, (self.jacobian, self.residual, self.norm, self.h1, self.u1, self.active2)
+        every = (routing.offsets, routing.sample, routing.position, routing.tiles, *rest)
+        return [tensor for tensor in every if tensor is not None]
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor]) -> Saved:
+        return Saved(Routing(*tensors[:4]), *tensors[4:])
+
+
+def forward(
+    tensors: Sequence[Tensor], weight: Tensor, label: Tensor, max_pairs: int, needs_grad: Sequence[bool]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """See `Backend.forward`."""
+    features, w1, b1, w2, b2, w3, b3 = (tensor.contiguous() for tensor in tensors)
+    weight, label = weight.contiguous(), label.contiguous()
+    (num_samples, dim), (num_discriminators, hidden, _) = features.shape, w1.shape
+    config = _configuration(features, w1)
+    saved = Saved.empty((features, w1), max_pairs, needs_grad)
+    routing = saved.routing
+    h1 = features.new_empty(max_pairs, hidden) if saved.h1 is None else saved.h1
+    u1 = features.new_empty(max_pairs, hidden) if saved.u1 is None else saved.u1
+    u2 = torch.empty_like(h1)
+    active2 = u2 if saved.active2 is None else saved.active2
+    layer_grid = (triton.cdiv(hidden, config.layer.block_columns), routing.num_tiles)
+    jacobian_grid = (triton.cdiv(dim, config.jacobian.block_columns), routing.num_tiles)
+    logit_part = weight.new_empty(max_pairs, layer_grid[0])
+    square_part = weight.new_empty(max_pairs, jacobian_grid[0])
+    loss, gradient_norm = weight.new_empty(num_discriminators), weight.new_empty(num_discriminators)
+    layer, to_features = _options(config.layer, features), _options(config.jacobian, features)
+    with _on(features.device):
+        route(weight, routing, config.block_pairs)
+        first_layer_kernel[layer_grid](
+            features, w1, b1, routing.offsets, routing.sample, routing.tiles, h1, dim, hidden, **layer
+        )
+        second_layer_kernel[layer_grid](
+            h1, w2, b2, w3, routing.offsets, routing.tiles, u2, active2, logit_part, hidden,
+            STORE_ACTIVE=saved.active2 is not None, **layer,
+        )  # fmt: skip
+        hidden_gradient_kernel[layer_grid](u2, w2, h1, routing.offsets, routing.tiles, u1, hidden, **layer)
+        jacobian_kernel[jacobian_grid](
+            u1, w1, routing.offsets, routing.tiles, saved.jacobian, square_part, dim, hidden, **to_features
+        )
+        terms_kernel[(num_discriminators,)](
+            logit_part, square_part, b3, weight, label, routing.offsets, routing.sample, saved.residual, saved.norm,
+            loss, gradient_norm, num_samples, num_discriminators, layer_grid[0], jacobian_grid[0],
+            BLOCK_PAIRS=_BLOCK_PAIRS,
+            BLOCK_LOGIT_PARTS=triton.next_power_of_2(layer_grid[0]),
+            BLOCK_SQUARE_PARTS=triton.next_power_of_2(jacobian_grid[0]),
+            num_warps=4,
+        )  # fmt: skip
+    return loss, gradient_norm, saved.tensors()
+
+
+def backward(
+    tensors: Sequence[Tensor],
+    weight: Tensor,
+    label: Tensor,
+    saved_tensors: Sequence[Tensor],
+    grad_loss: Tensor,
+    grad_gradient_norm: Tensor,
+    loss_feature_scale: Tensor | None,
+    needs_grad: Sequence[bool],
+) -> list[Tensor | None]:
+    """See `Backend.backward`."""
+    features, *parameters = (tensor.contiguous() for tensor in tensors)
+    weight, label = weight.contiguous(), label.contiguous()
+    saved = Saved.of(saved_tensors)
+    gradients: list[Tensor | None] = [None] * len(tensors)
+    upstream = (grad_loss, grad_gradient_norm)
+    with _on(features.device):
+        if needs_grad[0]:
+            gradients[0] = _feature_gradient(features, weight, label, saved, upstream, loss_feature_scale)
+        if any(needs_grad[1:]):
+            gradients[1:] = _parameter_gradients(
+                features, parameters, weight, label, saved, upstream, wanted=needs_grad[1:]
+            )
+    return gradients
+
+
+def _feature_gradient(
+    features: Tensor,
+    weight: Tensor,
+    label: Tensor,
+    saved: Saved,
+    upstream: tuple[Tensor, Tensor],
+    loss_feature_scale: Tensor | None,
+) -> Tensor:
+    (num_samples, dim), num_discriminators = features.shape, weight.shape[1]
+    out = torch.empty_like(features)
+    block_columns = min(128, triton.next_power_of_2(dim))
+    feature_gradient_kernel[(triton.cdiv(dim, block_columns), num_samples)](
+        saved.jacobian, saved.residual, saved.norm, weight, label, *upstream,
+        weight if loss_feature_scale is None else loss_feature_scale,
+        saved.routing.position, out, num_samples, num_discriminators, dim, *(grad.stride(0) for grad in upstream),
+        HAS_SCALE=loss_feature_scale is not None,
+        BLOCK_DISCRIMINATORS=min(32, triton.next_power_of_2(num_discriminators)),
+        BLOCK_COLUMNS=block_columns,
+        num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _parameter_gradients(
+    features: Tensor,
+    parameters: Sequence[Tensor],
+    weight: Tensor,
+    label: Tensor,
+    saved: Saved,
+    upstream: tuple[Tensor, Tensor],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients to w1, b1, w2, b2, w3, b3; the products that only unwanted ones need are skipped."""
+    h1, u1, active2 = saved.h1, saved.u1, saved.active2
+    assert h1 is not None
+    assert u1 is not None
+    assert active2 is not None
+    w1, b1, w2, b2, w3, b3 = parameters
+    want_w1, want_b1, want_w2, want_b2, want_w3, _ = wanted
+    (num_samples, dim), (num_discriminators, hidden, _) = features.shape, w1.shape
+    config, routing, pairs = _configuration(features, w1), saved.routing, len(saved.jacobian)
+    grad_logit, direction = torch.empty_like(saved.residual), torch.empty_like(saved.norm)
+    # A pointer that a kernel does not store through is any tensor: no memory is taken for what is not wanted.
+    grad_w1, grad_w2 = (torch.empty_like(w) if want else w for w, want in ((w1, want_w1), (w2, want_w2)))
+    grad_b1, grad_b2, grad_b3 = (torch.empty_like(parameter) for parameter in (b1, b2, b3))
+    grad_w3 = None
+
+    first_operand = torch.empty_like(saved.jacobian)
+    block_columns = min(64, triton.next_power_of_2(dim))
+    pair_gradient_kernel[(triton.cdiv(dim, block_columns), num_discriminators)](
+        features, saved.jacobian, saved.residual, saved.norm, weight, label, *upstream,
+        routing.offsets, routing.sample, grad_logit, direction, first_operand, grad_b3,
+        num_samples, num_discriminators, dim, *(grad.stride(0) for grad in upstream),
+        BLOCK_PAIRS=_BLOCK_PAIRS, BLOCK_COLUMNS=block_columns, num_warps=4,
+    )  # fmt: skip
+    sums = _options(config.weight, features)
+    row_blocks = triton.cdiv(hidden, config.weight.block_rows)
+    if want_w1 or want_b1:
+        column_blocks = triton.cdiv(dim, config.weight.block_columns) if want_w1 else 1
+        weight_gradient_kernel[(column_blocks, row_blocks, num_discriminators)](
+            u1, first_operand, grad_logit, routing.offsets, w2, b2, w3, grad_w1, grad_b1, grad_logit, hidden, dim,
+            SECOND_LAYER=False, WANT_WEIGHT=want_w1, WANT_W3=False, **sums,
+        )  # fmt: skip
+    if want_w2 or want_b2 or want_w3:
+        product = want_w2 or want_w3
+        column_blocks = triton.cdiv(hidden, config.weight.block_columns) if product else 1
+        second_operand = features.new_empty(pairs, hidden) if product else h1
+        w3_part = grad_logit.new_empty(num_discriminators, hidden, column_blocks)
+        if product:
+            hidden_backward_kernel[(triton.cdiv(hidden, config.layer.block_columns), routing.num_tiles)](
+                saved.jacobian, w1, h1, grad_logit, direction, routing.offsets, routing.tiles, second_operand,
+                dim, hidden, **_options(config.layer, features),
+            )  # fmt: skip
+        weight_gradient_kernel[(column_blocks, row_blocks, num_discriminators)](
+            active2, second_operand, grad_logit, routing.offsets, w2, b2, w3, grad_w2, grad_b2, w3_part,
+            hidden, hidden, SECOND_LAYER=True, WANT_WEIGHT=want_w2, WANT_W3=want_w3, **sums,
+        )  # fmt: skip
+        if want_w3:
+            grad_w3 = w3_part.sum(-1).to(w3.dtype)
+    every = (grad_w1, grad_b1, grad_w2, grad_b2, grad_w3, grad_b3)
+    return [gradient if want else None for gradient, want in zip(every, wanted)]
+
+
+def _configuration(features: Tensor, w1: Tensor) -> Configuration:
+    num_samples, dim = features.shape
+    return configure(num_samples, dim, w1.shape[1], features.dtype, w1.dtype, _precision(features.dtype))
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How float32 operands are multiplied: as PyTorch's own products are on this device."""
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
+
+
+def _options(product: Product, features: Tensor) -> Mapping[str, int | str]:
+    options = {name.upper() if name.startswith("block") else name: value for name, value in asdict(product).items()}
+    return {**options, "PRECISION": _precision(features.dtype)}
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -1,0 +1,233 @@
+"""The Triton backend without a GPU: its host code on fake CUDA tensors, and every kernel compiled to machine code."""
+
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+import gsda_kernels as gk
+from gsda_kernels import backends
+
+pytest.importorskip("triton")
+if gk.available_backends("cpu")["triton"] is None:
+    pytest.skip("TRITON_INTERPRET is set: such a process cannot compile", allow_module_level=True)
+
+from cross_compile import SHARED_MEMORY, Launch, compile_launch, head_launches, recorded_launches
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+VISDA = {"num_discriminators": 17, "dim": 256, "hidden": 1024}
+
+FORWARD = [
+    "route_kernel",
+    "first_layer_kernel",
+    "second_layer_kernel",
+    "hidden_gradient_kernel",
+    "jacobian_kernel",
+    "terms_kernel",
+]
+PRODUCTS = [
+    "first_layer_kernel",
+    "second_layer_kernel",
+    "hidden_gradient_kernel",
+    "jacobian_kernel",
+    "hidden_backward_kernel",
+    "weight_gradient_kernel",
+]
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+
+# name: number of samples, dtype of the features, dtype of the parameters, TF32 allowed.
+CASES = {
+    "bf16, small batch": (72, HALF, HALF, False),
+    "bf16, medium batch": (256, HALF, HALF, False),
+    "bf16, large batch": (1024, HALF, HALF, False),
+    "mixed, small batch": (72, HALF, SINGLE, False),
+    "mixed, medium batch": (256, HALF, SINGLE, False),
+    "mixed, large batch": (1024, HALF, SINGLE, False),
+    "tf32, small batch": (72, SINGLE, SINGLE, True),
+    "tf32, medium batch": (256, SINGLE, SINGLE, True),
+    "tf32, large batch": (1024, SINGLE, SINGLE, True),
+    "float32": (72, SINGLE, SINGLE, False),
+}
+# Between them every kernel on every chip, and every dtype and size class on one.
+QUICK = [("bf16, small batch", 80), ("bf16, medium batch", 90), ("bf16, large batch", 100)] + [
+    (name, 90) for name in ("mixed, small batch", "tf32, medium batch", "float32")
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_compiled_before(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+def _case(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Launch]:
+    num_samples, dtype, parameter_dtype, tf32 = CASES[name]
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+    try:
+        forward, backward = head_launches(
+            monkeypatch, num_samples=num_samples, dtype=dtype, parameter_dtype=parameter_dtype, **VISDA
+        )
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    return forward + backward
+
+
+def _assert_compiles(launches: list[Launch], capability: int, folder: Path, tensor_cores: bool) -> None:
+    for launch in launches:
+        made = compile_launch(launch, capability, folder)
+        found = f"{launch.name} {launch.options}: {made.registers} registers, {made.shared} bytes of shared memory"
+        assert made.local_accesses == 0, f"{found}; {made.local_accesses} accesses to spilled registers"
+        assert made.stack == 0, f"{found}; a stack of {made.stack} bytes"
+        assert made.shared <= SHARED_MEMORY[capability], found
+        if launch.name in PRODUCTS:
+            assert (TENSOR_CORES[capability] in made.ptx) == tensor_cores, found
+
+
+@pytest.mark.parametrize(("name", "capability"), QUICK)
+def test_compiles(name: str, capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _assert_compiles(_case(monkeypatch, name), capability, tmp_path, tensor_cores=name != "float32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "capability"), [each for each in itertools.product(CASES, TENSOR_CORES) if each not in QUICK]
+)
+def test_compiles_everywhere(name: str, capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _assert_compiles(_case(monkeypatch, name), capability, tmp_path, tensor_cores=name != "float32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", TENSOR_CORES)
+@pytest.mark.parametrize(
+    ("dtype", "parameter_dtype"), [(torch.float16, None), (HALF, None), (HALF, SINGLE), (SINGLE, None)], ids=str
+)
+def test_compiles_for_dimensions_that_align_with_nothing(
+    dtype: torch.dtype,
+    parameter_dtype: torch.dtype | None,
+    capability: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    forward, backward = head_launches(
+        monkeypatch,
+        num_samples=71,
+        num_discriminators=3,
+        dim=37,
+        hidden=101,
+        dtype=dtype,
+        parameter_dtype=parameter_dtype,
+    )
+    _assert_compiles(forward + backward, capability, tmp_path, tensor_cores=dtype != SINGLE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_fits_the_chips_with_the_least_shared_memory(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for launch in _case(monkeypatch, name):
+        assert compile_launch(launch, 86, tmp_path).shared <= SHARED_MEMORY[86]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "backward"),
+    [
+        pytest.param("", [], id="nothing"),
+        pytest.param("features", ["feature_gradient_kernel"], id="encoder step: two units of work, no product more"),
+        pytest.param(
+            "w1 b1 w2 b2 w3 b3",
+            ["pair_gradient_kernel", "weight_gradient_kernel", "hidden_backward_kernel", "weight_gradient_kernel"],
+            id="discriminator step",
+        ),
+        pytest.param("b3", ["pair_gradient_kernel"], id="no product for b3"),
+        pytest.param("w1", ["pair_gradient_kernel", "weight_gradient_kernel"], id="layer 1 only"),
+        pytest.param("b2", ["pair_gradient_kernel", "weight_gradient_kernel"], id="no g1 for b2"),
+        pytest.param(
+            "w3", ["pair_gradient_kernel", "hidden_backward_kernel", "weight_gradient_kernel"], id="layer 2 for w3"
+        ),
+    ],
+)
+def test_launches(wanted: str, backward: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("features", "w1", "b1", "w2", "b2", "w3", "b3")
+    needs_grad = [name in wanted.split() for name in names]
+    found = head_launches(monkeypatch, num_samples=72, dtype=HALF, needs_grad=needs_grad, **VISDA)
+    assert [launch.name for launch in found[0]] == FORWARD
+    assert [launch.name for launch in found[1]] == backward
+
+
+def test_weight_gradients_without_their_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_grad = [name == "b2" for name in ("features", "w1", "b1", "w2", "b2", "w3", "b3")]
+    _, backward = head_launches(monkeypatch, num_samples=72, dtype=HALF, needs_grad=needs_grad, **VISDA)
+    assert backward[-1].grid[0] == 1
+    assert not backward[-1].options["WANT_WEIGHT"]
+    assert not backward[-1].options["WANT_W3"]
+
+
+def test_grids_and_buffers_follow_max_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three pairs of a source sample out of K: the bound that the host knows, not N*K."""
+    shape = {"num_samples": 72, "dtype": HALF, **VISDA}
+    bounded, _ = head_launches(monkeypatch, max_pairs=3 * 36 + 17 * 36, **shape)
+    every, _ = head_launches(monkeypatch, **shape)
+    assert [launch.grid for launch in bounded[1:5]] == [(16, 29), (16, 29), (16, 29), (8, 29)]
+    assert [launch.grid for launch in every[1:5]] == [(16, 34), (16, 34), (16, 34), (8, 34)]
+
+
+def test_forward_and_backward_under_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fake kernels of the registered operations agree with what the backend returns."""
+    backend = backends.get("triton")
+    with recorded_launches(monkeypatch):
+        k, h, d, n = 3, 8, 6, 5
+        shapes = ((n, d), (k, h, d), (k, h), (k, h, h), (k, h), (k, h), (k,))
+        tensors = tuple(torch.empty(shape, device="cuda") for shape in shapes)
+        weight, label = torch.empty(n, k, device="cuda"), torch.empty(n, device="cuda")
+        _, _, saved = backend.forward(tensors, weight, label, 7, [True] * 7)
+        expected = backend.saved_like(tensors, 7, [True] * 7)
+    assert [(t.shape, t.dtype, t.device) for t in saved] == [(t.shape, t.dtype, t.device) for t in expected]
+
+
+@pytest.mark.parametrize(
+    "synchronizes",
+    [lambda x: x.nonzero(), lambda x: x.sum().item(), lambda x: x[x > 0]],
+    ids=["nonzero", "item", "boolean index"],
+)
+def test_fake_tensors_refuse_what_waits_for_the_device(
+    synchronizes: Callable[[torch.Tensor], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the tests above rest on."""
+    with (
+        recorded_launches(monkeypatch),
+        pytest.raises((DataDependentOutputException, DynamicOutputShapeException)),
+    ):
+        synchronizes(torch.empty(3, 4, device="cuda"))
+
+
+def test_availability(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = backends.get("triton")
+    assert backend.unavailable(torch.device("cpu")) == "no CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert backend.unavailable(torch.device("cuda")) == "no CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert backend.unavailable(torch.device("cuda")) is None
+    assert backends.resolve_backend("auto", "cuda", torch.bfloat16) == "triton"
+    assert backends.resolve_backend("auto", "cuda", torch.float64) == "torch"
+    with pytest.raises(
+        ValueError, match=r"backend: found 'triton', which cannot run here \(no float64\); expected auto"
+    ):
+        backends.resolve_backend("triton", "cuda", torch.float64)
+    monkeypatch.setattr("gsda_kernels.triton._INSTALLED", False)
+    assert backend.unavailable(torch.device("cuda")) == "triton is not installed"
+
+
+def test_import_loads_no_triton_and_asks_no_device() -> None:
+    code = (
+        "import sys, torch; before = 'triton' in sys.modules; import gsda_kernels;"
+        "assert before or 'triton' not in sys.modules; assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,121 @@
+"""The Triton backend on a real device, bfloat16 included: `pytest -m gpu`."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from equivalence import INPUTS, assert_equivalent, compute, make_problem, non_contiguous
+from triton_cases import SHAPES
+
+import gsda_kernels as gk
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+DTYPES = [
+    (torch.float32, None),
+    (torch.bfloat16, None),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, None),
+    (torch.float16, torch.float32),
+]
+VISDA = {"num_source": 36, "num_target": 36, "num_discriminators": 17, "dim": 256, "hidden": 1024, "zero_weights": 0.8}
+
+
+@pytest.fixture(autouse=True)
+def _allocations_are_poisoned() -> Iterator[None]:
+    """Uninitialised memory is NaN, and the largest number in integers: whatever is read unwritten shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def _problem(dtype: torch.dtype = torch.float32, **shape: Any) -> Any:
+    return make_problem(device="cuda", dtype=dtype, **shape)
+
+
+@pytest.mark.parametrize(("dtype", "parameter_dtype"), DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_the_reference(shape: dict[str, Any], dtype: torch.dtype, parameter_dtype: torch.dtype | None) -> None:
+    assert_equivalent(_problem(dtype, parameter_dtype=parameter_dtype, **shape), "triton")
+
+
+@pytest.mark.parametrize(("dtype", "parameter_dtype"), DTYPES, ids=str)
+def test_at_the_size_of_visda(dtype: torch.dtype, parameter_dtype: torch.dtype | None) -> None:
+    assert_equivalent(_problem(dtype, parameter_dtype=parameter_dtype, **VISDA), "triton")
+
+
+def test_tf32_where_it_is_allowed() -> None:
+    """PyTorch's own products then round to TF32 as well, which widens the tolerance."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert_equivalent(_problem(**VISDA), "triton")
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("frozen", [[name] for name in INPUTS] + [INPUTS[1:], INPUTS[:1], INPUTS], ids="+".join)
+def test_frozen(frozen: list[str]) -> None:
+    assert_equivalent(_problem(torch.bfloat16), "triton", frozen=frozen)
+
+
+def test_options() -> None:
+    assert_equivalent(_problem(), "triton", loss_feature_scale=-0.7, min_weight=0.4)
+    assert_equivalent(non_contiguous(_problem()), "triton")
+
+
+def test_more_than_max_pairs_is_nan() -> None:
+    found = compute(_problem(zero_weights=0.0), "triton", max_pairs=35)
+    assert found["loss"].isnan().all()
+    assert found["gradient_norm"].isnan().all()
+    assert all(found[name].isnan().any() for name in INPUTS)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_never_waits_for_the_device(compiled: bool) -> None:
+    problem = _problem(torch.bfloat16, **VISDA)
+    expected = compute(problem, "triton", compiled=compiled)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = compute(problem, "triton", compiled=compiled)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_bitwise_repeatable() -> None:
+    problem = _problem(torch.bfloat16, **VISDA)
+    first = compute(problem, "triton")
+    for _ in range(5):
+        again = compute(problem, "triton")
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_compiled() -> None:
+    assert_equivalent(_problem(torch.bfloat16), "triton", compiled=True)
+
+
+def test_cuda_graph() -> None:
+    """The whole step is captured, and replays follow the inputs."""
+    problem = _problem(torch.bfloat16, **VISDA)
+    compute(problem, "triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = compute(problem, "triton")
+    for scale in (1.0, 0.5):
+        problem.features.mul_(scale)
+        graph.replay()
+        expected = compute(problem, "triton")
+        assert all(torch.equal(captured[name], expected[name]) for name in expected)
+
+
+def test_auto_takes_it() -> None:
+    problem = _problem()
+    expected, found = (compute(problem, backend) for backend in ("triton", "auto"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert gk.available_backends()["triton"] is None
