@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+# A process in which Triton interprets its kernels cannot compile any: those tests run apart.
+INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton_interpreter.py
 BUILT_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/native/*)
 
 .PHONY: help demo test test-all lint types clean
@@ -19,9 +21,11 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(INTERPRETED) -m "not slow"
 
 test-all: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
+	$(INTERPRETED)
 
 lint: $(VENV)/installed-dev types
 	$(BIN)/python -m ruff check .
