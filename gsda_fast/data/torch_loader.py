@@ -53,6 +53,7 @@ class TorchLoader:
         device: where batches are put.
         workers: threads; 0 = the usable cores, divided by the processes that share this machine.
         cache_on_device: keep all images on the device as uint8.
+        dtype: of the images.
 
     Raises:
         UsageError: with `cache_on_device`, an image cannot be read, or all of them do not fit.
@@ -68,11 +69,12 @@ class TorchLoader:
         device: torch.device,
         workers: int = 0,
         cache_on_device: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self._domains: dict[Role, ImageDomain] = {"source": source, "target": target}
         self._recipe = recipe
         self._batch_size = batch_size
-        self._device = torch.device(device)
+        self._device, self._dtype = torch.device(device), dtype
         self._pool = ThreadPoolExecutor(workers or usable_cores(), thread_name_prefix="decode")
         std = torch.tensor(recipe.std, device=self._device).view(1, -1, 1, 1)
         mean = torch.tensor(recipe.mean, device=self._device).view(1, -1, 1, 1)
@@ -189,9 +191,10 @@ class TorchLoader:
         return pixels.permute(0, 3, 1, 2)
 
     def _normalise(self, pixels: Tensor) -> Tensor:
-        """(x / 255 - mean) / std, float32, on the device."""
+        """(x / 255 - mean) / std, computed in float32, on the device."""
         images = self._to_device(pixels).to(torch.float32)
-        return images.mul_(self._scale).sub_(self._shift).contiguous(memory_format=torch.channels_last)
+        images = images.mul_(self._scale).sub_(self._shift)
+        return images.to(self._dtype).contiguous(memory_format=torch.channels_last)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         if self._device.type != "cuda" or tensor.is_cuda:

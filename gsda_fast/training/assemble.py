@@ -12,7 +12,7 @@ import gsda_kernels
 from gsda_fast.config import Config
 from gsda_fast.data.benchmarks import find_benchmark
 from gsda_fast.data.domains import ImageDomain, open_pair
-from gsda_fast.data.loaders import open_loader
+from gsda_fast.data.loaders import open_loader, resolve_loader
 from gsda_fast.data.sampling import SamplingPlan
 from gsda_fast.errors import UsageError
 from gsda_fast.methods import build_method
@@ -38,11 +38,12 @@ def resolve(config: Config) -> tuple[Config, ImageDomain, ImageDomain]:
     device: Literal["cpu", "cuda"] = "cuda" if name != "cpu" and cuda else "cpu"
     groups = config.adversarial.groups or max(1, round(source.num_classes / 5))
     refresh_every = config.pseudo_labels.refresh_every or -(-len(target) // run.batch_size)
+    loader = resolve_loader(config.data, source, target, torch.device(device))
     default_output = Path("runs") / RunFolder.default_name(config.task, source.name, target.name, run.method, run.seed)
     resolved = replace(
         config,
         run=replace(run, device=device, output=run.output or default_output),
-        data=replace(config.data, source=source.name, target=target.name),
+        data=replace(config.data, source=source.name, target=target.name, loader=loader),
         adversarial=replace(config.adversarial, groups=groups, backend=_backend(config.adversarial.backend, device)),
         pseudo_labels=replace(config.pseudo_labels, refresh_every=refresh_every),
     )
