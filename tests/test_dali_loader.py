@@ -34,7 +34,7 @@ import pytest
 import torch
 from image_trees import class_tree, natural_image
 from PIL import Image
-from test_torch_loader import BAD, _write_bad
+from test_torch_loader import BAD, write_bad
 from torch import Tensor
 
 from gsda_fast.data.batches import Batch
@@ -340,7 +340,7 @@ def test_bad_file_is_named(tmp_path: Path, kind: str) -> None:
     class_tree(tmp_path / "new", ["cat"], per_class=3)
     source, target = open_pair("folder", "photos", "new", tmp_path)
     bad = tmp_path / "new" / "cat" / "frame_0002.jpg"
-    _write_bad(bad, kind)
+    write_bad(bad, kind)
     opened = DaliLoader(source, target, replace(PHOTOS, random_scale=None), batch_size=4, device=CPU, workers=1)
     plan = SamplingPlan(source.labels, len(target), recipe=PHOTOS, batch_size=3, seed=0)
     with pytest.raises(UsageError, match=rf"{bad}: found .*{BAD[kind]}.*; expected a readable image"):
