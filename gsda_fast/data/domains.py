@@ -8,7 +8,7 @@ No image is opened here.
 import os
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +59,11 @@ class ImageDomain:
 
 
 def open_pair(
-    task: str, source: str | None = None, target: str | None = None, data_root: Path | None = None
+    task: str,
+    source: str | None = None,
+    target: str | None = None,
+    data_root: Path | None = None,
+    quarantine: Path | None = None,
 ) -> tuple[ImageDomain, ImageDomain]:
     """Source and target domain of a transfer task, in one label space.
 
@@ -69,6 +73,7 @@ def open_pair(
             usual ones.
         data_root: where the data set lies; None: the environment variable ``GSDA_DATA``. The task ``digits`` builds its
             own images, in its cache or in a `data_root` that does not exist yet, and does not look at ``GSDA_DATA``.
+        quarantine: a text file with the full path of a file a line; these are left out.
 
     Returns:
         The source, which has samples of every class, and the target, whose classes are among the source's. The labels
@@ -79,14 +84,35 @@ def open_pair(
     """
     benchmark = find_benchmark(task)
     if task == "folder":
-        return _open_own_folders(source, target, _existing_root(data_root))
+        left_out = _read_quarantine(quarantine)
+        opened = _open_own_folders(source, target, _existing_root(data_root))
+        return _without(opened[0], left_out), _without(opened[1], left_out)
     names = (source or benchmark.default_source, target or benchmark.default_target)
-    source_facts, target_facts = (benchmark.domain(str(name)) for name in names)
-    root = digits.build(data_root) if task == "digits" else _existing_root(data_root)
+    # Both names are checked before any folder is read.
+    source_name, target_name = (benchmark.domain(str(name)).name for name in names)
     return (
-        _open_domain(benchmark, source_facts, root, partial=False),
-        _open_domain(benchmark, target_facts, root, partial=benchmark.target_classes is not None),
+        open_domain(task, source_name, data_root, quarantine=quarantine),
+        open_domain(task, target_name, data_root, partial=benchmark.target_classes is not None, quarantine=quarantine),
     )
+
+
+def open_domain(
+    task: str, name: str, data_root: Path | None = None, *, partial: bool = False, quarantine: Path | None = None
+) -> ImageDomain:
+    """One domain of a named benchmark, in the benchmark's label space.
+
+    Args:
+        task: a name in `BENCHMARKS`, not ``folder``. name: of the domain, or an alias.
+        data_root, quarantine: as for `open_pair`.
+        partial: leave out the classes that the target of a partial task lacks.
+
+    Raises:
+        UsageError: there is no such task, domain or folder, or its files do not fit.
+    """
+    benchmark = find_benchmark(task)
+    facts = benchmark.domain(name)
+    root = digits.build(data_root) if task == "digits" else _existing_root(data_root)
+    return _open_domain(benchmark, facts, root, partial=partial, left_out=_read_quarantine(quarantine))
 
 
 def _existing_root(data_root: Path | None) -> Path:
@@ -112,11 +138,13 @@ def _existing_root(data_root: Path | None) -> Path:
 # ------------------------------------------------------------------------------------------------- named benchmarks
 
 
-def _open_domain(benchmark: Benchmark, facts: DomainFacts, root: Path, *, partial: bool) -> ImageDomain:
+def _open_domain(
+    benchmark: Benchmark, facts: DomainFacts, root: Path, *, partial: bool, left_out: frozenset[str]
+) -> ImageDomain:
     assert benchmark.classes is not None
     classes = benchmark.classes
     kept = benchmark.target_classes if partial and benchmark.target_classes else classes
-    domain = _find_domain(benchmark, facts, root, classes, kept)
+    domain = _without(_find_domain(benchmark, facts, root, classes, kept), left_out)
     present = set(domain.labels.tolist())
     missing = [name for label, name in enumerate(classes) if name in kept and label not in present]
     if missing and domain.labels.max(initial=UNKNOWN) != UNKNOWN:
@@ -129,7 +157,7 @@ def _open_domain(benchmark: Benchmark, facts: DomainFacts, root: Path, *, partia
     expected = facts.expected_target_images if partial else facts.expected_images
     if expected is not None and len(domain) != expected:
         warnings.warn(
-            f"domain {facts.name}: found {len(domain)} images in {domain.root}, published {expected}", stacklevel=4
+            f"domain {facts.name}: found {len(domain)} images in {domain.root}, published {expected}", stacklevel=5
         )
     return domain
 
@@ -303,6 +331,39 @@ def _domain(name: str, root: Path, samples: list[tuple[str, int]], classes: tupl
             _require_utf8(root, path)
     labels = np.fromiter((label for _, label in samples), dtype=np.int64, count=len(samples))
     return ImageDomain(name, root, [path for path, _ in samples], labels, classes)
+
+
+def _read_quarantine(listed: Path | None) -> frozenset[str]:
+    if listed is None:
+        return frozenset()
+    try:
+        lines = listed.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            "--quarantine", found=f"{listed} ({error})", expected="a list that `data verify --quarantine` wrote"
+        ) from error
+    return frozenset(line.strip() for line in lines if line.strip())
+
+
+def _without(domain: ImageDomain, left_out: frozenset[str]) -> ImageDomain:
+    """The domain without the files of a quarantine list.
+
+    Raises:
+        UsageError: nothing of a class is left.
+    """
+    kept = [i for i in range(len(domain)) if os.path.abspath(domain.file(i)) not in left_out] if left_out else []
+    if len(kept) == len(domain) or not left_out:
+        return domain
+    labels = domain.labels[kept]
+    emptied = sorted(set(domain.labels.tolist()) - set(labels.tolist()))
+    if emptied:
+        names = [domain.classes[label] if label != UNKNOWN else "the domain" for label in emptied]
+        raise UsageError(
+            "--quarantine",
+            found=f"every image of {_some(names)} in {domain.root}",
+            expected="at least one image left of each class",
+        )
+    return replace(domain, paths=[domain.paths[i] for i in kept], labels=labels)
 
 
 def _class_folders(root: Path) -> dict[str, str]:

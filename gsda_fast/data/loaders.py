@@ -31,6 +31,10 @@ class DataSettings:
     """Unlabelled domain to adapt to; the task's usual one if not given."""
     data_root: Path | None = None
     """Folder of the data set; the environment variable GSDA_DATA if not given. The digits task needs none."""
+    quarantine: Path | None = None
+    """List of files to leave out, as `python -m gsda_fast.data verify --quarantine LIST` writes it."""
+    verify: bool = True
+    """Look for unreadable files before the training; what was found is remembered until files change."""
     loader: Literal["auto", "dali", "torch"] = "auto"
     """What decodes the images; auto: DALI on a GPU, torch on a CPU."""
     workers: int = 0

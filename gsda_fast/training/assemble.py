@@ -30,7 +30,8 @@ def resolve(config: Config) -> tuple[Config, ImageDomain, ImageDomain]:
     Raises:
         UsageError: data, a device or a backend that is not there.
     """
-    source, target = open_pair(config.task, config.data.source, config.data.target, config.data.data_root)
+    data = config.data
+    source, target = open_pair(config.task, data.source, data.target, data.data_root, data.quarantine)
     run, name = config.run, config.run.device
     cuda = torch.cuda.is_available()
     if name == "cuda" and not cuda:
