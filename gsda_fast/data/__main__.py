@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -13,6 +14,7 @@ from rich.markup import escape
 
 from gsda_fast.commands import parse_command_line, run_command
 from gsda_fast.data.benchmarks import BENCHMARKS
+from gsda_fast.data.pack import pack
 from gsda_fast.data.verify import findings_table, progress_bars, verify, write_quarantine
 from gsda_fast.errors import UsageError
 
@@ -36,6 +38,45 @@ class VerifySettings:
     """Add the unreadable files to this list, which training leaves out if it is given the same option."""
     workers: int = 0
     """Threads; 0: the usable cores."""
+
+
+@dataclass(frozen=True)
+class PackSettings:
+    """Decode and resize every image once, into shards of 8-bit pixels that training reads as it reads the raw files."""
+
+    task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar=_TASKS)]
+    """The task whose data set to pack."""
+    source: str | None = None
+    """Pack this domain (and the target) alone; all that the task's papers use if neither is given."""
+    target: str | None = None
+    """Pack this domain (and the source) alone."""
+    data_root: Path | None = None
+    """Folder of the data set; the environment variable GSDA_DATA if not given."""
+    output: Path | None = None
+    """Folder of the pack; packs/TASK if not given. Give it to training as --data-root."""
+    quarantine: Path | None = None
+    """List of files to leave out, as verify writes it."""
+    workers: int = 0
+    """Threads; 0: the usable cores."""
+
+
+def run_pack(settings: PackSettings, console: Console) -> int:
+    """Writes the pack; returns the exit code."""
+    output = settings.output or Path("packs") / settings.task
+    with progress_bars(console) as progress:
+        pack(
+            settings.task,
+            settings.source,
+            settings.target,
+            settings.data_root,
+            output=output,
+            quarantine=settings.quarantine,
+            workers=settings.workers,
+            progress=progress,
+        )
+    size = sum(file.stat().st_size for file in output.iterdir())
+    console.print(f"{output}: {size / 2**30:.2f} GiB; train with --data-root {output}")
+    return 0
 
 
 def run_verify(settings: VerifySettings, console: Console) -> int:
@@ -62,16 +103,21 @@ def run_verify(settings: VerifySettings, console: Console) -> int:
     return int(not all(finding.good for finding in findings))
 
 
+_COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Console], int]]] = {
+    "verify": (VerifySettings, run_verify),
+    "pack": (PackSettings, run_pack),
+}
+
+
 def main(arguments: list[str], console: Console) -> int:
     """Runs a subcommand; returns its exit code."""
-    commands = {"verify": (VerifySettings, run_verify)}
     if arguments[:1] in (["-h"], ["--help"]):
-        print(f"usage: {_PROGRAM} {'|'.join(commands)} TASK [options]\n\n{_PROGRAM} COMMAND --help lists the options")
+        print(f"usage: {_PROGRAM} {'|'.join(_COMMANDS)} TASK [options]\n\n{_PROGRAM} COMMAND --help lists the options")
         return 0
-    if not arguments or arguments[0] not in commands:
+    if not arguments or arguments[0] not in _COMMANDS:
         found = f"'{arguments[0]}'" if arguments else "nothing"
-        raise UsageError(_PROGRAM, found=found, expected=f"a command: {' or '.join(commands)}")
-    kind, run = commands[arguments[0]]
+        raise UsageError(_PROGRAM, found=found, expected=f"a command: {' or '.join(_COMMANDS)}")
+    kind, run = _COMMANDS[arguments[0]]
     settings = parse_command_line(lambda: tyro.cli(kind, args=arguments[1:], prog=f"{_PROGRAM} {arguments[0]}"))
     return run(settings, console)
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from gsda_fast.data import digits
 from gsda_fast.data.benchmarks import Benchmark, DomainFacts, find_benchmark, plain_name
+from gsda_fast.data.frames import PackedDomain, PackedFrames, is_pack, read_domain
 from gsda_fast.errors import UsageError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
@@ -39,6 +40,8 @@ class ImageDomain:
     labels: NDArray[np.int64]
     """(n,), `UNKNOWN` (-1) where the files do not tell"""
     classes: tuple[str, ...]
+    frames: PackedFrames | None = None
+    """the images themselves, where they come from a pack; `paths` then says where they once came from"""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -56,6 +59,11 @@ class ImageDomain:
     def file(self, index: int) -> str:
         """The full path of sample `index`."""
         return os.path.join(self.root, self.paths[index])
+
+    def take(self, samples: list[int]) -> "ImageDomain":
+        """The domain reduced to some of its samples."""
+        frames = None if self.frames is None else self.frames.take(samples)
+        return replace(self, paths=[self.paths[i] for i in samples], labels=self.labels[samples], frames=frames)
 
 
 def open_pair(
@@ -165,7 +173,9 @@ def _open_domain(
 def _find_domain(
     benchmark: Benchmark, facts: DomainFacts, root: Path, classes: tuple[str, ...], kept: tuple[str, ...]
 ) -> ImageDomain:
-    """The first layout of the domain that is there."""
+    """The domain in a pack, or the first of its layouts that is there."""
+    if is_pack(root):
+        return _from_pack(facts.name, root, read_domain(root, facts.name), classes, kept)
     for base in (root / nested for nested in benchmark.roots):
         for list_file, start in facts.lists:
             if (base / list_file).is_file():
@@ -266,6 +276,8 @@ def _require_listed_files(list_file: Path, start: Path, paths: list[str]) -> Non
 
 
 def _open_own_folders(source: str | None, target: str | None, root: Path) -> tuple[ImageDomain, ImageDomain]:
+    if is_pack(root):
+        return _open_own_pack(str(source), str(target), root)
     source_folder, target_folder = _own_folder("--source", source, root), _own_folder("--target", target, root)
     folders = _class_folders(source_folder)
     if len(folders) < 2:
@@ -300,6 +312,14 @@ def _open_own_folders(source: str | None, target: str | None, root: Path) -> tup
     return opened, _read_tree(str(target), target_folder, target_folders, labels, classes)
 
 
+def _open_own_pack(source: str, target: str, root: Path) -> tuple[ImageDomain, ImageDomain]:
+    packed_source, packed_target = read_domain(root, source), read_domain(root, target)
+    present = {packed_source.classes[label] for label in packed_source.labels.tolist() if label >= 0}
+    classes = tuple(sorted(present))
+    opened = _from_pack(source, root, packed_source, classes, classes)
+    return opened, _from_pack(target, root, packed_target, classes, classes)
+
+
 def _own_folder(option: str, name: str | None, root: Path) -> Path:
     if not name:
         raise UsageError(option, found="nothing", expected=f"a folder in {root}")
@@ -307,6 +327,28 @@ def _own_folder(option: str, name: str | None, root: Path) -> Path:
     if not folder.is_dir():
         raise UsageError(option, found=f"{folder}, which is no folder", expected=f"a folder in {root}")
     return folder
+
+
+# ------------------------------------------------------------------------------------------------------------- packs
+
+
+def _from_pack(
+    name: str, root: Path, packed: PackedDomain, classes: tuple[str, ...], kept: tuple[str, ...]
+) -> ImageDomain:
+    """A packed domain in the label space `classes`, without the samples of classes that are not `kept`."""
+    known = {plain_name(class_name): label for label, class_name in enumerate(classes)}
+    lacking = {packed.classes[label] for label in packed.labels.tolist() if label >= 0} - {
+        class_name for class_name in packed.classes if plain_name(class_name) in known
+    }
+    if lacking:
+        raise UsageError(
+            f"domain {name}", found=f"the classes {_some(sorted(lacking))} in {root}", expected=_some(classes)
+        )
+    renamed = [known.get(plain_name(class_name), UNKNOWN) for class_name in packed.classes]
+    labels = np.array([renamed[label] if label >= 0 else UNKNOWN for label in packed.labels.tolist()], dtype=np.int64)
+    domain = ImageDomain(name, root, packed.paths, labels, classes, packed.frames)
+    wanted = {label for label, class_name in enumerate(classes) if class_name in kept} | {UNKNOWN}
+    return domain.take([i for i, label in enumerate(labels.tolist()) if label in wanted])
 
 
 # ----------------------------------------------------------------------------------------------------- files on disk
@@ -354,8 +396,8 @@ def _without(domain: ImageDomain, left_out: frozenset[str]) -> ImageDomain:
     kept = [i for i in range(len(domain)) if os.path.abspath(domain.file(i)) not in left_out] if left_out else []
     if len(kept) == len(domain) or not left_out:
         return domain
-    labels = domain.labels[kept]
-    emptied = sorted(set(domain.labels.tolist()) - set(labels.tolist()))
+    rest = domain.take(kept)
+    emptied = sorted(set(domain.labels.tolist()) - set(rest.labels.tolist()))
     if emptied:
         names = [domain.classes[label] if label != UNKNOWN else "the domain" for label in emptied]
         raise UsageError(
@@ -363,7 +405,7 @@ def _without(domain: ImageDomain, left_out: frozenset[str]) -> ImageDomain:
             found=f"every image of {_some(names)} in {domain.root}",
             expected="at least one image left of each class",
         )
-    return replace(domain, paths=[domain.paths[i] for i in kept], labels=labels)
+    return rest
 
 
 def _class_folders(root: Path) -> dict[str, str]:

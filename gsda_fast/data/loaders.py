@@ -30,7 +30,7 @@ class DataSettings:
     target: str | None = None
     """Unlabelled domain to adapt to; the task's usual one if not given."""
     data_root: Path | None = None
-    """Folder of the data set; the environment variable GSDA_DATA if not given. The digits task needs none."""
+    """Folder of the data set or of a pack; the environment variable GSDA_DATA if not given. Digits need none."""
     quarantine: Path | None = None
     """List of files to leave out, as `python -m gsda_fast.data verify --quarantine LIST` writes it."""
     verify: bool = True
@@ -49,7 +49,7 @@ def resolve_loader(
     """The loader that the settings mean here: `settings.loader` with ``auto`` decided.
 
     On a GPU that is DALI, where it is installed and reads every file. On a CPU it is the torch loader, the faster of
-    the two there, as it is for images that are decoded once (`cache_on_device`).
+    the two there, as it is for images that are decoded already (a pack) or only once (`cache_on_device`).
 
     Raises:
         UsageError: there is no such loader, or DALI is asked for and cannot serve.
@@ -74,6 +74,8 @@ def _obstacle_to_dali(settings: DataSettings, source: ImageDomain, target: Image
             expected="torch or auto, as every image is decoded once",
             remedy="or add --no-cache-on-device",
         )
+    if source.frames is not None or target.frames is not None:
+        return UsageError("--loader", found="dali, with a pack", expected="torch or auto: nothing is left to decode")
     try:
         importlib.import_module("nvidia.dali")
     except (ImportError, OSError) as error:

@@ -7,6 +7,7 @@ tolerance.
   16-bit values keep their upper byte. JPEG and PNG go through torchvision.io, what it refuses through Pillow.
 - Training: the window, drawn in the recipe's square frame, is mapped to whole source pixels and resampled once.
   Evaluation: the whole image is resized to the frame, then its centre is cut out.
+- A pack holds frames: windows are cut from these, and so resampled a second time.
 - With `cache_on_device` all images of both domains are resized to the frame once and stay on the device as uint8.
   Windows are then cut from the frame and resampled a second time, bilinear without antialiasing (a window is hardly
   larger than the crop). For recipes whose crop is the frame (digits) both ways give equal pixels.
@@ -57,7 +58,8 @@ class TorchLoader:
         dtype: of the images.
 
     Raises:
-        UsageError: with `cache_on_device`, an image cannot be read, or all of them do not fit.
+        UsageError: a pack of another recipe or, with `cache_on_device`, an image that cannot be read, or more images
+            than fit.
     """
 
     def __init__(
@@ -72,6 +74,8 @@ class TorchLoader:
         cache_on_device: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        for domain in (source, target):
+            _require_fitting_frames(domain, recipe)
         self._domains: dict[Role, ImageDomain] = {"source": source, "target": target}
         self._recipe = recipe
         self._batch_size = batch_size
@@ -116,7 +120,7 @@ class TorchLoader:
         pixels = self._empty_pixels(len(index))
 
         def crop(i: int) -> None:
-            image = read_image(domain.file(int(index[i])), recipe.channels)
+            image = read_sample(domain, int(index[i]), recipe.channels)
             height, width = image.shape[-2:]
             window = source_window(augmentation.window[i], height, width, recipe.resize)
             image = transforms.resized_crop(image, *window, size=[recipe.crop, recipe.crop], antialias=True)
@@ -163,7 +167,7 @@ class TorchLoader:
         pixels = self._empty_pixels(len(part))
 
         def centre(i: int, sample: int) -> None:
-            frame = read_frame(domain.file(sample), recipe)
+            frame = read_frame(domain, sample, recipe)
             pixels[i] = transforms.center_crop(frame, [recipe.crop])
 
         futures = [self._pool.submit(centre, i, sample) for i, sample in enumerate(part.tolist())]
@@ -181,7 +185,7 @@ class TorchLoader:
         recipe, parts = self._recipe, []
         for start in range(0, len(domain), 256):
             samples = range(start, min(start + 256, len(domain)))
-            frames = list(self._pool.map(lambda sample: read_frame(domain.file(sample), recipe), samples))
+            frames = list(self._pool.map(lambda sample: read_frame(domain, sample, recipe), samples))
             parts.append(torch.stack(frames).contiguous(memory_format=torch.channels_last).to(self._device))
         return torch.cat(parts).contiguous(memory_format=torch.channels_last)
 
@@ -209,9 +213,21 @@ def usable_cores() -> int:
     return max(1, min(_MAX_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def read_frame(path: str, recipe: ImageRecipe) -> Tensor:
+def read_frame(domain: ImageDomain, sample: int, recipe: ImageRecipe) -> Tensor:
     """An image resized to the recipe's frame, (C, resize, resize) uint8: antialiased bilinear."""
-    return transforms.resize(read_image(path, recipe.channels), [recipe.resize, recipe.resize], antialias=True)
+    image = read_sample(domain, sample, recipe.channels)
+    return transforms.resize(image, [recipe.resize, recipe.resize], antialias=True)
+
+
+def read_sample(domain: ImageDomain, sample: int, channels: int) -> Tensor:
+    """An image as stored, (channels, height, width) uint8: that of the file or, in a pack, the frame.
+
+    Raises:
+        UsageError: see `read_image`.
+    """
+    if domain.frames is None:
+        return read_image(domain.file(sample), channels)
+    return torch.from_numpy(domain.frames[sample]).permute(2, 0, 1)
 
 
 def read_image(path: str, channels: int) -> Tensor:
@@ -317,6 +333,13 @@ def crop_frames(frames: Tensor, window: Tensor, flip: Tensor, crop: int) -> Tens
     return functional.grid_sample(
         frames.to(torch.float32), grid, mode="bilinear", padding_mode="border", align_corners=False
     )
+
+
+def _require_fitting_frames(domain: ImageDomain, recipe: ImageRecipe) -> None:
+    expected = (recipe.resize, recipe.resize, recipe.channels)
+    if domain.frames is not None and domain.frames.shape != expected:
+        found = f"{domain.root}, a pack of frames of shape {domain.frames.shape}"
+        raise UsageError("--data-root", found=found, expected=f"frames of shape {expected}")
 
 
 def _require_memory(images: int, recipe: ImageRecipe, device: torch.device) -> None:

@@ -145,15 +145,17 @@ def require_readable(task: str, *domains: ImageDomain, workers: int = 0, progres
 
 def unreadable_files(domain: ImageDomain, workers: int = 0, progress: FilesDone | None = None) -> list[tuple[str, str]]:
     """(full path, what is wrong) of every file of a domain that cannot be read, from memory where nothing changed."""
-    files = [domain.file(i) for i in range(len(domain))]
+    frames = domain.frames
+    files = [domain.file(i) for i in range(len(domain))] if frames is None else frames.files()
+    check = file_problem if frames is None else frames.problem
     with ThreadPoolExecutor(workers or usable_cores(), thread_name_prefix="verify") as pool:
-        state = _digest(domain, pool.map(_size_and_time, files))
+        state = _digest(files, pool.map(file_state, files))
         memory = _memory_of(domain)
         known = _recall(memory, state)
         if known is not None:
             return known
         bad = []
-        for i, problem in enumerate(pool.map(file_problem, files)):
+        for i, problem in enumerate(pool.map(check, files)):
             if problem:
                 bad.append((files[i], problem))
             if progress is not None:
@@ -191,7 +193,8 @@ def _surely_sound(path: str) -> bool:
 # --------------------------------------------------------------------------------------------------- what is remembered
 
 
-def _size_and_time(path: str) -> tuple[int, int]:
+def file_state(path: str) -> tuple[int, int]:
+    """Size in bytes and time of change in nanoseconds; -1 where there is no file."""
     try:
         status = os.stat(path)
     except OSError:
@@ -199,15 +202,16 @@ def _size_and_time(path: str) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _digest(domain: ImageDomain, states: Iterator[tuple[int, int]]) -> str:
+def _digest(files: list[str], states: Iterator[tuple[int, int]]) -> str:
     digest = hashlib.sha256(_FORMAT.encode())
-    for path, state in zip(domain.paths, states):
+    for path, state in zip(files, states):
         digest.update(f"{path}\0{state[0]} {state[1]}\0".encode())
     return digest.hexdigest()
 
 
 def _memory_of(domain: ImageDomain) -> Path:
-    place = f"{domain.root.resolve()}\0{len(domain)}"  # a partial target is other files of the same folder
+    # A partial target is other files of the same folder, a pack holds several domains in one.
+    place = f"{domain.root.resolve()}\0{domain.name}\0{len(domain)}"
     return cache_home() / "verified" / f"{hashlib.sha256(place.encode()).hexdigest()[:32]}.json"
 
 
