@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gsda_kernels.closed_form import TorchBackend
+from gsda_kernels.native import NativeBackend
 
 
 class Backend(Protocol):
@@ -25,7 +26,10 @@ class Backend(Protocol):
     def forward(
         self, tensors: Sequence[Tensor], weight: Tensor, label: Tensor, max_pairs: int, needs_grad: Sequence[bool]
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """loss (K,), gradient_norm (K,) and what `backward` needs; both results NaN beyond `max_pairs` active pairs."""
+        """loss (K,), gradient_norm (K,) and what `backward` needs.
+
+        Both results are NaN beyond `max_pairs` active pairs, and so are the gradients to whatever has such a pair.
+        """
         ...
 
     def backward(
@@ -45,13 +49,14 @@ class Backend(Protocol):
 
 _BACKENDS: dict[str, Backend] = {
     "torch": TorchBackend(),
+    "native": NativeBackend(),
 }
 
 # Not behind the registered operations, since autograd must see through it: reference.py.
 _REFERENCE = "reference"
 
 # Tried in this order by "auto".
-_FASTEST_FIRST = ("torch",)
+_FASTEST_FIRST = ("native", "torch")
 
 
 def get(name: str) -> Backend:

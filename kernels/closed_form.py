@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gsda_kernels import pairs
+from gsda_kernels import buffers, pairs
 
 
 class TorchBackend:
@@ -27,9 +27,9 @@ class TorchBackend:
         features, w1 = tensors[:2]
         count, (_, hidden, dim) = pairs.num_buffer_rows(features, w1, max_pairs), w1.shape
         sums = torch.float64 if features.dtype == torch.float64 else torch.float32
-        saved = [features.new_empty(count, dim), *(features.new_empty(count, dtype=sums) for _ in range(2))]
+        saved = [buffers.empty((count, dim), features), *(features.new_empty(count, dtype=sums) for _ in range(2))]
         if any(needs_grad[1:]):
-            saved += [features.new_empty(count, hidden) for _ in range(3)]
+            saved += [buffers.empty((count, hidden), features) for _ in range(3)]
         return saved
 
     def forward(
@@ -59,8 +59,10 @@ class TorchBackend:
             torch.linalg.vector_norm(jacobian, dim=-1, dtype=weight.dtype, out=norm)
             loss[block.discriminator] = (block.weight * F.softplus(signed_logit)).sum(-1)
             gradient_norm[block.discriminator] = (block.weight * residual * norm).sum(-1)
-        loss, gradient_norm = pairs.poison_overflow(weight, max_pairs, loss / num_samples, gradient_norm / num_samples)
-        return loss, gradient_norm, saved
+        poison = pairs.nan_beyond(weight, max_pairs)
+        # Through the saved norms the gradients become NaN as well.
+        norms.mul_(poison)
+        return loss / num_samples * poison, gradient_norm / num_samples * poison, saved
 
     def backward(
         self,
@@ -74,9 +76,11 @@ class TorchBackend:
         needs_grad: Sequence[bool],
     ) -> list[Tensor | None]:
         features, parameters = tensors[0], [parameter.to(tensors[0].dtype) for parameter in tensors[1:]]
-        gradients = [torch.zeros_like(t) if needed else None for t, needed in zip(tensors, needs_grad)]
+        gradients = [buffers.empty(t.shape, t) if needed else None for t, needed in zip(tensors, needs_grad)]
         jacobians, residuals, norms = saved[:3]
         feature_gradient = torch.zeros_like(features, dtype=weight.dtype) if needs_grad[0] else None
+        # Known without a wait on a CPU alone: then a fourth of the work falls away with the norm's own gradient.
+        has_norm = features.device.type != "cpu" or bool(grad_gradient_norm.any())
         for block in pairs.blocks(features, parameters[0], weight, label, len(jacobians)):
             jacobian, residual, norm = block.view(jacobians), block.view(residuals), block.view(norms)
             share = block.weight / len(features)
@@ -86,17 +90,18 @@ class TorchBackend:
             dz_norm = grad_s * block.sign * residual * (1 - residual) * norm
             if feature_gradient is not None:
                 scaled = dz_loss if loss_feature_scale is None else loss_feature_scale * dz_loss
-                block.scatter_add(feature_gradient, (scaled + dz_norm).unsqueeze(-1) * jacobian)
+                block.scatter_add(feature_gradient, scaled + dz_norm, jacobian)
             if any(needs_grad[1:]):
                 # d norm / d jacobian, with the subgradient 0 where the jacobian vanishes.
-                direction = torch.where(norm > 0, grad_s * residual / norm, 0.0).to(features.dtype)
+                direction = torch.where(norm > 0, grad_s * residual / norm, 0.0).to(features.dtype).unsqueeze(-1)
+                q = buffers.empty(jacobian.shape, jacobian)
                 _add_parameter_gradients(
                     [gradient if gradient is None else gradient[block.discriminator] for gradient in gradients[1:]],
                     [parameter[block.discriminator] for parameter in parameters],
                     block.gather(features),
                     [block.view(buffer) for buffer in saved[3:]],
                     (dz_loss + dz_norm).to(features.dtype).unsqueeze(-1),
-                    direction.unsqueeze(-1) * jacobian,
+                    torch.mul(direction, jacobian, out=q) if has_norm else None,
                 )
         if feature_gradient is not None:
             gradients[0] = feature_gradient.to(features.dtype)
@@ -109,36 +114,37 @@ def _add_parameter_gradients(
     features: Tensor,
     saved: Sequence[Tensor],
     dz: Tensor,
-    q: Tensor,
+    q: Tensor | None,
 ) -> None:
     """Writes one block's gradients into `gradients`, both chains (of the logit and of the norm) sharing their products.
 
     Args:
         gradients: to w1, b1, w2, b2, w3, b3 of the block; None where not wanted.
         features: the pairs' features, or (N, D) to be broadcast. saved: h1, h2 and u1 = dz/d(pre-activation 1).
-        dz: shape + (1,), gradient to the logits. q: shape + (D,), gradient to the jacobians.
+        dz: shape + (1,), gradient to the logits. q: shape + (D,), gradient to the jacobians, overwritten; None for 0.
     """
     grad_w1, grad_b1, grad_w2, grad_b2, grad_w3, grad_b3 = gradients
     w1, _, w2, _, w3, _ = parameters
     h1, h2, u1 = saved
     dz_row = dz.mT
+    g1 = None
+    if q is not None and (grad_w2 is not None or grad_w3 is not None):
+        g1 = torch.matmul(q, w1.mT).mul_(h1 > 0)
     if grad_b1 is not None:
         _product(dz_row, u1, out=grad_b1.unsqueeze(-2))
     if grad_w1 is not None:
-        _product(u1.mT, dz * features + q, out=grad_w1)
+        _product(u1.mT, dz * features if q is None else q.addcmul_(dz, features), out=grad_w1)
     if grad_b3 is not None:
         grad_b3.copy_(dz.sum((-1, -2), dtype=_sum_dtype(dz)))
     if grad_b2 is not None or grad_w2 is not None:
         u2 = _masked(w3, h2)
         if grad_b2 is not None:
             _product(dz_row, u2, out=grad_b2.unsqueeze(-2))
-    if grad_w2 is not None or grad_w3 is not None:
-        g1 = torch.matmul(q, w1.mT).mul_(h1 > 0)
     if grad_w3 is not None:
-        g2 = torch.matmul(g1, w2.mT).mul_(h2 > 0).addcmul_(dz.expand_as(h2), h2)
+        g2 = dz * h2 if g1 is None else torch.matmul(g1, w2.mT).mul_(h2 > 0).addcmul_(dz, h2)
         grad_w3.copy_(g2.sum(-2, dtype=_sum_dtype(dz)))
     if grad_w2 is not None:
-        _product(u2.mT, g1.addcmul_(dz.expand_as(h1), h1), out=grad_w2)
+        _product(u2.mT, dz * h1 if g1 is None else g1.addcmul_(dz, h1), out=grad_w2)
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ def adversarial_terms(
     weight = sample_weight.detach().to(accumulation)
     label = domain.detach().to(accumulation)
     if min_weight > 0:
-        weight = torch.where((weight >= min_weight) | (label == 1), weight, 0.0)
+        weight = torch.where((weight >= min_weight) | (label == 1).unsqueeze(1), weight, 0.0)
     scale = None
     if isinstance(loss_feature_scale, Tensor):
         if loss_feature_scale.numel() != 1:
@@ -126,7 +126,8 @@ def adversarial_terms(
     if chosen == "reference":
         loss, gradient_norm = reference.loop_over_discriminators(features, disc, weight, label, scale)
         if bound < num_pairs:
-            loss, gradient_norm = pairs.poison_overflow(weight, bound, loss, gradient_norm)
+            poison = pairs.nan_beyond(weight, bound)
+            loss, gradient_norm = loss * poison, gradient_norm * poison
         return AdversarialTerms(loss, gradient_norm)
     differentiable = (features, *disc)
     needs_grad = [torch.is_grad_enabled() and tensor.requires_grad for tensor in differentiable]
@@ -183,7 +184,8 @@ def _check_dtypes(features: Tensor, disc: DiscriminatorWeights, sample_weight: T
 
 
 def _check_devices(features: Tensor, disc: DiscriminatorWeights, sample_weight: Tensor, domain: Tensor) -> None:
-    for name, tensor in {**disc._asdict(), "sample_weight": sample_weight, "domain": domain}.items():
+    parameters = {f"disc.{name}": tensor for name, tensor in disc._asdict().items()}
+    for name, tensor in {**parameters, "sample_weight": sample_weight, "domain": domain}.items():
         if tensor.device != features.device:
             raise ValueError(
                 f"{name}: found device {tensor.device}; expected {features.device}, the device of features"

@@ -44,12 +44,14 @@ class Block:
         """(N, D) -> (n, D), or (N, D) itself, which broadcasts over (K, N, D)."""
         return features if self.rows is None else features[self.rows]
 
-    def scatter_add(self, out: Tensor, values: Tensor) -> None:
-        """Adds each pair's row of `values` (shape + (D,)) to its sample's row of `out` (N, D)."""
+    def scatter_add(self, out: Tensor, factor: Tensor, values: Tensor) -> None:
+        """Adds each pair's `factor` (shape) times its row of `values` (shape + (D,)) to its sample's row of `out`."""
         if self.rows is None:
-            out.add_(values.sum(0) if values.dim() == 3 else values)
+            # A product for each sample, which sums over the discriminators without the (K, N, D) of all summands.
+            by_sample = values.transpose(0, 1).to(factor.dtype)
+            out.add_(torch.bmm(factor.t().unsqueeze(1), by_sample).squeeze(1))
         else:
-            out.index_add_(0, self.rows, values)
+            out.index_add_(0, self.rows, factor.unsqueeze(-1) * values)
 
 
 def is_batched(features: Tensor, w1: Tensor) -> bool:
@@ -64,7 +66,9 @@ def num_buffer_rows(features: Tensor, w1: Tensor, max_pairs: int) -> int:
 
 
 def blocks(features: Tensor, w1: Tensor, weight: Tensor, label: Tensor, max_pairs: int) -> Iterator[Block]:
-    """The blocks that cover every pair with a non-zero weight; none beyond `max_pairs` pairs.
+    """The blocks that cover every pair with a non-zero weight, at most the first `max_pairs` of them.
+
+    A discriminator without pairs has an empty block: its gradients are sums over nothing.
 
     Args:
         features: (N, D). w1: (K, H, D). weight: (N, K). label: (N,).
@@ -75,20 +79,16 @@ def blocks(features: Tensor, w1: Tensor, weight: Tensor, label: Tensor, max_pair
         yield Block(slice(None), slice(None), shape, None, weight.t(), sign.expand(shape))
         return
     by_discriminator = weight.t()
-    discriminators, rows = by_discriminator.nonzero().unbind(1)
+    discriminators, rows = by_discriminator.nonzero()[:max_pairs].unbind(1)
     counts = torch.bincount(discriminators, minlength=w1.shape[0]).tolist()
     pair_weight, pair_sign = by_discriminator[discriminators, rows], sign[rows]
     start = 0
     for k, count in enumerate(counts):
         span = slice(start, start + count)
         start += count
-        if start > max_pairs:
-            return
-        if count:
-            yield Block(k, span, (count,), rows[span], pair_weight[span], pair_sign[span])
+        yield Block(k, span, (count,), rows[span], pair_weight[span], pair_sign[span])
 
 
-def poison_overflow(weight: Tensor, max_pairs: int, loss: Tensor, gradient_norm: Tensor) -> tuple[Tensor, Tensor]:
-    """NaN in both results where more than `max_pairs` pairs are active: never a wrong number, and no host wait."""
-    too_many = torch.count_nonzero(weight) > max_pairs
-    return loss.masked_fill(too_many, float("nan")), gradient_norm.masked_fill(too_many, float("nan"))
+def nan_beyond(weight: Tensor, max_pairs: int) -> Tensor:
+    """0-d: NaN where more than `max_pairs` pairs are active, else 1. A factor, so that gradients turn NaN as well."""
+    return torch.where(torch.count_nonzero(weight) > max_pairs, torch.nan, 1.0).to(weight.dtype)

@@ -1,0 +1,126 @@
+"""The closed form in C++: one call forward and one backward, a discriminator at a time, with its own matrix products.
+
+A discriminator's few dozen pairs stay in the second-level cache from the first layer to the last, its weights are read
+where they lie, and its gradients are written once, past the caches. AVX2 or AVX-512, chosen at run time.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from gsda_kernels import buffers
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    """The extension and, where it cannot run, why."""
+    try:
+        extension = importlib.import_module("gsda_kernels.native._head")
+    except ImportError as error:
+        return None, f"the C++ extension was not built or does not load: {error}"
+    if extension.instruction_set() is None:
+        return None, "the CPU has neither AVX-512 nor AVX2"
+    return extension, None
+
+
+_EXTENSION, _WHY_NOT = _load()
+
+
+class NativeBackend:
+    """float32 and float64 on a CPU; half-precision inputs are computed in float32."""
+
+    def __init__(self, instruction_set: str | None = None) -> None:
+        """`instruction_set`: avx2 or avx512; None for the widest that the CPU has."""
+        widest = None if _EXTENSION is None else _EXTENSION.instruction_set()
+        self._wide = (instruction_set or widest) == "avx512"
+        self._why_not = _WHY_NOT
+        if _WHY_NOT is None and self._wide and widest != "avx512":
+            self._why_not = "the CPU has no AVX-512"
+
+    def unavailable(self, device: torch.device) -> str | None:
+        # Meta tensors carry shapes alone, and every backend knows those.
+        return self._why_not if device.type in ("cpu", "meta") else f"C++ code for CPUs alone, not for {device.type}"
+
+    def saved_like(self, tensors: Sequence[Tensor], max_pairs: int, needs_grad: Sequence[bool]) -> list[Tensor]:
+        features, (_, hidden, dim) = tensors[0], tensors[1].shape
+        kind = _kind(features)
+        saved = [
+            buffers.empty((max_pairs, _row_stride(dim)), features, kind),
+            *(features.new_empty(max_pairs, dtype=kind) for _ in range(2)),
+        ]
+        if any(needs_grad[1:]):
+            saved += [buffers.empty((max_pairs, _row_stride(hidden)), features, kind) for _ in range(3)]
+        return saved
+
+    def forward(
+        self, tensors: Sequence[Tensor], weight: Tensor, label: Tensor, max_pairs: int, needs_grad: Sequence[bool]
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        assert _EXTENSION is not None
+        saved = self.saved_like(tensors, max_pairs, needs_grad)
+        loss, gradient_norm = weight.new_empty(weight.shape[1]), weight.new_empty(weight.shape[1])
+        if not _EXTENSION.forward(
+            _plain(tensors, weight.dtype),
+            *_plain((weight, label), weight.dtype),
+            saved,
+            _row_stride(tensors[1].shape[1]),
+            loss,
+            gradient_norm,
+            torch.get_num_threads(),
+            self._wide,
+        ):
+            loss.fill_(torch.nan)
+            gradient_norm.fill_(torch.nan)
+        return loss, gradient_norm, saved
+
+    def backward(
+        self,
+        tensors: Sequence[Tensor],
+        weight: Tensor,
+        label: Tensor,
+        saved: Sequence[Tensor],
+        grad_loss: Tensor,
+        grad_gradient_norm: Tensor,
+        loss_feature_scale: Tensor | None,
+        needs_grad: Sequence[bool],
+    ) -> list[Tensor | None]:
+        assert _EXTENSION is not None
+        gradients = [
+            buffers.empty(tensor.shape, tensor, weight.dtype) if needed else None
+            for tensor, needed in zip(tensors, needs_grad)
+        ]
+        if not _EXTENSION.backward(
+            _plain(tensors, weight.dtype),
+            *_plain((weight, label), weight.dtype),
+            list(saved),
+            _row_stride(tensors[1].shape[1]),
+            *_plain((grad_loss, grad_gradient_norm), weight.dtype),
+            1.0 if loss_feature_scale is None else float(loss_feature_scale),
+            gradients,
+            torch.get_num_threads(),
+            self._wide,
+        ):
+            gradients = [gradient if gradient is None else gradient.fill_(torch.nan) for gradient in gradients]
+        return [
+            gradient if gradient is None else gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, tensors)
+        ]
+
+
+def _kind(features: Tensor) -> torch.dtype:
+    return torch.float64 if features.dtype == torch.float64 else torch.float32
+
+
+def _plain(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [tensor.detach().to(dtype).contiguous() for tensor in tensors]
+
+
+def _row_stride(size: int) -> int:
+    """Elements from one pair's row to the next: whole cache lines, but never the same place in every page.
+
+    Rows at a power of two would compete for the same few lines of the first-level cache.
+    """
+    padded = -(-size // 16) * 16
+    return padded + 16 if padded % 256 == 0 else padded

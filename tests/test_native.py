@@ -1,0 +1,113 @@
+"""What the C++ backend does beyond the cases that every closed form shares (test_closed_form.py)."""
+
+import statistics
+import threading
+import time
+
+import pytest
+import torch
+from equivalence import assert_equivalent, compute, make_problem
+
+from gsda_kernels import backends, native
+from gsda_kernels.native import NativeBackend
+
+WHY_NOT = NativeBackend().unavailable(torch.device("cpu"))
+built = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+
+
+@built
+@pytest.mark.parametrize("instruction_set", ["avx2", "avx512"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("num_source", "num_target", "dim", "hidden"),
+    [
+        (1, 0, 1, 1),  # one pair of everything, all of it padding
+        (0, 7, 16, 16),  # one vector exactly (AVX-512, float32); more rows than one tile
+        (3, 4, 17, 33),  # one column more than whole vectors
+        (6, 7, 64, 64),  # whole strips of four vectors
+        (6, 6, 112, 112),  # strips of four, two and one vector
+        (2, 70, 80, 130),  # deeper than one block of the depth, and not a whole number of them
+        (30, 40, 256, 256),  # rows whose stride is moved off a page
+    ],
+)
+def test_edges_of_tiles(
+    monkeypatch: pytest.MonkeyPatch,
+    instruction_set: str,
+    dtype: torch.dtype,
+    num_source: int,
+    num_target: int,
+    dim: int,
+    hidden: int,
+) -> None:
+    backend = NativeBackend(instruction_set)
+    if backend.unavailable(torch.device("cpu")):
+        pytest.skip(str(backend.unavailable(torch.device("cpu"))))
+    monkeypatch.setitem(backends._BACKENDS, "native", backend)
+    problem = make_problem(num_source=num_source, num_target=num_target, dim=dim, hidden=hidden, dtype=dtype)
+    assert_equivalent(problem, "native")
+
+
+@built
+def test_the_number_of_threads_changes_nothing() -> None:
+    problem = make_problem(num_source=20, num_target=20, num_discriminators=7, dim=40, hidden=50, empty=[3])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = compute(problem, "native")
+        torch.set_num_threads(3)
+        together = compute(problem, "native")
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(together[name], value) for name, value in alone.items())
+
+
+@built
+def test_the_interpreter_runs_on_meanwhile() -> None:
+    """A thread that sleeps wakes up in the middle of a call, and not only at its end."""
+    problem = make_problem(num_source=100, num_target=100, num_discriminators=20, dim=128, hidden=512)
+    tensors, weight = (problem.features, *problem.disc), problem.sample_weight
+    arguments = (tensors, weight, problem.domain.to(weight.dtype), weight.numel(), [False] * 7)
+    backend, durations, naps = NativeBackend(), [], []
+
+    def calls() -> None:
+        start = time.perf_counter()
+        backend.forward(*arguments)
+        durations.append(time.perf_counter() - start)
+
+    for _ in range(5):
+        caller = threading.Thread(target=calls)
+        caller.start()
+        start = time.perf_counter()
+        time.sleep(5e-3)  # long enough for the call to have begun
+        naps.append(time.perf_counter() - start)
+        caller.join()
+    assert statistics.median(naps) < statistics.median(durations) / 2
+
+
+@built
+def test_nan_in_an_input_stays_visible() -> None:
+    problem = make_problem()
+    problem.features[0, 0] = torch.nan
+    found = compute(problem, "native")
+    active = problem.sample_weight[0] != 0
+    assert active.any()
+    assert not active.all()
+    assert torch.equal(found["loss"].isnan(), active)
+    assert torch.equal(found["gradient_norm"].isnan(), active)
+    assert found["features"][0].isnan().all()
+    assert found["features"][1:].isfinite().all()
+
+
+def test_without_the_extension_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(native.importlib, "import_module", missing)
+    extension, why_not = native._load()
+    assert extension is None
+    assert why_not is not None
+    assert "the C++ extension was not built or does not load: No module named" in why_not
+
+
+def test_other_devices_are_refused() -> None:
+    assert "for CPUs alone, not for cuda" in str(NativeBackend().unavailable(torch.device("cuda")))

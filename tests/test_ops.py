@@ -1,0 +1,134 @@
+"""The registered operations: schemas, derivatives, compilation, and memory that nobody initialised."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from equivalence import INPUTS, Problem, assert_equivalent, compute, make_problem, non_contiguous
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import gsda_kernels as gk
+from gsda_kernels import ops
+
+BACKENDS = [name for name, why in gk.available_backends("cpu").items() if why is None and name != "reference"]
+SMALL = {"num_source": 3, "num_target": 2, "num_discriminators": 3, "dim": 4, "hidden": 5}
+LARGE = {"num_source": 5, "num_target": 4, "num_discriminators": 3, "dim": 96, "hidden": 224, "empty": [1]}
+FROZEN = {"none": (), "discriminators": INPUTS[1:], "features": INPUTS[:1]}
+both_layouts = pytest.mark.parametrize("shape", [SMALL, LARGE], ids=["batched", "grouped"])
+
+
+def forward_arguments(problem: Problem, backend: str, frozen: tuple[str, ...], scale: float | None) -> tuple[Any, ...]:
+    inputs = [tensor.requires_grad_(name not in frozen) for name, tensor in problem.inputs.items()]
+    label = problem.domain.to(problem.sample_weight.dtype)
+    return (
+        *inputs,
+        problem.sample_weight,
+        label,
+        None if scale is None else torch.tensor(scale, dtype=problem.sample_weight.dtype),
+        problem.sample_weight.numel(),
+        [tensor.requires_grad for tensor in inputs],
+        backend,
+    )
+
+
+@pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN.keys())
+@pytest.mark.parametrize("scale", [None, -0.5])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_forward(backend: str, scale: float | None, frozen: tuple[str, ...]) -> None:
+    # All pairs active and rows of whole vectors: what is saved for the backward has no uninitialised corner to compare.
+    problem = make_problem(num_source=3, num_target=2, num_discriminators=3, dim=16, hidden=32, zero_weights=0.0)
+    torch.library.opcheck(ops.adversarial_forward, forward_arguments(problem, backend, frozen, scale))
+
+
+@pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN.keys())
+@pytest.mark.parametrize("backend", BACKENDS)
+@both_layouts
+def test_opcheck_backward(backend: str, frozen: tuple[str, ...], shape: dict[str, Any]) -> None:
+    problem = make_problem(**shape)
+    arguments = forward_arguments(problem, backend, frozen, -0.5)
+    *tensors, weight, label, scale, _max_pairs, needs_grad, _backend = arguments
+    tensors = [tensor.detach() for tensor in tensors]
+    _, _, saved = ops.adversarial_forward(*tensors, *arguments[7:])
+    torch.library.opcheck(
+        ops.adversarial_backward,
+        (
+            *tensors, weight, label, scale, saved, problem.grad_loss, problem.grad_gradient_norm, needs_grad, backend,
+        ),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@both_layouts
+def test_gradcheck(backend: str, shape: dict[str, Any]) -> None:
+    problem = make_problem(dtype=torch.float64, **shape)
+    inputs = tuple(tensor.requires_grad_() for tensor in problem.inputs.values())
+
+    def terms(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        disc = gk.DiscriminatorWeights(*tensors[1:])
+        return gk.adversarial_terms(tensors[0], disc, problem.sample_weight, problem.domain, backend=backend)
+
+    torch.autograd.gradcheck(terms, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN.keys())
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile_fullgraph(backend: str, frozen: tuple[str, ...]) -> None:
+    torch._dynamo.reset()
+    problem = make_problem(**SMALL)
+    scale = torch.tensor(-0.4)
+    expected = compute(problem, backend, frozen=frozen, loss_feature_scale=scale, min_weight=0.1)
+    found = compute(problem, backend, frozen=frozen, loss_feature_scale=scale, min_weight=0.1, compiled=True)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-8)
+
+
+def test_compile_without_recompiling_for_a_scheduled_scale() -> None:
+    torch._dynamo.reset()
+    problem = make_problem(**SMALL)
+    compute(problem, "auto", compiled=True, loss_feature_scale=torch.tensor(-0.1))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        compute(problem, "auto", compiled=True, loss_feature_scale=torch.tensor(-0.2))
+
+
+def test_compile_refuses_the_reference_by_name() -> None:
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"backend: found 'reference', which cannot run here \(torch.compile refuses"):
+        compute(make_problem(**SMALL), "reference", compiled=True)
+
+
+@pytest.fixture
+def poisoned_allocations() -> Iterator[None]:
+    """Every tensor that PyTorch does not initialise is filled with NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(1000).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("poisoned_allocations")
+@pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN.keys())
+@pytest.mark.parametrize("backend", BACKENDS)
+@both_layouts
+def test_poisoned_allocations(backend: str, frozen: tuple[str, ...], shape: dict[str, Any]) -> None:
+    problem = make_problem(**{**shape, "empty": [1]}, dead=[0])
+    assert_equivalent(problem, backend, frozen=frozen)
+    assert_equivalent(non_contiguous(problem), backend, frozen=frozen, loss_feature_scale=-0.3)
+
+
+@pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN.keys())
+@pytest.mark.parametrize("backend", BACKENDS)
+@both_layouts
+def test_fake_and_meta_tensors(backend: str, frozen: tuple[str, ...], shape: dict[str, Any]) -> None:
+    problem = make_problem(**shape)
+    expected = shapes(compute(problem, backend, frozen=frozen))
+    assert shapes(compute(problem.to("meta"), backend, frozen=frozen)) == expected
+    with FakeTensorMode() as mode:
+        fake = replace(problem.map(mode.from_tensor), domain=mode.from_tensor(problem.domain))
+        assert shapes(compute(fake, backend, frozen=frozen, validate=False)) == expected
+
+
+def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[Any, ...]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
