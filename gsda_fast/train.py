@@ -17,12 +17,16 @@ from torch.utils.tensorboard import SummaryWriter
 from gsda_fast.commands import run_command
 from gsda_fast.config import Config, parse_config
 from gsda_fast.data.domains import ImageDomain
+from gsda_fast.data.verify import progress_bars, require_readable
 from gsda_fast.errors import UsageError
 from gsda_fast.results.metrics import evaluation_figures
 from gsda_fast.results.run_folder import RunFolder, RunResult
 from gsda_fast.training.assemble import build_trainer, resolve
 from gsda_fast.training.checkpoint import CheckpointFolder
 from gsda_fast.training.trainer import Report, Trainer
+
+_FREE_TO_CHANGE = ("run.output", "run.resume", "data.verify")
+"""Settings that have no influence on the figures of a run."""
 
 FEATURE_SAMPLES = 2000
 """Samples of each domain whose features are kept for plots."""
@@ -44,6 +48,9 @@ def train(config: Config, console: Console) -> RunResult:
         )
         return finished
 
+    if config.data.verify:
+        with progress_bars(console) as progress:
+            require_readable(config.task, source, target, workers=config.data.workers, progress=progress)
     trainer = build_trainer(config, source, target)
     folder.prepare()
     checkpoints = CheckpointFolder(folder.checkpoints)
@@ -86,7 +93,7 @@ def _earlier_result(folder: RunFolder, config: Config) -> RunResult | None:
     if config.run.resume == "never":
         return None
     changed = folder.changed_settings(config.to_dict()) if folder.config_path.is_file() else {}
-    differing = {name: pair for name, pair in changed.items() if name not in ("run.output", "run.resume")}
+    differing = {name: pair for name, pair in changed.items() if name not in _FREE_TO_CHANGE}
     if differing:
         told = ", ".join(f"{name} = {old} there and {new} here" for name, (old, new) in differing.items())
         raise UsageError(

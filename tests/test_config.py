@@ -26,6 +26,8 @@ OPTIONS = """
 --source {None}|STR
 --target {None}|STR
 --data-root {None}|PATH
+--quarantine {None}|PATH
+--verify, --no-verify
 --loader {auto,dali,torch}
 --workers INT
 --cache-on-device, --no-cache-on-device

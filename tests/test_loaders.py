@@ -1,12 +1,14 @@
+import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
-from image_trees import class_tree
+from image_trees import class_tree, save
 
 from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.data.domains import ImageDomain, open_pair
-from gsda_fast.data.loaders import DataSettings, Loader, open_loader
+from gsda_fast.data.loaders import DataSettings, Loader, open_loader, resolve_loader
 from gsda_fast.data.sampling import SamplingPlan
 from gsda_fast.data.torch_loader import TorchLoader
 from gsda_fast.errors import UsageError
@@ -38,9 +40,52 @@ def test_from_settings_to_batches(settings: DataSettings, pair: tuple[ImageDomai
     loader.close()
 
 
-def test_loader_that_is_not_there(pair: tuple[ImageDomain, ImageDomain]) -> None:
-    with pytest.raises(UsageError, match="--loader: found 'dali'; expected auto or torch"):
+def test_loader_that_does_not_exist(pair: tuple[ImageDomain, ImageDomain]) -> None:
+    with pytest.raises(UsageError, match="--loader: found 'pillow'; expected auto, dali or torch"):
+        opened(DataSettings(loader="pillow"), pair)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "name"),
+    [
+        (DataSettings(), "cpu", "torch"),
+        (DataSettings(), "cuda", "dali"),
+        (DataSettings(cache_on_device=True), "cuda", "torch"),
+        (DataSettings(loader="torch"), "cuda", "torch"),
+        (DataSettings(loader="dali"), "cpu", "dali"),
+    ],
+)
+def test_automatic_choice(
+    settings: DataSettings,
+    device: str,
+    name: str,
+    pair: tuple[ImageDomain, ImageDomain],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "nvidia.dali", types.ModuleType("nvidia.dali"))
+    assert resolve_loader(settings, *pair, torch.device(device)) == name
+
+
+def test_without_dali_auto_falls_to_torch_and_dali_says_how_to_install_it(
+    pair: tuple[ImageDomain, ImageDomain], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    assert resolve_loader(DataSettings(), *pair, torch.device("cuda")) == "torch"
+    with pytest.raises(UsageError, match=r"--loader: found dali, which cannot be imported .*; python -m pip install"):
         opened(DataSettings(loader="dali"), pair)
+
+
+def test_dali_with_what_it_cannot_do(
+    pair: tuple[ImageDomain, ImageDomain], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "nvidia.dali", types.ModuleType("nvidia.dali"))
+    with pytest.raises(UsageError, match="--loader: found dali together with --cache-on-device"):
+        opened(DataSettings(loader="dali", cache_on_device=True), pair)
+    save(tmp_path / "sketches" / "dog" / "drawing.gif")
+    with_gif = open_pair("folder", "photos", "sketches", tmp_path)
+    assert resolve_loader(DataSettings(), *with_gif, torch.device("cuda")) == "torch"
+    with pytest.raises(UsageError, match=r"drawing.gif among the images; .* DALI reads no GIF"):
+        opened(DataSettings(loader="dali"), with_gif)
 
 
 def test_negative_workers(pair: tuple[ImageDomain, ImageDomain]) -> None:

@@ -266,10 +266,16 @@ def _png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-def _write_bad(path: Path, kind: str) -> None:
+def write_bad(path: Path, kind: str) -> None:
     natural_image(1, 400, 300).save(path, format="PNG" if kind == "truncated png" else "JPEG")
     if kind.startswith("truncated"):
         path.write_bytes(path.read_bytes()[:-2000])
+    elif kind == "damaged png":
+        natural_image(1).save(path, format="PNG")
+        path.write_bytes(path.read_bytes()[:400] + bytes(100) + path.read_bytes()[500:])
+    elif kind == "png without its end":
+        natural_image(1).save(path, format="PNG")
+        path.write_bytes(path.read_bytes()[:-12])
     elif kind == "zero bytes":
         path.write_bytes(b"")
     elif kind == "text":
@@ -287,6 +293,8 @@ def _write_bad(path: Path, kind: str) -> None:
 BAD = {
     "truncated jpeg": "truncated",
     "truncated png": "truncated",
+    "damaged png": "a damaged PNG .checksum of the chunk b'IDAT' at byte 33",
+    "png without its end": "a truncated PNG",
     "zero bytes": "bytes that are no image",
     "text": "bytes that are no image",
     "animation": "an animation of 2 frames",
@@ -304,7 +312,7 @@ def test_bad_file_is_named(tmp_path: Path, kind: str, cache: bool) -> None:
     class_tree(tmp_path / "new", ["cat"], per_class=3)
     source, target = open_pair("folder", "photos", "new", tmp_path)
     bad = tmp_path / "new" / "cat" / "frame_0002.jpg"
-    _write_bad(bad, kind)
+    write_bad(bad, kind)
 
     def train() -> None:
         opened = TorchLoader(source, target, PHOTOS, batch_size=4, device=CPU, workers=2, cache_on_device=cache)

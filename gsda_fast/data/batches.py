@@ -15,7 +15,8 @@ Role = Literal["source", "target"]
 class Batch:
     """One training step of one process. All tensors are on the training device.
 
-    Images are float32, normalised, in channels_last memory format. The target's labels are no part of a batch.
+    Images are normalised, of the loader's dtype (float32 unless told otherwise), in channels_last memory format. The
+    target's labels are no part of a batch.
     """
 
     source_images: Tensor

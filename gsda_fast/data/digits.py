@@ -39,10 +39,15 @@ _GLYPH_STREAM = 64
 _SUPERSAMPLING = 8
 
 
-def default_cache() -> Path:
-    """``$XDG_CACHE_HOME`` (or ``~/.cache``) ``/gsda_fast/digits-v1``."""
+def cache_home() -> Path:
+    """Where this package keeps what it can make again: ``$XDG_CACHE_HOME`` (or ``~/.cache``) ``/gsda_fast``."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "gsda_fast" / "digits-v1"
+    return (Path(base) if base else Path.home() / ".cache") / "gsda_fast"
+
+
+def default_cache() -> Path:
+    """The folder ``digits-v1`` of `cache_home`."""
+    return cache_home() / "digits-v1"
 
 
 def build(cache_dir: Path | None = None) -> Path:

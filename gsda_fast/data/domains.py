@@ -8,7 +8,7 @@ No image is opened here.
 import os
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from gsda_fast.data import digits
 from gsda_fast.data.benchmarks import Benchmark, DomainFacts, find_benchmark, plain_name
+from gsda_fast.data.frames import PackedDomain, PackedFrames, is_pack, read_domain
 from gsda_fast.errors import UsageError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
@@ -39,6 +40,8 @@ class ImageDomain:
     labels: NDArray[np.int64]
     """(n,), `UNKNOWN` (-1) where the files do not tell"""
     classes: tuple[str, ...]
+    frames: PackedFrames | None = None
+    """the images themselves, where they come from a pack; `paths` then says where they once came from"""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -57,9 +60,18 @@ class ImageDomain:
         """The full path of sample `index`."""
         return os.path.join(self.root, self.paths[index])
 
+    def take(self, samples: list[int]) -> "ImageDomain":
+        """The domain reduced to some of its samples."""
+        frames = None if self.frames is None else self.frames.take(samples)
+        return replace(self, paths=[self.paths[i] for i in samples], labels=self.labels[samples], frames=frames)
+
 
 def open_pair(
-    task: str, source: str | None = None, target: str | None = None, data_root: Path | None = None
+    task: str,
+    source: str | None = None,
+    target: str | None = None,
+    data_root: Path | None = None,
+    quarantine: Path | None = None,
 ) -> tuple[ImageDomain, ImageDomain]:
     """Source and target domain of a transfer task, in one label space.
 
@@ -69,6 +81,7 @@ def open_pair(
             usual ones.
         data_root: where the data set lies; None: the environment variable ``GSDA_DATA``. The task ``digits`` builds its
             own images, in its cache or in a `data_root` that does not exist yet, and does not look at ``GSDA_DATA``.
+        quarantine: a text file with the full path of a file a line; these are left out.
 
     Returns:
         The source, which has samples of every class, and the target, whose classes are among the source's. The labels
@@ -79,14 +92,35 @@ def open_pair(
     """
     benchmark = find_benchmark(task)
     if task == "folder":
-        return _open_own_folders(source, target, _existing_root(data_root))
+        left_out = _read_quarantine(quarantine)
+        opened = _open_own_folders(source, target, _existing_root(data_root))
+        return _without(opened[0], left_out), _without(opened[1], left_out)
     names = (source or benchmark.default_source, target or benchmark.default_target)
-    source_facts, target_facts = (benchmark.domain(str(name)) for name in names)
-    root = digits.build(data_root) if task == "digits" else _existing_root(data_root)
+    # Both names are checked before any folder is read.
+    source_name, target_name = (benchmark.domain(str(name)).name for name in names)
     return (
-        _open_domain(benchmark, source_facts, root, partial=False),
-        _open_domain(benchmark, target_facts, root, partial=benchmark.target_classes is not None),
+        open_domain(task, source_name, data_root, quarantine=quarantine),
+        open_domain(task, target_name, data_root, partial=benchmark.target_classes is not None, quarantine=quarantine),
     )
+
+
+def open_domain(
+    task: str, name: str, data_root: Path | None = None, *, partial: bool = False, quarantine: Path | None = None
+) -> ImageDomain:
+    """One domain of a named benchmark, in the benchmark's label space.
+
+    Args:
+        task: a name in `BENCHMARKS`, not ``folder``. name: of the domain, or an alias.
+        data_root, quarantine: as for `open_pair`.
+        partial: leave out the classes that the target of a partial task lacks.
+
+    Raises:
+        UsageError: there is no such task, domain or folder, or its files do not fit.
+    """
+    benchmark = find_benchmark(task)
+    facts = benchmark.domain(name)
+    root = digits.build(data_root) if task == "digits" else _existing_root(data_root)
+    return _open_domain(benchmark, facts, root, partial=partial, left_out=_read_quarantine(quarantine))
 
 
 def _existing_root(data_root: Path | None) -> Path:
@@ -112,11 +146,13 @@ def _existing_root(data_root: Path | None) -> Path:
 # ------------------------------------------------------------------------------------------------- named benchmarks
 
 
-def _open_domain(benchmark: Benchmark, facts: DomainFacts, root: Path, *, partial: bool) -> ImageDomain:
+def _open_domain(
+    benchmark: Benchmark, facts: DomainFacts, root: Path, *, partial: bool, left_out: frozenset[str]
+) -> ImageDomain:
     assert benchmark.classes is not None
     classes = benchmark.classes
     kept = benchmark.target_classes if partial and benchmark.target_classes else classes
-    domain = _find_domain(benchmark, facts, root, classes, kept)
+    domain = _without(_find_domain(benchmark, facts, root, classes, kept), left_out)
     present = set(domain.labels.tolist())
     missing = [name for label, name in enumerate(classes) if name in kept and label not in present]
     if missing and domain.labels.max(initial=UNKNOWN) != UNKNOWN:
@@ -129,7 +165,7 @@ def _open_domain(benchmark: Benchmark, facts: DomainFacts, root: Path, *, partia
     expected = facts.expected_target_images if partial else facts.expected_images
     if expected is not None and len(domain) != expected:
         warnings.warn(
-            f"domain {facts.name}: found {len(domain)} images in {domain.root}, published {expected}", stacklevel=4
+            f"domain {facts.name}: found {len(domain)} images in {domain.root}, published {expected}", stacklevel=5
         )
     return domain
 
@@ -137,7 +173,9 @@ def _open_domain(benchmark: Benchmark, facts: DomainFacts, root: Path, *, partia
 def _find_domain(
     benchmark: Benchmark, facts: DomainFacts, root: Path, classes: tuple[str, ...], kept: tuple[str, ...]
 ) -> ImageDomain:
-    """The first layout of the domain that is there."""
+    """The domain in a pack, or the first of its layouts that is there."""
+    if is_pack(root):
+        return _from_pack(facts.name, root, read_domain(root, facts.name), classes, kept)
     for base in (root / nested for nested in benchmark.roots):
         for list_file, start in facts.lists:
             if (base / list_file).is_file():
@@ -238,6 +276,8 @@ def _require_listed_files(list_file: Path, start: Path, paths: list[str]) -> Non
 
 
 def _open_own_folders(source: str | None, target: str | None, root: Path) -> tuple[ImageDomain, ImageDomain]:
+    if is_pack(root):
+        return _open_own_pack(str(source), str(target), root)
     source_folder, target_folder = _own_folder("--source", source, root), _own_folder("--target", target, root)
     folders = _class_folders(source_folder)
     if len(folders) < 2:
@@ -272,6 +312,14 @@ def _open_own_folders(source: str | None, target: str | None, root: Path) -> tup
     return opened, _read_tree(str(target), target_folder, target_folders, labels, classes)
 
 
+def _open_own_pack(source: str, target: str, root: Path) -> tuple[ImageDomain, ImageDomain]:
+    packed_source, packed_target = read_domain(root, source), read_domain(root, target)
+    present = {packed_source.classes[label] for label in packed_source.labels.tolist() if label >= 0}
+    classes = tuple(sorted(present))
+    opened = _from_pack(source, root, packed_source, classes, classes)
+    return opened, _from_pack(target, root, packed_target, classes, classes)
+
+
 def _own_folder(option: str, name: str | None, root: Path) -> Path:
     if not name:
         raise UsageError(option, found="nothing", expected=f"a folder in {root}")
@@ -279,6 +327,28 @@ def _own_folder(option: str, name: str | None, root: Path) -> Path:
     if not folder.is_dir():
         raise UsageError(option, found=f"{folder}, which is no folder", expected=f"a folder in {root}")
     return folder
+
+
+# ------------------------------------------------------------------------------------------------------------- packs
+
+
+def _from_pack(
+    name: str, root: Path, packed: PackedDomain, classes: tuple[str, ...], kept: tuple[str, ...]
+) -> ImageDomain:
+    """A packed domain in the label space `classes`, without the samples of classes that are not `kept`."""
+    known = {plain_name(class_name): label for label, class_name in enumerate(classes)}
+    lacking = {packed.classes[label] for label in packed.labels.tolist() if label >= 0} - {
+        class_name for class_name in packed.classes if plain_name(class_name) in known
+    }
+    if lacking:
+        raise UsageError(
+            f"domain {name}", found=f"the classes {_some(sorted(lacking))} in {root}", expected=_some(classes)
+        )
+    renamed = [known.get(plain_name(class_name), UNKNOWN) for class_name in packed.classes]
+    labels = np.array([renamed[label] if label >= 0 else UNKNOWN for label in packed.labels.tolist()], dtype=np.int64)
+    domain = ImageDomain(name, root, packed.paths, labels, classes, packed.frames)
+    wanted = {label for label, class_name in enumerate(classes) if class_name in kept} | {UNKNOWN}
+    return domain.take([i for i, label in enumerate(labels.tolist()) if label in wanted])
 
 
 # ----------------------------------------------------------------------------------------------------- files on disk
@@ -303,6 +373,39 @@ def _domain(name: str, root: Path, samples: list[tuple[str, int]], classes: tupl
             _require_utf8(root, path)
     labels = np.fromiter((label for _, label in samples), dtype=np.int64, count=len(samples))
     return ImageDomain(name, root, [path for path, _ in samples], labels, classes)
+
+
+def _read_quarantine(listed: Path | None) -> frozenset[str]:
+    if listed is None:
+        return frozenset()
+    try:
+        lines = listed.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            "--quarantine", found=f"{listed} ({error})", expected="a list that `data verify --quarantine` wrote"
+        ) from error
+    return frozenset(line.strip() for line in lines if line.strip())
+
+
+def _without(domain: ImageDomain, left_out: frozenset[str]) -> ImageDomain:
+    """The domain without the files of a quarantine list.
+
+    Raises:
+        UsageError: nothing of a class is left.
+    """
+    kept = [i for i in range(len(domain)) if os.path.abspath(domain.file(i)) not in left_out] if left_out else []
+    if len(kept) == len(domain) or not left_out:
+        return domain
+    rest = domain.take(kept)
+    emptied = sorted(set(domain.labels.tolist()) - set(rest.labels.tolist()))
+    if emptied:
+        names = [domain.classes[label] if label != UNKNOWN else "the domain" for label in emptied]
+        raise UsageError(
+            "--quarantine",
+            found=f"every image of {_some(names)} in {domain.root}",
+            expected="at least one image left of each class",
+        )
+    return rest
 
 
 def _class_folders(root: Path) -> dict[str, str]:

@@ -1,5 +1,7 @@
 """Settings of the data path, and the choice of the loader."""
 
+import importlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,9 +14,11 @@ from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.torch_loader import TorchLoader
 from gsda_fast.errors import UsageError
 
-__all__ = ["Batch", "DataSettings", "Loader", "Role", "open_loader"]
+__all__ = ["Batch", "DataSettings", "Loader", "Role", "open_loader", "resolve_loader"]
 
-_LOADERS = {"torch": TorchLoader}
+LoaderName = Literal["dali", "torch"]
+
+_INSTALL_DALI = "python -m pip install nvidia-dali-cuda130 (or nvidia-dali-cuda120), on x86-64 Linux"
 
 
 @dataclass(frozen=True)
@@ -26,13 +30,63 @@ class DataSettings:
     target: str | None = None
     """Unlabelled domain to adapt to; the task's usual one if not given."""
     data_root: Path | None = None
-    """Folder of the data set; the environment variable GSDA_DATA if not given. The digits task needs none."""
+    """Folder of the data set or of a pack; the environment variable GSDA_DATA if not given. Digits need none."""
+    quarantine: Path | None = None
+    """List of files to leave out, as `python -m gsda_fast.data verify --quarantine LIST` writes it."""
+    verify: bool = True
+    """Look for unreadable files before the training; what was found is remembered until files change."""
     loader: Literal["auto", "dali", "torch"] = "auto"
-    """What decodes the images."""
+    """What decodes the images; auto: DALI on a GPU, torch on a CPU."""
     workers: int = 0
     """Threads that decode images, in each process; 0: the usable cores, shared by the processes of a machine."""
     cache_on_device: bool = False
     """Decode every image once and keep all of them on the training device as 8-bit pixels."""
+
+
+def resolve_loader(
+    settings: DataSettings, source: ImageDomain, target: ImageDomain, device: torch.device
+) -> LoaderName:
+    """The loader that the settings mean here: `settings.loader` with ``auto`` decided.
+
+    On a GPU that is DALI, where it is installed and reads every file. On a CPU it is the torch loader, the faster of
+    the two there, as it is for images that are decoded already (a pack) or only once (`cache_on_device`).
+
+    Raises:
+        UsageError: there is no such loader, or DALI is asked for and cannot serve.
+    """
+    if settings.loader not in ("auto", "dali", "torch"):
+        raise UsageError("--loader", found=f"'{settings.loader}'", expected="auto, dali or torch")
+    if settings.loader == "torch":
+        return "torch"
+    obstacle = _obstacle_to_dali(settings, source, target)
+    if settings.loader == "auto":
+        return "torch" if obstacle or device.type != "cuda" else "dali"
+    if obstacle:
+        raise obstacle
+    return "dali"
+
+
+def _obstacle_to_dali(settings: DataSettings, source: ImageDomain, target: ImageDomain) -> UsageError | None:
+    if settings.cache_on_device:
+        return UsageError(
+            "--loader",
+            found="dali together with --cache-on-device",
+            expected="torch or auto, as every image is decoded once",
+            remedy="or add --no-cache-on-device",
+        )
+    if source.frames is not None or target.frames is not None:
+        return UsageError("--loader", found="dali, with a pack", expected="torch or auto: nothing is left to decode")
+    try:
+        importlib.import_module("nvidia.dali")
+    except (ImportError, OSError) as error:
+        found = f"dali, which cannot be imported here ({error})"
+        return UsageError("--loader", found=found, expected="DALI installed", remedy=_INSTALL_DALI)
+    for domain in (source, target):
+        for path in domain.paths:
+            if path.lower().endswith(".gif"):
+                found = f"dali, with {os.path.join(domain.root, path)} among the images"
+                return UsageError("--loader", found=found, expected="torch or auto: DALI reads no GIF")
+    return None
 
 
 def open_loader(
@@ -43,6 +97,7 @@ def open_loader(
     *,
     batch_size: int,
     device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> Loader:
     """The loader that the settings ask for.
 
@@ -52,17 +107,23 @@ def open_loader(
         recipe: sizes, augmentation and normalisation; of the task's entry in `BENCHMARKS`.
         batch_size: images in a batch of `evaluate`; a training batch has the plan's size.
         device: where batches are wanted.
+        dtype: of the images: float32 or float16.
 
     Raises:
         UsageError: the loader does not exist here, `workers` is negative, or (`cache_on_device`) an image cannot be
             read or the images do not fit.
     """
-    name = "torch" if settings.loader == "auto" else settings.loader
-    if name not in _LOADERS:
-        raise UsageError("--loader", found=f"'{name}'", expected=f"auto or {', '.join(_LOADERS)}")
     if settings.workers < 0:
         raise UsageError("--workers", found=str(settings.workers), expected="0 (automatic) or more")
-    return _LOADERS[name](
+    name = resolve_loader(settings, source, target, device)
+    if name == "dali":
+        # Here, since DALI is optional and takes half a second to import.
+        from gsda_fast.data.dali_loader import DaliLoader
+
+        return DaliLoader(
+            source, target, recipe, batch_size=batch_size, device=device, workers=settings.workers, dtype=dtype
+        )
+    return TorchLoader(
         source,
         target,
         recipe,
@@ -70,4 +131,5 @@ def open_loader(
         device=device,
         workers=settings.workers,
         cache_on_device=settings.cache_on_device,
+        dtype=dtype,
     )

@@ -7,12 +7,14 @@ tolerance.
   16-bit values keep their upper byte. JPEG and PNG go through torchvision.io, what it refuses through Pillow.
 - Training: the window, drawn in the recipe's square frame, is mapped to whole source pixels and resampled once.
   Evaluation: the whole image is resized to the frame, then its centre is cut out.
+- A pack holds frames: windows are cut from these, and so resampled a second time.
 - With `cache_on_device` all images of both domains are resized to the frame once and stay on the device as uint8.
   Windows are then cut from the frame and resampled a second time, bilinear without antialiasing (a window is hardly
   larger than the crop). For recipes whose crop is the frame (digits) both ways give equal pixels.
 """
 
 import os
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,7 +40,7 @@ from gsda_fast.errors import UsageError
 Result = TypeVar("Result")
 
 _AHEAD = 2  # batches in the thread pool beyond the one that is handed out
-_MOST_PIXELS = 89_478_485  # Pillow's limit; torchvision.io dies, with the process, on a header of 60000x60000
+MOST_PIXELS = 89_478_485  # Pillow's limit; torchvision.io dies, with the process, on a header of 60000x60000
 _MAX_WORKERS = 16
 _JPEG_OR_PNG = ("JPEG", "MPO", "PNG")  # MPO: a JPEG with a second picture behind it, as some cameras write
 
@@ -53,9 +55,11 @@ class TorchLoader:
         device: where batches are put.
         workers: threads; 0 = the usable cores, divided by the processes that share this machine.
         cache_on_device: keep all images on the device as uint8.
+        dtype: of the images.
 
     Raises:
-        UsageError: with `cache_on_device`, an image cannot be read, or all of them do not fit.
+        UsageError: a pack of another recipe or, with `cache_on_device`, an image that cannot be read, or more images
+            than fit.
     """
 
     def __init__(
@@ -68,11 +72,14 @@ class TorchLoader:
         device: torch.device,
         workers: int = 0,
         cache_on_device: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        for domain in (source, target):
+            _require_fitting_frames(domain, recipe)
         self._domains: dict[Role, ImageDomain] = {"source": source, "target": target}
         self._recipe = recipe
         self._batch_size = batch_size
-        self._device = torch.device(device)
+        self._device, self._dtype = torch.device(device), dtype
         self._pool = ThreadPoolExecutor(workers or usable_cores(), thread_name_prefix="decode")
         std = torch.tensor(recipe.std, device=self._device).view(1, -1, 1, 1)
         mean = torch.tensor(recipe.mean, device=self._device).view(1, -1, 1, 1)
@@ -113,7 +120,7 @@ class TorchLoader:
         pixels = self._empty_pixels(len(index))
 
         def crop(i: int) -> None:
-            image = read_image(domain.file(int(index[i])), recipe.channels)
+            image = read_sample(domain, int(index[i]), recipe.channels)
             height, width = image.shape[-2:]
             window = source_window(augmentation.window[i], height, width, recipe.resize)
             image = transforms.resized_crop(image, *window, size=[recipe.crop, recipe.crop], antialias=True)
@@ -160,7 +167,7 @@ class TorchLoader:
         pixels = self._empty_pixels(len(part))
 
         def centre(i: int, sample: int) -> None:
-            frame = read_frame(domain.file(sample), recipe)
+            frame = read_frame(domain, sample, recipe)
             pixels[i] = transforms.center_crop(frame, [recipe.crop])
 
         futures = [self._pool.submit(centre, i, sample) for i, sample in enumerate(part.tolist())]
@@ -178,7 +185,7 @@ class TorchLoader:
         recipe, parts = self._recipe, []
         for start in range(0, len(domain), 256):
             samples = range(start, min(start + 256, len(domain)))
-            frames = list(self._pool.map(lambda sample: read_frame(domain.file(sample), recipe), samples))
+            frames = list(self._pool.map(lambda sample: read_frame(domain, sample, recipe), samples))
             parts.append(torch.stack(frames).contiguous(memory_format=torch.channels_last).to(self._device))
         return torch.cat(parts).contiguous(memory_format=torch.channels_last)
 
@@ -189,9 +196,10 @@ class TorchLoader:
         return pixels.permute(0, 3, 1, 2)
 
     def _normalise(self, pixels: Tensor) -> Tensor:
-        """(x / 255 - mean) / std, float32, on the device."""
+        """(x / 255 - mean) / std, computed in float32, on the device."""
         images = self._to_device(pixels).to(torch.float32)
-        return images.mul_(self._scale).sub_(self._shift).contiguous(memory_format=torch.channels_last)
+        images = images.mul_(self._scale).sub_(self._shift)
+        return images.to(self._dtype).contiguous(memory_format=torch.channels_last)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         if self._device.type != "cuda" or tensor.is_cuda:
@@ -205,9 +213,21 @@ def usable_cores() -> int:
     return max(1, min(_MAX_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def read_frame(path: str, recipe: ImageRecipe) -> Tensor:
+def read_frame(domain: ImageDomain, sample: int, recipe: ImageRecipe) -> Tensor:
     """An image resized to the recipe's frame, (C, resize, resize) uint8: antialiased bilinear."""
-    return transforms.resize(read_image(path, recipe.channels), [recipe.resize, recipe.resize], antialias=True)
+    image = read_sample(domain, sample, recipe.channels)
+    return transforms.resize(image, [recipe.resize, recipe.resize], antialias=True)
+
+
+def read_sample(domain: ImageDomain, sample: int, channels: int) -> Tensor:
+    """An image as stored, (channels, height, width) uint8: that of the file or, in a pack, the frame.
+
+    Raises:
+        UsageError: see `read_image`.
+    """
+    if domain.frames is None:
+        return read_image(domain.file(sample), channels)
+    return torch.from_numpy(domain.frames[sample]).permute(2, 0, 1)
 
 
 def read_image(path: str, channels: int) -> Tensor:
@@ -221,8 +241,11 @@ def read_image(path: str, channels: int) -> Tensor:
             data = file.read()
         with Image.open(BytesIO(data)) as header:
             width, height = header.size
-            if width * height > _MOST_PIXELS:
+            if width * height > MOST_PIXELS:
                 raise _unreadable(path, f"a header of {width}x{height} pixels")
+            damage = png_damage(data) if header.format == "PNG" else ""
+            if damage:
+                raise _unreadable(path, damage)
             if header.format in _JPEG_OR_PNG:
                 return _decode(data, header, channels)
             num_frames = getattr(header, "n_frames", 1)
@@ -237,6 +260,25 @@ def read_image(path: str, channels: int) -> Tensor:
         raise _unreadable(path, f"{len(data)} bytes that are no image") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise _unreadable(path, f"{type(error).__name__}: {error}") from error
+
+
+def png_damage(data: bytes) -> str:
+    """What is wrong with the chunks of a PNG file; nothing where all checksums hold up to the last chunk.
+
+    torchvision.io, which ends the process at some of these files, does not get to see them.
+    """
+    view, start = memoryview(data), 8
+    while start + 12 <= len(data):
+        end = start + 8 + int.from_bytes(view[start : start + 4])
+        kind = bytes(view[start + 4 : start + 8])
+        if end + 4 > len(data):
+            break
+        if zlib.crc32(view[start + 4 : end]) != int.from_bytes(view[end : end + 4]):
+            return f"a damaged PNG (checksum of the chunk {kind!r} at byte {start})"
+        if kind == b"IEND":
+            return ""
+        start = end + 4
+    return f"a truncated PNG ({len(data)} bytes)"
 
 
 def _decode(data: bytes, header: Image.Image, channels: int) -> Tensor:
@@ -291,6 +333,13 @@ def crop_frames(frames: Tensor, window: Tensor, flip: Tensor, crop: int) -> Tens
     return functional.grid_sample(
         frames.to(torch.float32), grid, mode="bilinear", padding_mode="border", align_corners=False
     )
+
+
+def _require_fitting_frames(domain: ImageDomain, recipe: ImageRecipe) -> None:
+    expected = (recipe.resize, recipe.resize, recipe.channels)
+    if domain.frames is not None and domain.frames.shape != expected:
+        found = f"{domain.root}, a pack of frames of shape {domain.frames.shape}"
+        raise UsageError("--data-root", found=found, expected=f"frames of shape {expected}")
 
 
 def _require_memory(images: int, recipe: ImageRecipe, device: torch.device) -> None:

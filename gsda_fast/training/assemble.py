@@ -12,7 +12,7 @@ import gsda_kernels
 from gsda_fast.config import Config
 from gsda_fast.data.benchmarks import ImageRecipe, find_benchmark
 from gsda_fast.data.domains import ImageDomain, open_pair
-from gsda_fast.data.loaders import open_loader
+from gsda_fast.data.loaders import open_loader, resolve_loader
 from gsda_fast.data.sampling import SamplingPlan
 from gsda_fast.errors import UsageError
 from gsda_fast.methods import build_method
@@ -30,7 +30,8 @@ def resolve(config: Config) -> tuple[Config, ImageDomain, ImageDomain]:
     Raises:
         UsageError: data, a device or a backend that is not there.
     """
-    source, target = open_pair(config.task, config.data.source, config.data.target, config.data.data_root)
+    data = config.data
+    source, target = open_pair(config.task, data.source, data.target, data.data_root, data.quarantine)
     run, name = config.run, config.run.device
     cuda = torch.cuda.is_available()
     if name == "cuda" and not cuda:
@@ -38,11 +39,12 @@ def resolve(config: Config) -> tuple[Config, ImageDomain, ImageDomain]:
     device: Literal["cpu", "cuda"] = "cuda" if name != "cpu" and cuda else "cpu"
     groups = config.adversarial.groups or max(1, round(source.num_classes / 5))
     refresh_every = config.pseudo_labels.refresh_every or -(-len(target) // run.batch_size)
+    loader = resolve_loader(config.data, source, target, torch.device(device))
     default_output = Path("runs") / RunFolder.default_name(config.task, source.name, target.name, run.method, run.seed)
     resolved = replace(
         config,
         run=replace(run, device=device, output=run.output or default_output),
-        data=replace(config.data, source=source.name, target=target.name),
+        data=replace(config.data, source=source.name, target=target.name, loader=loader),
         adversarial=replace(config.adversarial, groups=groups, backend=_backend(config.adversarial.backend, device)),
         pseudo_labels=replace(config.pseudo_labels, refresh_every=refresh_every),
     )

@@ -1,0 +1,126 @@
+"""`python -m gsda_fast.data verify|pack TASK [options]`: check a data set, or pack it for fast reading."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+
+from gsda_fast.commands import parse_command_line, run_command
+from gsda_fast.data.benchmarks import BENCHMARKS
+from gsda_fast.data.pack import pack
+from gsda_fast.data.verify import findings_table, progress_bars, verify, write_quarantine
+from gsda_fast.errors import UsageError
+
+_PROGRAM = "python -m gsda_fast.data"
+_TASKS = "|".join(BENCHMARKS)
+
+
+@dataclass(frozen=True)
+class VerifySettings:
+    """Count a data set's classes and images and find every file that cannot be read. Exit code 0: good; 1: not."""
+
+    task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar=_TASKS)]
+    """The task whose data set to check."""
+    source: str | None = None
+    """Check this domain (and the target) alone; all that the task's papers use if neither is given."""
+    target: str | None = None
+    """Check this domain (and the source) alone."""
+    data_root: Path | None = None
+    """Folder of the data set; the environment variable GSDA_DATA if not given."""
+    quarantine: Path | None = None
+    """Add the unreadable files to this list, which training leaves out if it is given the same option."""
+    workers: int = 0
+    """Threads; 0: the usable cores."""
+
+
+@dataclass(frozen=True)
+class PackSettings:
+    """Decode and resize every image once, into shards of 8-bit pixels that training reads as it reads the raw files."""
+
+    task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar=_TASKS)]
+    """The task whose data set to pack."""
+    source: str | None = None
+    """Pack this domain (and the target) alone; all that the task's papers use if neither is given."""
+    target: str | None = None
+    """Pack this domain (and the source) alone."""
+    data_root: Path | None = None
+    """Folder of the data set; the environment variable GSDA_DATA if not given."""
+    output: Path | None = None
+    """Folder of the pack; packs/TASK if not given. Give it to training as --data-root."""
+    quarantine: Path | None = None
+    """List of files to leave out, as verify writes it."""
+    workers: int = 0
+    """Threads; 0: the usable cores."""
+
+
+def run_pack(settings: PackSettings, console: Console) -> int:
+    """Writes the pack; returns the exit code."""
+    output = settings.output or Path("packs") / settings.task
+    with progress_bars(console) as progress:
+        pack(
+            settings.task,
+            settings.source,
+            settings.target,
+            settings.data_root,
+            output=output,
+            quarantine=settings.quarantine,
+            workers=settings.workers,
+            progress=progress,
+        )
+    size = sum(file.stat().st_size for file in output.iterdir())
+    console.print(f"{output}: {size / 2**30:.2f} GiB; train with --data-root {output}")
+    return 0
+
+
+def run_verify(settings: VerifySettings, console: Console) -> int:
+    """Prints what was found; returns the exit code."""
+    with progress_bars(console) as progress:
+        findings = verify(
+            settings.task,
+            settings.source,
+            settings.target,
+            settings.data_root,
+            workers=settings.workers,
+            progress=progress,
+        )
+    console.print(findings_table(settings.task, findings))
+    for finding in findings:
+        if finding.error:
+            console.print(f"[red]{finding.name}:[/red] {escape(finding.error)}", soft_wrap=True)
+        for path, problem in finding.unreadable:
+            console.print(f"[red]unreadable:[/red] {escape(path)}: {escape(problem)}", soft_wrap=True, highlight=False)
+    if settings.quarantine is not None:
+        count = write_quarantine(settings.quarantine, findings)
+        console.print(f"{settings.quarantine}: {count} files; train with --quarantine {settings.quarantine}")
+        return int(any(finding.error for finding in findings))
+    return int(not all(finding.good for finding in findings))
+
+
+_COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Console], int]]] = {
+    "verify": (VerifySettings, run_verify),
+    "pack": (PackSettings, run_pack),
+}
+
+
+def main(arguments: list[str], console: Console) -> int:
+    """Runs a subcommand; returns its exit code."""
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(f"usage: {_PROGRAM} {'|'.join(_COMMANDS)} TASK [options]\n\n{_PROGRAM} COMMAND --help lists the options")
+        return 0
+    if not arguments or arguments[0] not in _COMMANDS:
+        found = f"'{arguments[0]}'" if arguments else "nothing"
+        raise UsageError(_PROGRAM, found=found, expected=f"a command: {' or '.join(_COMMANDS)}")
+    kind, run = _COMMANDS[arguments[0]]
+    settings = parse_command_line(lambda: tyro.cli(kind, args=arguments[1:], prog=f"{_PROGRAM} {arguments[0]}"))
+    return run(settings, console)
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(sys.argv[1:], Console()))

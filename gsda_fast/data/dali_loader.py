@@ -1,0 +1,322 @@
+"""The DALI loader: order in Python, bytes in DALI; on the GPU where there is one, else on the CPU.
+
+A callback hands each step's paths, windows and flips to the pipeline, straight from the sampling plan; reading,
+decoding and resampling happen in DALI's threads. Both domains are one DALI batch: the source's B images, then the
+target's. Between two segments the pipeline is reset, not rebuilt, whatever plan comes next.
+
+- Training decodes the window alone (region of interest) and resamples it once, antialiased bilinear. The window is
+  found from the size in the file's header, with the integer arithmetic of `sampling.source_window`.
+- Evaluation resamples the whole image onto the centre crop of the recipe's frame, as resize and centre crop do.
+- As with the reference loader an EXIF orientation is ignored and alpha is dropped. DALI reads no GIF.
+
+Pixels differ from the reference's (torchvision resamples 8 bits in two rounded passes) by 0.2 levels of 255 in the
+mean and by at most 4, evaluation images by at most 1: on the CPU, for JPEG (baseline, progressive, grey, CMYK), PNG (8
+and 16 bit, grey, palette, alpha), BMP, TIFF and WebP. On a GPU nvJPEG decodes, with the CPU's way of upsampling chroma;
+PNG stays on the CPU.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import nvidia.dali.math
+import torch
+from nvidia.dali import Pipeline, fn, types
+from torch import Tensor
+
+from gsda_fast.data.batches import Batch, Role
+from gsda_fast.data.benchmarks import ImageRecipe
+from gsda_fast.data.domains import ImageDomain
+from gsda_fast.data.sampling import Augmentation, IntArray, SamplingPlan
+from gsda_fast.data.torch_loader import read_image, usable_cores
+from gsda_fast.errors import UsageError
+
+_AHEAD = 2  # batches that DALI prepares beyond the one that is handed out
+
+
+class DaliLoader:
+    """Reads, decodes and resamples in DALI's threads or on the GPU.
+
+    Args:
+        source, target: the two domains.
+        recipe: sizes, augmentation and normalisation.
+        batch_size: images in a batch of `evaluate`.
+        device: where batches are put; with a CUDA device, where JPEG is decoded and images are resampled too.
+        workers: threads; 0 = the usable cores, divided by the processes that share this machine.
+        dtype: of the images, float32 or float16.
+    """
+
+    def __init__(
+        self,
+        source: ImageDomain,
+        target: ImageDomain,
+        recipe: ImageRecipe,
+        *,
+        batch_size: int,
+        device: torch.device,
+        workers: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._domains: dict[Role, ImageDomain] = {"source": source, "target": target}
+        self._recipe, self._batch_size, self._device = recipe, batch_size, torch.device(device)
+        self._graph = _Graph(recipe, self._device, workers or usable_cores(), dtype)
+        self._labels = torch.from_numpy(source.labels).to(self._device)
+        self._training: _Feed | None = None
+        self._evaluation: _Feed | None = None
+
+    # ------------------------------------------------------------------------------------------------------ training
+
+    def train(self, plan: SamplingPlan, steps: range, rank: int = 0) -> Iterator[Batch]:
+        """See `Loader.train`."""
+        size = plan.batch_size
+        feed = self._training
+        if feed is None or not feed.idle or feed.capacity != 2 * size:
+            feed = self._training = _Feed(2 * size, self._graph.training)
+        for images, index in feed.run(lambda i: self._requests(plan, steps[i], rank), len(steps)):
+            source_index = index[:size]
+            yield Batch(
+                source_images=images[:size],
+                source_labels=self._labels[source_index],
+                target_images=images[size:],
+                source_index=source_index,
+                target_index=index[size:],
+            )
+
+    def _requests(self, plan: SamplingPlan, step: int, rank: int) -> "_Requests":
+        batch = plan.batch(step, rank)
+        source, target = batch.source_augmentation, batch.target_augmentation
+        return _Requests(
+            self._files("source", batch.source_index) + self._files("target", batch.target_index),
+            np.concatenate([batch.source_index, batch.target_index]),
+            Augmentation(
+                np.concatenate([source.window, target.window]),
+                np.concatenate([source.flip, target.flip]),
+            ),
+        )
+
+    def _files(self, role: Role, index: IntArray) -> list[str]:
+        return [self._domains[role].file(sample) for sample in index.tolist()]
+
+    # ---------------------------------------------------------------------------------------------------- evaluation
+
+    def evaluate(self, domain: Role, samples: IntArray | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `Loader.evaluate`."""
+        chosen = np.arange(len(self._domains[domain])) if samples is None else np.asarray(samples)
+        feed = self._evaluation
+        if feed is None or not feed.idle:
+            feed = self._evaluation = _Feed(self._batch_size, self._graph.evaluation)
+
+        def requests(i: int) -> _Requests:
+            index = chosen[i * self._batch_size : (i + 1) * self._batch_size]
+            return _Requests(self._files(domain, index), index)
+
+        yield from feed.run(requests, -(-len(chosen) // self._batch_size))
+
+    def close(self) -> None:
+        """See `Loader.close`."""
+        self._training = self._evaluation = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Requests:
+    """What the pipeline is asked for in one step."""
+
+    files: list[str]
+    index: IntArray
+    augmentation: Augmentation | None = None
+    """None for evaluation"""
+
+    def one(self, i: int) -> "_Requests":
+        """Request `i` alone."""
+        place, drawn = slice(i, i + 1), self.augmentation
+        augmentation = Augmentation(drawn.window[place], drawn.flip[place]) if drawn else None
+        return _Requests(self.files[place], self.index[place], augmentation)
+
+    def arrays(self) -> tuple[Any, ...]:
+        """In the order of the pipeline's `external_source`."""
+        paths = [np.frombuffer(os.fsencode(file), dtype=np.uint8) for file in self.files]
+        if self.augmentation is None:
+            return paths, self.index.astype(np.int64)
+        window, flip = self.augmentation.window, self.augmentation.flip
+        return paths, self.index.astype(np.int64), window.astype(np.int32), flip.astype(np.int32)
+
+
+class _Feed:
+    """A pipeline and the requests of its present segment.
+
+    DALI calls back some batches ahead of the training, so what it asks is answered by pure functions of the step.
+
+    Args:
+        capacity: images in a full batch.
+        graph: makes the pipeline of that capacity from the callback.
+    """
+
+    def __init__(self, capacity: int, graph: Callable[[int, Callable[[Any], tuple[Any, ...]]], Pipeline]) -> None:
+        self.capacity, self._graph = capacity, graph
+        self.idle = True
+        """False during a segment, and for good after one that failed or was left early: DALI resets at an end only."""
+        self._requests: Callable[[int], _Requests] | None = None
+        self._length = 0
+        self._pipeline = graph(capacity, self._answer)
+
+    def _answer(self, info: Any) -> tuple[Any, ...]:
+        if self._requests is None or info.iteration >= self._length:
+            raise StopIteration
+        return self._requests(info.iteration).arrays()
+
+    def run(self, requests: Callable[[int], _Requests], length: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images (n, C, H, W), index (n,)) of each of the `length` batches of a segment.
+
+        Raises:
+            UsageError: a file cannot be read.
+        """
+        if not length:
+            return
+        self._requests, self._length, self.idle = requests, length, False
+        for i in range(length):
+            try:
+                images, index = self._pipeline.run()
+            except RuntimeError as error:
+                raise self._named(error, i) from error
+            # Tensors share DALI's memory and keep it alive.
+            pixels = torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
+            numbers = torch.from_dlpack(index.as_tensor())
+            if i == length - 1:
+                # Before the last batch is handed out: who asks for `length` batches never comes back for the end.
+                with suppress(StopIteration):
+                    self._pipeline.run()
+                self._pipeline.reset()
+                self.idle = True
+            yield pixels, numbers.to(pixels.device, non_blocking=True)
+
+    def _named(self, error: RuntimeError, failed: int) -> UsageError:
+        """The file behind an error of DALI, which names a sample number at most; it may belong to a batch ahead."""
+        assert self._requests is not None
+        ahead = range(failed, min(failed + _AHEAD + 2, self._length))
+        asked = [self._requests(i) for i in ahead]
+        for file in (file for requests in asked for file in requests.files):
+            try:
+                read_image(file, 3)
+            except UsageError as bad_file:
+                return bad_file
+        for alone in (requests.one(i) for requests in asked for i in range(len(requests.files))):
+            refusal = self._refusal(alone)
+            if refusal:
+                return UsageError(
+                    alone.files[0],
+                    found=f"an image that DALI refuses ({refusal})",
+                    expected="a format that it reads",
+                    remedy="convert the file, or use --loader torch",
+                )
+        return UsageError("--loader", found=f"dali, which failed ({_reason(error)})", expected="torch, or another try")
+
+    def _refusal(self, alone: _Requests) -> str:
+        """What DALI says to a single request; nothing where it has no objection."""
+        feed = _Feed(1, self._graph)
+        feed._requests, feed._length = lambda _: alone, 1
+        try:
+            feed._pipeline.run()
+        except RuntimeError as error:
+            return _reason(error)
+        return ""
+
+
+class _Graph:
+    """The two pipelines: what happens to a file."""
+
+    def __init__(self, recipe: ImageRecipe, device: torch.device, threads: int, dtype: torch.dtype) -> None:
+        self._recipe, self._threads = recipe, threads
+        self._dtype = {torch.float32: types.FLOAT, torch.float16: types.FLOAT16}[dtype]
+        # None, not a missing argument: DALI then needs no driver.
+        self._device_id: int | None = None
+        if device.type == "cuda":
+            self._device_id = torch.cuda.current_device() if device.index is None else device.index
+        self._decode: dict[str, Any] = {
+            "output_type": types.RGB if recipe.channels == 3 else types.GRAY,
+            "adjust_orientation": False,
+            "device": "cpu",
+        }
+        if self._device_id is not None:
+            # The hardware decoder and the fast upsampling give other pixels than the CPU's decoder.
+            self._decode |= {"device": "mixed", "hw_decoder_load": 0.0, "jpeg_fancy_upsampling": True}
+
+    def training(self, capacity: int, answer: Callable[[Any], tuple[Any, ...]]) -> Pipeline:
+        """Decode the window, resample it to the crop, flip, normalise."""
+        with self._pipeline(capacity) as pipeline:
+            path, index, window, flip = fn.external_source(
+                answer,
+                num_outputs=4,
+                batch=True,
+                batch_info=True,
+                dtype=[types.UINT8, types.INT64, types.INT32, types.INT32],
+                ndim=[1, 0, 1, 0],
+            )
+            encoded = fn.io.file.read(path)
+            size = fn.peek_image_shape(encoded, adjust_orientation=False, dtype=types.INT32)[:2]
+            first, last = _source_window(window, size, self._recipe.resize)
+            part = fn.decoders.image_slice(encoded, start=first, end=last, axes=(0, 1), **self._decode)
+            crop = self._recipe.crop
+            part = fn.resize(part, size=[crop, crop], interp_type=types.INTERP_LINEAR, antialias=True)
+            pipeline.set_outputs(self._normalised(part, flip), index)
+        return pipeline
+
+    def evaluation(self, capacity: int, answer: Callable[[Any], tuple[Any, ...]]) -> Pipeline:
+        """Decode, resample what falls on the frame's centre crop, normalise."""
+        frame, crop = self._recipe.resize, self._recipe.crop
+        first = round((frame - crop) / 2)  # as torchvision's center_crop rounds
+        with self._pipeline(capacity) as pipeline:
+            path, index = fn.external_source(
+                answer, num_outputs=2, batch=True, batch_info=True, dtype=[types.UINT8, types.INT64], ndim=[1, 0]
+            )
+            image = fn.decoders.image(fn.io.file.read(path), **self._decode)
+            image = fn.resize(
+                image,
+                size=[crop, crop],
+                roi_start=[first / frame] * 2,
+                roi_end=[(first + crop) / frame] * 2,
+                roi_relative=True,
+                interp_type=types.INTERP_LINEAR,
+                antialias=True,
+            )
+            pipeline.set_outputs(self._normalised(image, flip=0), index)
+        return pipeline
+
+    def _pipeline(self, capacity: int) -> Pipeline:
+        return Pipeline(
+            batch_size=capacity,
+            num_threads=self._threads,
+            device_id=self._device_id,
+            prefetch_queue_depth=_AHEAD,
+        )
+
+    def _normalised(self, images: Any, flip: Any) -> Any:
+        """(x / 255 - mean) / std, height x width x channels."""
+        return fn.crop_mirror_normalize(
+            images,
+            mirror=flip,
+            mean=[255 * value for value in self._recipe.mean],
+            std=[255 * value for value in self._recipe.std],
+            dtype=self._dtype,
+            output_layout="HWC",
+        )
+
+
+def _source_window(window: Any, size: Any, frame: int) -> tuple[Any, Any]:
+    """First and one past the last (row, column): `sampling.source_window` as a graph of 32-bit integers.
+
+    It holds for images of up to two million pixels a side, at a frame of 512.
+    """
+    start, length = window[0:2], window[2:4]
+    first = nvidia.dali.math.min((2 * start * size + frame) // (2 * frame), size - 1)
+    last = nvidia.dali.math.max((2 * (start + length) * size + frame) // (2 * frame), first + 1)
+    return first, last
+
+
+def _reason(error: RuntimeError) -> str:
+    """What DALI's message of twenty lines says."""
+    text = str(error).split("encountered:")[-1]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0] if lines else "no message"

@@ -1,0 +1,279 @@
+import io
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from image_trees import class_tree, natural_image, save
+from rich.console import Console
+from test_torch_loader import BAD, write_bad
+
+from gsda_fast.data import verify as verify_module
+from gsda_fast.data.__main__ import main
+from gsda_fast.data.benchmarks import BENCHMARKS
+from gsda_fast.data.domains import open_pair
+from gsda_fast.data.verify import file_problem, require_readable, unreadable_files, verify, write_quarantine
+from gsda_fast.errors import UsageError
+
+OFFICE31 = BENCHMARKS["office31"].classes or ()
+
+pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning", "ignore:domain .* published")
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    class_tree(tmp_path / "photos", ["cat", "dog"], per_class=3)
+    class_tree(tmp_path / "new", ["cat"], per_class=3, suffix=".png")
+    return tmp_path
+
+
+def office31(root: Path) -> Path:
+    class_tree(root / "amazon" / "images", OFFICE31, per_class=1)
+    class_tree(root / "webcam", OFFICE31, per_class=1)
+    class_tree(root / "dslr", OFFICE31, per_class=1, suffix=".png")
+    return root
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    console = Console(width=200, record=True, file=io.StringIO())
+    code = main(list(arguments), console)
+    return code, console.export_text()
+
+
+FOLDER = ("verify", "folder", "--source", "photos", "--target", "new")
+
+# ---------------------------------------------------------------------------------------------------------- one file
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_file_is_found(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "frame.jpg"
+    write_bad(path, kind)
+    assert BAD[kind].replace(".checksum", "(checksum") in file_problem(str(path))
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.bmp", "a.gif", "a.tiff", "a.webp"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_good_file_passes(tmp_path: Path, name: str, mode: str) -> None:
+    natural_image(1).convert(mode).save(tmp_path / name)
+    assert file_problem(str(tmp_path / name)) == ""
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+@pytest.mark.parametrize("cut", [1, 2, 4, 12, 13, 100, 400])
+def test_file_that_is_cut_anywhere_is_found(tmp_path: Path, name: str, cut: int) -> None:
+    path = save(tmp_path / name)
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert "truncated" in file_problem(str(path)).lower()
+
+
+@pytest.mark.parametrize(("name", "tail"), [("a.jpg", b"\0" * 50), ("a.jpg", b"hello"), ("a.png", b"hello")])
+def test_what_follows_the_image_does_no_harm(tmp_path: Path, name: str, tail: bytes) -> None:
+    path = save(tmp_path / name)
+    path.write_bytes(path.read_bytes() + tail)
+    assert file_problem(str(path)) == ""
+
+
+def test_sound_jpeg_and_png_are_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify_module, "read_image", lambda path, channels: pytest.fail(f"{path} was decoded"))
+    for name in ("a.jpg", "a.png"):
+        assert file_problem(str(save(tmp_path / name))) == ""
+
+
+# ---------------------------------------------------------------------------------------------------------- domains
+
+
+def test_findings_of_a_benchmark(tmp_path: Path) -> None:
+    findings = verify("office31", data_root=office31(tmp_path))
+    assert [(f.name, len(f.domain or ()), f.expected) for f in findings] == [
+        ("amazon", 31, 2817),
+        ("webcam", 31, 795),
+        ("dslr", 31, 498),
+    ]
+    assert all(finding.good for finding in findings)
+    named = verify("office31", "dslr", "W", tmp_path)
+    assert [finding.name for finding in named] == ["dslr", "webcam"]
+    partial = verify("office31-partial", data_root=tmp_path)
+    assert [(f.name, len(f.domain or ()), f.expected) for f in partial][3:] == [
+        ("amazon, as target", 10, 958),
+        ("webcam, as target", 10, 295),
+        ("dslr, as target", 10, 157),
+    ]
+
+
+def test_table_and_exit_code_of_a_good_data_set(tmp_path: Path) -> None:
+    code, text = run("verify", "office31", "--data-root", str(office31(tmp_path)))
+    assert code == 0
+    assert "31 of 31" in text
+    assert "2817" in text
+    assert text.count("warning: the count differs") == 3
+
+
+def test_every_unreadable_file_is_listed(photos: Path) -> None:
+    bad = [photos / "photos" / "dog" / "frame_0002.jpg", photos / "new" / "cat" / "frame_0001.png"]
+    write_bad(bad[0], "truncated jpeg")
+    write_bad(bad[1], "text")
+    code, text = run(*FOLDER, "--data-root", str(photos))
+    assert code == 1
+    for path in bad:
+        assert f"unreadable: {path}: " in text
+    assert text.count("unreadable: ") == 2
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda root: (root / "webcam" / "mug" / "frame_0001.jpg").unlink(), "webcam/mug: found no image"),
+        (lambda root: (root / "webcam" / "Mug").mkdir(), "the folders 'Mug' and 'mug'"),
+        (lambda root: save(root / "webcam" / "caf\udce9" / "a.jpg"), "which is not UTF-8"),
+    ],
+)
+def test_domain_that_cannot_be_opened_is_a_finding(tmp_path: Path, spoil: object, message: str) -> None:
+    office31(tmp_path)
+    try:
+        spoil(tmp_path)  # type: ignore[operator]
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names alone")
+    code, text = run("verify", "office31", "--data-root", str(tmp_path))
+    assert code == 1
+    assert message in text
+    assert text.count("not usable") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("bus/gone.jpg 2", "missing from .*: bus/gone.jpg"), ("bus/frame_0001.jpg 12", "line 13: found label 12")],
+)
+def test_bad_list_is_a_finding(tmp_path: Path, line: str, message: str) -> None:
+    classes = BENCHMARKS["visda"].classes or ()
+    for domain in ("train", "validation"):
+        class_tree(tmp_path / domain, classes, per_class=1)
+    lines = [f"{name}/frame_0001.jpg {label}" for label, name in enumerate(classes)]
+    (tmp_path / "validation" / "image_list.txt").write_text("\n".join([*lines, line]))
+    train, validation = verify("visda", data_root=tmp_path)
+    assert train.good
+    assert not validation.good
+    assert validation.domain is None
+    assert re.search(message, validation.error)
+
+
+def test_mistakes_in_the_command() -> None:
+    with pytest.raises(UsageError, match="TASK: found 'imagenet'"):
+        run("verify", "imagenet")
+    with pytest.raises(UsageError, match="found 'unpack'; expected a command: verify"):
+        run("unpack")
+    with pytest.raises(UsageError, match="expected a domain of office31"):
+        run("verify", "office31", "--source", "caltech")
+
+
+# ------------------------------------------------------------------------------------------------------- what is kept
+
+
+def test_files_are_opened_again_only_when_something_changed(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(verify_module, "file_problem", lambda path: opened.append(path) or "")
+    source, _ = open_pair("folder", "photos", "new", photos)
+    unreadable_files(source)
+    assert len(opened) == 6
+    unreadable_files(source)
+    assert len(opened) == 6
+    changed = photos / "photos" / "cat" / "frame_0001.jpg"
+    os.utime(changed, ns=(1, 1))
+    unreadable_files(source)
+    assert len(opened) == 12
+    changed.rename(changed.with_name("other.jpg"))
+    unreadable_files(open_pair("folder", "photos", "new", photos)[0])
+    assert len(opened) == 18
+
+
+def test_bad_files_are_remembered(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_bad(photos / "photos" / "dog" / "frame_0002.jpg", "zero bytes")
+    source, _ = open_pair("folder", "photos", "new", photos)
+    first = unreadable_files(source)
+    monkeypatch.setattr(verify_module, "file_problem", lambda path: pytest.fail(f"{path} was opened"))
+    assert unreadable_files(source) == first
+    assert [Path(path).name for path, _ in first] == ["frame_0002.jpg"]
+
+
+def test_damaged_memory_is_no_obstacle(photos: Path) -> None:
+    source, _ = open_pair("folder", "photos", "new", photos)
+    unreadable_files(source)
+    (memory,) = Path(os.environ["XDG_CACHE_HOME"]).rglob("*.json")
+    for content in ("", "[]", json.dumps({"state": 1})):
+        memory.write_text(content)
+        assert unreadable_files(source) == []
+
+
+def test_memory_that_cannot_be_written_is_a_warning(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (photos / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(photos / "file"))
+    source, _ = open_pair("folder", "photos", "new", photos)
+    with pytest.warns(UserWarning, match="cannot remember what was verified"):
+        assert unreadable_files(source) == []
+
+
+# --------------------------------------------------------------------------------------------- training and quarantine
+
+
+def test_training_is_told_the_files(photos: Path) -> None:
+    for number in (1, 2, 3):
+        write_bad(photos / "photos" / "dog" / f"frame_000{number}.jpg", "zero bytes")
+        write_bad(photos / "new" / "cat" / f"frame_000{number}.png", "text")
+    pair = open_pair("folder", "photos", "new", photos)
+    with pytest.raises(UsageError, match=r"6 unreadable files: .*frame_0001.jpg \(0 bytes.*; and 1 more; .*quarantine"):
+        require_readable("folder", *pair)
+    good = open_pair("folder", "photos", "photos", class_tree(photos / "x" / "photos", ["a", "b"]).parent)
+    require_readable("folder", *good)
+
+
+def test_quarantined_files_are_left_out(photos: Path) -> None:
+    write_bad(photos / "photos" / "dog" / "frame_0002.jpg", "zero bytes")
+    listed = photos / "bad files.txt"
+    command = (*FOLDER, "--data-root", str(photos), "--quarantine", str(listed))
+    assert run(*command)[0] == 0
+    assert listed.read_text() == f"{photos}/photos/dog/frame_0002.jpg\n"
+    source, target = open_pair("folder", "photos", "new", photos, listed)
+    assert source.paths == [f"cat/frame_000{i}.jpg" for i in (1, 2, 3)] + ["dog/frame_0001.jpg", "dog/frame_0003.jpg"]
+    assert source.labels.tolist() == [0, 0, 0, 1, 1]
+    assert len(target) == 3
+    require_readable("folder", source, target)
+
+    write_bad(photos / "new" / "cat" / "frame_0003.png", "text")
+    assert run(*command)[0] == 0
+    assert len(listed.read_text().splitlines()) == 2
+
+
+def test_quarantine_of_a_benchmark(tmp_path: Path) -> None:
+    office31(tmp_path)
+    extra = save(tmp_path / "webcam" / "mug" / "frame_0002.jpg")
+    listed = tmp_path / "bad.txt"
+    listed.write_text(f"{extra}\n\n")
+    assert len(open_pair("office31", data_root=tmp_path, quarantine=listed)[1]) == 31
+    listed.write_text(f"{extra}\n{extra.with_name('frame_0001.jpg')}\n")
+    with pytest.raises(UsageError, match=r"--quarantine: found every image of mug in .*webcam"):
+        open_pair("office31", data_root=tmp_path, quarantine=listed)
+
+
+def test_quarantine_list_that_cannot_be_used(photos: Path) -> None:
+    with pytest.raises(UsageError, match=r"--quarantine: found .*nowhere.txt"):
+        open_pair("folder", "photos", "new", photos, photos / "nowhere.txt")
+    with pytest.raises(UsageError, match=r"--quarantine: found .*that can be written"):
+        write_quarantine(photos / "nowhere" / "bad.txt", [])
+    (photos / "binary").write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="--quarantine"):
+        open_pair("folder", "photos", "new", photos, photos / "binary")
+
+
+def test_unlabelled_target_can_be_cut_down(photos: Path) -> None:
+    flat = [save(photos / "flat" / f"{i}.jpg", seed=i) for i in range(3)]
+    (photos / "bad.txt").write_text(f"{flat[1]}\n")
+    _, target = open_pair("folder", "photos", "flat", photos, photos / "bad.txt")
+    assert target.paths == ["0.jpg", "2.jpg"]
+    np.testing.assert_array_equal(target.labels, [-1, -1])
