@@ -68,14 +68,16 @@ def main() -> None:
         lambda: tyro.cli(EvaluateSettings, args=sys.argv[1:], prog="python -m gsda_fast.evaluate")
     )
     step, figures, classes = evaluate(settings)
-    table = Table(title=f"{settings.run}, after step {step}")
+    console = Console()
+    console.print(f"{settings.run}, after step {step}", highlight=False, soft_wrap=True)
+    table = Table()
     table.add_column("target")
     table.add_column("accuracy", justify="right")
     table.add_row("overall", _figure(figures.accuracy))
     table.add_row("mean per class", _figure(figures.mean_per_class), end_section=True)
     for name, accuracy in zip(classes, figures.per_class):
         table.add_row(name, _figure(accuracy))
-    Console().print(table)
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -110,9 +110,10 @@ def _transfer_task(benchmark: Benchmark, text: str) -> tuple[str, str]:
     source, arrow, target = text.partition("->")
     if not arrow:
         raise UsageError("--tasks", found=f"'{text}'", expected="SOURCE->TARGET, such as A->W (in quotes)")
+    source, target = source.strip(), target.strip()
     if not benchmark.domains:
         return source, target
-    return benchmark.domain(source.strip()).name, benchmark.domain(target.strip()).name
+    return benchmark.domain(source).name, benchmark.domain(target).name
 
 
 def _run_all(configs: list[Config], jobs: int, console: Console) -> list[RunResult]:

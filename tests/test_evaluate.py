@@ -1,0 +1,95 @@
+import io
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from gsda_fast import evaluate as command
+from gsda_fast.commands import run_command
+from gsda_fast.config import parse_config
+from gsda_fast.errors import UsageError
+from gsda_fast.evaluate import EvaluateSettings, evaluate
+from gsda_fast.results.run_folder import RunFolder, RunResult
+from gsda_fast.train import train
+
+pytestmark = pytest.mark.filterwarnings("ignore:domain .* found .* images")
+
+
+@pytest.fixture(scope="module")
+def result(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunResult]:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    steps = ("--steps", "9", "--warmup", "3", "--refresh-every", "3", "--batch-size", "16")
+    arguments = ["digits", "--data-root", str(few_digits), *steps, "--output", str(folder)]
+    return folder, train(parse_config(arguments, "train"), Console(file=io.StringIO()))
+
+
+def test_the_newest_checkpoint_has_the_accuracy_of_the_result(result: tuple[Path, RunResult]) -> None:
+    folder, expected = result
+    step, figures, classes = evaluate(EvaluateSettings(folder))
+    assert step == 9
+    assert figures.accuracy == expected.accuracy.last
+    assert figures.mean_per_class == expected.mean_per_class.last
+    assert figures.per_class == expected.per_class
+    assert classes == expected.classes
+
+
+def test_an_older_checkpoint_has_the_accuracy_of_its_step(result: tuple[Path, RunResult]) -> None:
+    folder, _ = result
+    recorded = {line["step"]: line.get("accuracy") for line in RunFolder(folder).read_metrics()}
+    step, figures, _ = evaluate(EvaluateSettings(folder, checkpoint=6))
+    assert step == 6
+    assert figures.accuracy == recorded[6]
+    assert recorded[6] != recorded[9]
+
+
+def test_evaluating_changes_nothing(result: tuple[Path, RunResult]) -> None:
+    folder, _ = result
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    evaluate(EvaluateSettings(folder))
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_the_command_prints_a_table(
+    result: tuple[Path, RunResult], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, expected = result
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(folder)])
+    with pytest.raises(SystemExit) as end:
+        run_command(command.main)
+    assert end.value.code == 0
+    written = capsys.readouterr().out
+    assert written.splitlines()[0] == f"{folder}, after step 9"
+    for name, value in [("overall", expected.accuracy.last), *zip(expected.classes, expected.per_class)]:
+        (line,) = [line for line in written.splitlines() if line[1:].split("│")[0].strip() == name]
+        assert f"{value:.2f} %" in line
+
+
+def damaged(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_checkpoints_that_are_not_there_or_damaged(
+    result: tuple[Path, RunResult], few_digits: Path, tmp_path: Path
+) -> None:
+    folder, _ = result
+    with pytest.raises(UsageError, match="--checkpoint: found 5; expected one of 6, 9"):
+        evaluate(EvaluateSettings(folder, checkpoint=5))
+    copy = tmp_path / "copy"
+    (copy / "checkpoints").mkdir(parents=True)
+    (copy / "config.toml").write_bytes((folder / "config.toml").read_bytes())
+    with pytest.raises(UsageError, match="found no checkpoint"):
+        evaluate(EvaluateSettings(copy))
+    file = copy / "checkpoints" / "step-00000009.pt"
+    file.write_bytes((folder / "checkpoints" / "step-00000009.pt").read_bytes())
+    damaged(file)
+    with pytest.raises(UsageError, match=r"--checkpoint: found .*step-00000009\.pt.*; expected an undamaged file"):
+        evaluate(EvaluateSettings(copy))
+
+
+def test_folders_that_hold_no_run(tmp_path: Path) -> None:
+    for folder in (tmp_path / "missing", tmp_path):
+        with pytest.raises(UsageError, match="expected the folder of a run"):
+            evaluate(EvaluateSettings(folder))
