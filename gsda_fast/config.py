@@ -76,6 +76,7 @@ class Config:
             "--log-every": (self.run.log_every, 1),
             "--seed": (self.run.seed, 0),
             "--threads": (self.run.threads, 0),
+            "--workers": (self.data.workers, 0),
             "--groups": (self.adversarial.groups, 0),
             "--hidden-dim": (self.adversarial.hidden_dim, 1),
             "--bottleneck-dim": (self.model.bottleneck_dim, 1),
