@@ -211,8 +211,8 @@ def config_from_dict(tables: dict[str, Any], origin: str) -> Config:
         if preset is None or not isinstance(table, dict):
             known = ", ".join(f.name for f in dataclasses.fields(Config))
             raise UsageError(origin, found=f"the entry {name!r}", expected=f"task or a table among {known}")
-        known_settings = {f.name for f in dataclasses.fields(preset)}
-        unknown = set(table) - known_settings
+        known_settings = [f.name for f in dataclasses.fields(preset)]
+        unknown = set(table).difference(known_settings)
         if unknown:
             raise UsageError(
                 origin, found=f"unknown setting {sorted(unknown)[0]!r} in [{name}]", expected=", ".join(known_settings)

@@ -1,0 +1,291 @@
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gsda_fast.config import PRESETS, Config, config_from_dict, parse_config
+from gsda_fast.data.benchmarks import BENCHMARKS
+from gsda_fast.errors import UsageError
+from gsda_fast.results.run_folder import RunFolder
+
+# The option surface is public. A change to this list is a change for users: an option that goes or is renamed breaks
+# their commands and their config.toml; a new one belongs into the README as well.
+OPTIONS = """
+--method source-only|entropy|dann|domain|class|group|gsda
+--steps INT
+--warmup INT
+--batch-size INT
+--seed INT
+--log-every INT
+--device {auto,cpu,cuda}
+--threads INT
+--output {None}|PATH
+--resume {auto,never}
+--source {None}|STR
+--target {None}|STR
+--data-root {None}|PATH
+--loader {auto,dali,torch}
+--workers INT
+--cache-on-device, --no-cache-on-device
+--backbone STR
+--weights STR
+--bottleneck-dim INT
+--bottleneck-activation {none,relu}
+--alpha FLOAT
+--beta FLOAT
+--groups INT
+--adversarial-weight FLOAT
+--sync-ramp, --no-sync-ramp
+--min-weight FLOAT
+--update {alternating,reversal}
+--hidden-dim INT
+--backend STR
+--confidence-threshold FLOAT
+--refresh-every INT
+--balance-target, --no-balance-target
+--learning-rate FLOAT
+--backbone-learning-rate FLOAT
+--momentum FLOAT
+--weight-decay FLOAT
+"""
+
+# alpha, beta, groups (0: one for five classes), balance_target. The first four are the paper's.
+HYPERPARAMETERS = {
+    "visda": (0.2, 10.0, 4, True),
+    "office31": (0.02, 1.0, 6, True),
+    "office31-partial": (0.2, 10.0, 6, False),
+    "office-home": (0.02, 1.0, 13, True),
+    "office-home-partial": (0.02, 1.0, 0, False),
+    "folder": (0.02, 1.0, 0, True),
+    "digits": (0.1, 1.0, 3, True),
+}
+
+
+def parse(*arguments: str) -> Config:
+    return parse_config(list(arguments), "train")
+
+
+@pytest.mark.parametrize("task", PRESETS)
+def test_the_options_are_frozen(task: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")  # the help is in one column then
+    with pytest.raises(SystemExit) as end:
+        parse(task, "--help")
+    assert end.value.code == 0
+    written = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    found = re.findall(r"^. (--[a-z].*?)(?:  .*)?\s*.$", written, flags=re.MULTILINE)
+    assert "\n".join(found) == OPTIONS.strip()
+
+
+# ------------------------------------------------------------------------------------------------------- presets
+
+
+@pytest.mark.parametrize("task", PRESETS)
+def test_presets_hold_the_papers_settings(task: str) -> None:
+    config = parse(task)
+    alpha, beta, groups, balanced = HYPERPARAMETERS[task]
+    assert config.task == task
+    assert config == PRESETS[task]
+    assert (config.adversarial.alpha, config.adversarial.beta, config.adversarial.groups) == (alpha, beta, groups)
+    assert config.pseudo_labels.balance_target == balanced
+    assert config.pseudo_labels.confidence_threshold == 0.8
+    assert config.run.method == "gsda"
+    assert config.adversarial.update == "alternating"
+    assert config.adversarial.sync_ramp
+    if task != "digits":
+        assert (config.model.backbone, config.model.weights, config.model.bottleneck_dim) == (
+            "resnet50",
+            "IMAGENET1K_V1",
+            256,
+        )
+        assert config.adversarial.hidden_dim == 1024
+        assert (config.optimizer.backbone_learning_rate, config.optimizer.learning_rate) == (1e-3, 1e-2)
+        assert config.run.warmup == 0
+
+
+def test_every_benchmark_has_a_preset() -> None:
+    assert set(PRESETS) == set(BENCHMARKS) == set(HYPERPARAMETERS)
+
+
+def test_the_digits_are_those_of_the_published_figures() -> None:
+    config = PRESETS["digits"]
+    assert (config.run.steps, config.run.warmup, config.run.batch_size) == (800, 300, 64)
+    assert (config.model.backbone, config.model.bottleneck_dim, config.adversarial.hidden_dim) == ("lenet", 128, 32)
+    assert (config.optimizer.learning_rate, config.optimizer.backbone_learning_rate) == (0.05, 0.05)
+    assert config.pseudo_labels.refresh_every == 50
+
+
+def test_options_change_their_settings_alone() -> None:
+    config = parse("digits", "--steps", "500", "--no-sync-ramp", "--target", "mnist", "--output", "here")
+    expected = PRESETS["digits"]
+    assert config == replace(
+        expected,
+        run=replace(expected.run, steps=500, output=Path("here")),
+        adversarial=replace(expected.adversarial, sync_ramp=False),
+        data=replace(expected.data, target="mnist"),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ files and back
+
+
+def unusual(task: str) -> Config:
+    config = PRESETS[task]
+    return replace(
+        config,
+        run=replace(config.run, output=Path("a folder/ünd"), seed=2**63 - 1, resume="never", device="cpu"),
+        data=replace(config.data, data_root=Path("/data"), source='a "quoted" name', cache_on_device=True),
+        adversarial=replace(config.adversarial, beta=3.0, alpha=1e-30, sync_ramp=False, update="reversal"),
+    )
+
+
+@pytest.mark.parametrize("task", PRESETS)
+def test_a_stored_configuration_comes_back_equal(task: str, tmp_path: Path) -> None:
+    for config in (PRESETS[task], unusual(task)):
+        folder = RunFolder(tmp_path)
+        folder.write_config(config.to_dict())
+        assert config_from_dict(folder.read_config(), "config.toml") == config
+        assert parse("--config", str(folder.config_path)) == config
+
+
+def write(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_what_a_file_leaves_out_is_the_presets(tmp_path: Path) -> None:
+    file = write(tmp_path, 'task = "visda"\n[adversarial]\nbeta = 2\n')
+    preset = PRESETS["visda"]
+    expected = replace(preset, adversarial=replace(preset.adversarial, beta=2.0))
+    found = parse("--config", file)
+    assert found == expected
+    assert type(found.adversarial.beta) is float  # `beta = 2` is the same run as `beta = 2.0`
+    assert parse("--config", file, "--beta", "4").adversarial.beta == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "found", "expected"),
+    [
+        ("", "task = None", "one of digits"),
+        ('task = "nope"', "task = 'nope'", "one of digits"),
+        ('task = ["digits"]', "task = ['digits']", "one of digits"),
+        ('task = "digits"\nsteps = 5', "the entry 'steps'", "task or a table among task, run"),
+        ('task = "digits"\nrun = 5', "the entry 'run'", "task or a table among"),
+        ('task = "digits"\n[runs]\nsteps = 5', "the entry 'runs'", "task or a table among"),
+        ('task = "digits"\n[run]\nstep = 5', "unknown setting 'step' in [run]", "method, steps"),
+        ('task = "digits"\n[run]\nsteps = "x"', "steps = 'x'", "a whole number"),
+        ('task = "digits"\n[run]\nsteps = 5.0', "steps = 5.0", "a whole number"),
+        ('task = "digits"\n[run]\nsteps = true', "steps = True", "a whole number"),
+        ('task = "digits"\n[run]\ndevice = "tpu"', "device = 'tpu'", "auto, cpu, cuda"),
+        ('task = "digits"\n[run]\noutput = 3', "output = 3", "a path in quotes"),
+        ('task = "digits"\n[run]\nmethod = 3', "method = 3", "a text in quotes"),
+        ('task = "digits"\n[data]\nsource = ["mnist"]', "source = ['mnist']", "a text in quotes"),
+        ('task = "digits"\n[adversarial]\nbeta = "1"', "beta = '1'", "a number"),
+        ('task = "digits"\n[adversarial]\nsync_ramp = 1', "sync_ramp = 1", "true or false"),
+        ('task = "digits"\n[run]\nsteps = ', "Invalid value", "the config.toml of a run"),
+    ],
+)
+def test_files_that_do_not_fit(text: str, found: str, expected: str, tmp_path: Path) -> None:
+    file = write(tmp_path, text)
+    with pytest.raises(UsageError) as error:
+        parse("--config", file)
+    assert found in error.value.found
+    assert error.value.expected.startswith(expected)
+    assert file in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
+    for path, content in ((tmp_path / "missing.toml", None), (tmp_path / "binary.toml", b"\xff\xfe\x00")):
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(UsageError, match=f"--config: found {re.escape(str(path))}"):
+            parse("--config", str(path))
+    with pytest.raises(UsageError, match="--config: found no file name"):
+        parse("--config")
+
+
+# ------------------------------------------------------------------------------------------------- command lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "TASK: found nothing; expected one of digits, visda"),
+        (("--steps", "5"), "TASK: found the option --steps first; expected one of digits"),
+        (("digit",), "TASK: found 'digit'; expected one of digits"),
+        (("digits", "--method", "gdsa"), "--method: found 'gdsa'; expected source-only, entropy"),
+        (("digits", "--steps", "0"), "--steps: found 0; expected a whole number >= 1"),
+        (("digits", "--steps", "-5", "--warmup", "0"), "--steps: found -5; expected a whole number >= 1"),
+        (("digits", "--warmup", "-1"), "--warmup: found -1; expected a whole number >= 0"),
+        (("digits", "--warmup", "801"), "--warmup: found 801; expected at most --steps, 800"),
+        (("digits", "--batch-size", "0"), "--batch-size: found 0; expected a whole number >= 1"),
+        (("digits", "--log-every", "0"), "--log-every: found 0; expected a whole number >= 1"),
+        (("digits", "--seed", "-1"), "--seed: found -1; expected a whole number >= 0"),
+        (("digits", "--seed", str(2**63)), f"--seed: found {2**63}; expected a whole number below 2^63"),
+        (("digits", "--threads", "-1"), "--threads: found -1; expected a whole number >= 0"),
+        (("digits", "--groups", "-1"), "--groups: found -1; expected a whole number >= 0"),
+        (("digits", "--hidden-dim", "0"), "--hidden-dim: found 0; expected a whole number >= 1"),
+        (("digits", "--bottleneck-dim", "0"), "--bottleneck-dim: found 0; expected a whole number >= 1"),
+        (("digits", "--refresh-every", "-1"), "--refresh-every: found -1; expected a whole number >= 0"),
+        (("digits", "--alpha", "nan"), "--alpha: found nan; expected a finite number >= 0"),
+        (("digits", "--alpha", "-0.1"), "--alpha: found -0.1; expected a finite number >= 0"),
+        (("digits", "--beta", "inf"), "--beta: found inf; expected a finite number >= 0"),
+        (("digits", "--adversarial-weight", "nan"), "--adversarial-weight: found nan; expected a finite number >= 0"),
+        (("digits", "--min-weight", "-1"), "--min-weight: found -1.0; expected a finite number >= 0"),
+        (("digits", "--learning-rate", "nan"), "--learning-rate: found nan; expected a finite number >= 0"),
+        (("digits", "--backbone-learning-rate", "-1"), "--backbone-learning-rate: found -1.0; expected a finite"),
+        (("digits", "--weight-decay", "inf"), "--weight-decay: found inf; expected a finite number >= 0"),
+        (("digits", "--confidence-threshold", "nan"), "--confidence-threshold: found nan; expected a number from 0 to"),
+        (("digits", "--confidence-threshold", "80"), "--confidence-threshold: found 80.0; expected a number from 0 to"),
+        (("digits", "--momentum", "1.5"), "--momentum: found 1.5; expected a number from 0 to 1"),
+    ],
+)
+def test_values_that_do_not_fit(arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        parse(*arguments)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mentioned"),
+    [
+        (("--stesp", "5"), "--stesp"),
+        (("--steps", "many"), "--steps"),
+        (("--steps", "1.5"), "--steps"),
+        (("--steps",), "--steps"),
+        (("--device", "tpu"), "--device"),
+        (("--config", "x.toml"), "--config"),
+        (("mnist",), "mnist"),
+    ],
+)
+def test_options_that_do_not_exist_or_do_not_parse(
+    arguments: tuple[str, ...], mentioned: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse("digits", *arguments)
+    written = capsys.readouterr()
+    assert end.value.code == 2
+    assert written.out == ""
+    assert len(written.err.splitlines()) == 1
+    assert mentioned in written.err
+
+
+def test_help_without_a_task_names_the_tasks(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse("--help")
+    written = capsys.readouterr().out
+    assert end.value.code == 0
+    assert all(task in written for task in PRESETS)
+
+
+def settings_of(config: Config) -> list[str]:
+    return [name for table in config.to_dict().values() if isinstance(table, dict) for name in table]
+
+
+def test_a_setting_has_one_name_whatever_its_table() -> None:
+    names: list[Any] = settings_of(PRESETS["digits"])
+    assert len(names) == len(set(names))
+    assert {"--" + name.replace("_", "-") for name in names} == set(re.findall(r"^--[\w-]+", OPTIONS, re.MULTILINE))

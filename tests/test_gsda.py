@@ -1,0 +1,282 @@
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from gsda_fast.config import PRESETS
+from gsda_fast.errors import UsageError
+from gsda_fast.methods import METHODS, Method, Move, StepInputs, build_method
+from gsda_fast.methods.gsda import GSDA, AdversarialSettings
+from gsda_fast.methods.objective import Objective, class_probabilities, entropy, synchronization_loss
+from gsda_fast.model import AdaptationModel, ModelSettings
+
+NUM_CLASSES, NUM_SOURCE, NUM_TARGET, RAMP = 4, 6, 6, 0.4
+SETTINGS = AdversarialSettings(alpha=0.3, beta=0.7, groups=2, hidden_dim=7)
+EXACT = {"rtol": 1e-12, "atol": 1e-15}
+
+# What each method minimizes, besides the source's cross-entropy: levels, entropy, synchronization, target samples.
+PARTS = {
+    "source-only": ((), False, False, "none"),
+    "entropy": ((), True, False, "confident"),
+    "dann": (("domain",), False, False, "all"),
+    "domain": (("domain",), True, False, "confident"),
+    "class": (("domain", "class"), True, False, "confident"),
+    "group": (("domain", "group", "class"), True, False, "confident"),
+    "gsda": (("domain", "group", "class"), True, True, "confident"),
+}
+each_method = pytest.mark.parametrize("name", PARTS)
+each_adversarial_method = pytest.mark.parametrize("name", [name for name, parts in PARTS.items() if parts[0]])
+
+
+class CountingBackbone(nn.Linear):
+    calls = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(images)
+
+
+def build(name: str, settings: AdversarialSettings = SETTINGS) -> Method:
+    torch.manual_seed(0)
+    model = AdaptationModel(CountingBackbone(5, 9), 9, NUM_CLASSES, ModelSettings(bottleneck_dim=8))
+    return build_method(name, model, settings, NUM_CLASSES, seed=0).double()
+
+
+def inputs(warming_up: bool = False, ramp: float = RAMP) -> StepInputs:
+    generator = torch.Generator().manual_seed(1)
+    return StepInputs(
+        source_images=torch.randn(NUM_SOURCE, 5, dtype=torch.float64, generator=generator),
+        source_labels=torch.arange(NUM_SOURCE) % NUM_CLASSES,
+        target_images=torch.randn(NUM_TARGET, 5, dtype=torch.float64, generator=generator),
+        warming_up=warming_up,
+        adversarial_ramp=torch.tensor(ramp, dtype=torch.float64),
+    )
+
+
+def gradients(total: Tensor, module: nn.Module) -> list[Tensor]:
+    found = torch.autograd.grad(total, list(module.parameters()), retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(module.parameters(), found)]
+
+
+def losses(method: Method, batch: StepInputs) -> dict[str, Tensor]:
+    """Every loss of the method on the batch, composed here, with all parameters free."""
+    features, logits = method.model(torch.cat([batch.source_images, batch.target_images]))
+    found = {
+        "classification": F.cross_entropy(logits[:NUM_SOURCE], batch.source_labels),
+        "entropy": entropy(logits[NUM_SOURCE:]),
+    }
+    if isinstance(method, GSDA) and method.discriminators is not None:
+        probabilities = class_probabilities(logits, batch.source_labels)
+        domain = torch.tensor([1.0] * NUM_SOURCE + [0.0] * NUM_TARGET)
+        terms = method.discriminators(features, probabilities, domain)
+        found |= method.discriminators.sum_per_level(terms.loss)
+        if len(method.discriminators.levels) == 3:
+            found["synchronization"] = synchronization_loss(terms.gradient_norm, method.discriminators.groups)
+    return found
+
+
+def total_of(found: dict[str, Tensor], **factors: float) -> Tensor:
+    return torch.stack([factor * found[name] for name, factor in factors.items()]).sum()
+
+
+def encoder_total(name: str, found: dict[str, Tensor], ramp: float = RAMP) -> Tensor:
+    levels, with_entropy, synchronize, _ = PARTS[name]
+    factors = {"classification": 1.0, **dict.fromkeys(levels, -ramp)}
+    if with_entropy:
+        factors["entropy"] = 0.3
+    if synchronize:
+        factors["synchronization"] = 0.7 * ramp
+    return total_of(found, **factors)
+
+
+def discriminator_total(name: str, found: dict[str, Tensor]) -> Tensor:
+    levels, _, synchronize, _ = PARTS[name]
+    factors = dict.fromkeys(levels, 1.0)
+    if synchronize:
+        factors["synchronization"] = 0.7 * RAMP
+    return total_of(found, **factors)
+
+
+def test_the_methods_are_those_of_the_table() -> None:
+    assert list(METHODS) == list(PARTS)
+
+
+@each_method
+def test_each_method_minimizes_exactly_its_terms(name: str) -> None:
+    levels, with_entropy, _, target_samples = PARTS[name]
+    method, batch = build(name), inputs()
+    moves = list(method.moves(batch))
+    assert method.target_samples == target_samples
+    assert [move.players for move in moves] == ([("discriminators",), ("encoder",)] if levels else [("encoder",)])
+    assert set(method.players()) == {player for move in moves for player in move.players}
+
+    # `moves` was asked on without an optimizer step in between, so both see the same discriminators.
+    found = losses(method, batch)
+    encoder_move = moves[-1].objective.total
+    assert_close(encoder_move, encoder_total(name, found), **EXACT)
+    assert_close(
+        gradients(encoder_move, method.model),
+        gradients(encoder_total(name, found), method.model),
+        rtol=1e-9,
+        atol=1e-14,
+    )
+    if isinstance(method, GSDA) and method.discriminators is not None:
+        expected = discriminator_total(name, found)
+        discriminators = method.discriminators
+        assert_close(moves[0].objective.total, expected, **EXACT)
+        assert_close(
+            gradients(moves[0].objective.total, discriminators),
+            gradients(expected, discriminators),
+            rtol=1e-9,
+            atol=1e-14,
+        )
+        assert all(gradient.abs().max() == 0 for gradient in gradients(encoder_move, discriminators))
+        assert all(gradient.abs().max() == 0 for gradient in gradients(moves[0].objective.total, method.model))
+
+    named = {name: term for move in moves for name, term in move.objective.terms.items()}
+    expected_names = {"classification"} | ({"entropy"} if with_entropy else set())
+    expected_names |= {f"{kind}_{level}" for kind in ("adversarial", "gradient_norm") for level in levels}
+    if len(levels) == 3:
+        expected_names.add("synchronization")  # logged by `group` too, which does not minimize it
+    assert set(named) == expected_names
+    for term, value in found.items():
+        logged = named.get(f"adversarial_{term}", named.get(term))
+        if logged is not None:
+            assert_close(logged, value.detach(), **EXACT)
+    assert not any(term.requires_grad for term in named.values())
+
+
+@each_method
+def test_warm_up_is_training_on_the_source_alone(name: str) -> None:
+    method, batch = build(name), inputs(warming_up=True)
+    nothing = replace(batch, target_images=torch.full_like(batch.target_images, float("nan")))
+    (move,) = method.moves(nothing)
+    assert move.players == ("encoder",)
+    assert set(move.objective.terms) == {"classification"}
+    (expected,) = build("source-only").moves(inputs())
+    assert_close(move.objective.total, expected.objective.total, **EXACT)
+    assert_close(
+        gradients(move.objective.total, method.model)[0],
+        gradients(losses(method, batch)["classification"], method.model)[0],
+    )
+
+
+@each_adversarial_method
+def test_the_encoder_runs_once_and_meets_the_moved_discriminators(name: str) -> None:
+    method, batch = build(name), inputs()
+    assert isinstance(method, GSDA)
+    assert method.discriminators is not None
+    assert isinstance(method.model.backbone, CountingBackbone)
+    moves = method.moves(batch)
+    next(moves)
+    with torch.no_grad():
+        for parameter in method.discriminators.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    second = next(moves)
+    assert method.model.backbone.calls == 1
+    assert_close(second.objective.total, encoder_total(name, losses(method, batch)), **EXACT)
+    assert next(moves, None) is None
+
+
+@each_adversarial_method
+@pytest.mark.parametrize("weight", [1.0, 2.5])
+def test_reversal_gives_each_player_the_gradient_of_its_own_step(name: str, weight: float) -> None:
+    settings = replace(SETTINGS, adversarial_weight=weight)
+    alternating, batch = build(name, settings), inputs()
+    reversal = build(name, replace(settings, update="reversal"))
+    discriminator_step, encoder_step = alternating.moves(batch)
+    (both,) = reversal.moves(batch)
+    assert both.players == ("encoder", "discriminators")
+    assert_close(
+        gradients(both.objective.total, reversal.model),
+        gradients(encoder_step.objective.total, alternating.model),
+        **EXACT,
+    )
+    # What the weight scales reaches the encoder alone.
+    discriminators = [method.players()["discriminators"] for method in (reversal, alternating)]
+    assert_close(
+        gradients(both.objective.total, discriminators[0]),
+        gradients(discriminator_step.objective.total, discriminators[1]),
+        **EXACT,
+    )
+    assert set(both.objective.terms) == {*discriminator_step.objective.terms, *encoder_step.objective.terms}
+
+
+def test_reversal_gives_features_the_gradient_of_the_encoder_step() -> None:
+    found = []
+    for update in ("alternating", "reversal"):
+        method = build("gsda", replace(SETTINGS, update=update))  # type: ignore[arg-type]
+        kept: list[Tensor] = []
+        method.model.bottleneck.register_forward_hook(lambda _module, _inputs, output, kept=kept: kept.append(output))
+        *_, move = method.moves(inputs())
+        found.append(torch.autograd.grad(move.objective.total, kept[0])[0])
+    assert_close(found[0], found[1], rtol=1e-12, atol=1e-16)
+    assert (found[0].norm(dim=1) > 1e-4).all()
+
+
+@pytest.mark.parametrize("update", ["alternating", "reversal"])
+def test_sync_ramp_is_what_softens_synchronization_at_the_start(update: str) -> None:
+    at_start = []
+    for sync_ramp in (True, False):
+        method = build("gsda", replace(SETTINGS, sync_ramp=sync_ramp, update=update))  # type: ignore[arg-type]
+        *_, move = method.moves(inputs(ramp=0.0))
+        at_start.append(gradients(move.objective.total, method.model))
+    method = build("gsda")
+    found = losses(method, inputs())
+    softened = total_of(found, classification=1.0, entropy=0.3)
+    in_full = total_of(found, classification=1.0, entropy=0.3, synchronization=0.7)
+    assert_close(at_start[0], gradients(softened, method.model), rtol=1e-9, atol=1e-14)
+    assert_close(at_start[1], gradients(in_full, method.model), rtol=1e-9, atol=1e-14)
+
+
+def test_groups_follow_the_seed() -> None:
+    def division(seed: int) -> Tensor:
+        model = AdaptationModel(nn.Linear(5, 9), 9, 10, ModelSettings(bottleneck_dim=8))
+        method = build_method("gsda", model, replace(SETTINGS, groups=3), 10, seed)
+        assert isinstance(method, GSDA)
+        assert method.discriminators is not None
+        return method.discriminators.groups.membership
+
+    assert torch.equal(division(0), division(0))
+    assert not torch.equal(division(0), division(1))
+
+
+class SourceTwice(Method):
+    """The least that a method has to say."""
+
+    target_samples = "none"
+
+    def __init__(self, model: AdaptationModel, settings: AdversarialSettings, groups: object) -> None:
+        super().__init__(model)
+
+    def moves(self, inputs: StepInputs) -> Iterator[Move]:
+        loss = 2 * F.cross_entropy(self.model(inputs.source_images).logits, inputs.source_labels)
+        yield Move(("encoder",), Objective(loss, {"classification": loss.detach()}))
+
+
+def test_a_new_method_is_an_entry_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "source-twice", SourceTwice)
+    method = build("source-twice")
+    assert method.players() == {"encoder": method.model}
+    (move,) = method.moves(inputs())
+    assert_close(move.objective.total, 2 * losses(method, inputs())["classification"])
+    config = PRESETS["digits"]
+    replace(config, run=replace(config.run, method="source-twice")).validate()
+
+
+@pytest.mark.parametrize(
+    ("name", "groups", "message"),
+    [
+        ("gsad", 2, "--method: found gsad; expected source-only, entropy, dann, domain, class, group, gsda"),
+        ("gsda", 5, "--groups: found 5; expected 1 to 4, the number of classes"),
+        ("gsda", 0, "--groups: found 0; expected 1 to 4, the number of classes"),
+    ],
+)
+def test_what_cannot_be_built(name: str, groups: int, message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        build(name, replace(SETTINGS, groups=groups))
+    assert str(error.value) == message

@@ -1,0 +1,350 @@
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from same_state import differences
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from gsda_fast import discriminator_objective, encoder_objective
+from gsda_fast.data.batches import Batch, Role
+from gsda_fast.data.benchmarks import find_benchmark
+from gsda_fast.data.domains import ImageDomain
+from gsda_fast.data.sampling import IntArray, SamplingPlan
+from gsda_fast.methods import build_method
+from gsda_fast.methods.gsda import GSDA, AdversarialSettings
+from gsda_fast.methods.objective import class_probabilities
+from gsda_fast.model import AdaptationModel, ModelSettings
+from gsda_fast.training.optim import OptimizerSettings, build_optimizers, set_learning_rate
+from gsda_fast.training.pseudo_labels import confident_labels
+from gsda_fast.training.schedules import Schedule
+from gsda_fast.training.trainer import Report, Trainer
+
+NUM_CLASSES, NUM_SOURCE, NUM_TARGET, DIM, BATCH_SIZE = 4, 24, 21, 6, 8
+SCHEDULE = Schedule(steps=14, warmup=4, refresh_every=3)
+SCORED = [4, 7, 10, 13, 14]
+THRESHOLD = 0.4
+OPTIMIZER = OptimizerSettings(learning_rate=0.1, backbone_learning_rate=0.05)
+
+
+class TensorLoader:
+    """Vectors in place of images, handed out as the plan says; keeps a record of what it was asked for."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.labels: dict[Role, Tensor] = {
+            "source": torch.arange(NUM_SOURCE) % NUM_CLASSES,
+            "target": torch.arange(NUM_TARGET) % NUM_CLASSES,
+        }
+        centres = 2 * torch.randn(NUM_CLASSES, DIM, generator=generator)
+        self.images = {
+            role: centres[labels] + torch.randn(len(labels), DIM, generator=generator) + (role == "target")
+            for role, labels in self.labels.items()
+        }
+        self.segments: list[tuple[range, SamplingPlan]] = []
+        self.training_mode: list[bool] = []
+        self.method: nn.Module | None = None
+
+    def train(self, plan: SamplingPlan, steps: range, rank: int = 0) -> Iterator[Batch]:
+        self.segments.append((steps, plan))
+        for step in steps:
+            batch = plan.batch(step, rank)
+            source, target = torch.from_numpy(batch.source_index), torch.from_numpy(batch.target_index)
+            assert self.method is not None
+            self.training_mode.append(self.method.training)
+            yield Batch(
+                self.images["source"][source],
+                self.labels["source"][source],
+                self.images["target"][target],
+                source,
+                target,
+            )
+
+    def evaluate(self, domain: Role, samples: IntArray | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        index = torch.arange(len(self.images[domain])) if samples is None else torch.from_numpy(samples)
+        for part in index.split(5):
+            yield self.images[domain][part], part
+
+    def close(self) -> None: ...
+
+
+def build(
+    method: str = "gsda", *, dropout: float = 0.2, schedule: Schedule = SCHEDULE, log_every: int = 2, seed: int = 0
+) -> Trainer:
+    torch.manual_seed(seed)
+    backbone = nn.Sequential(nn.Linear(DIM, 10), nn.BatchNorm1d(10), nn.ReLU(), nn.Dropout(dropout))
+    model = AdaptationModel(backbone, 10, NUM_CLASSES, ModelSettings(bottleneck_dim=5))
+    loader = TensorLoader()
+    settings = AdversarialSettings(alpha=0.1, groups=2, hidden_dim=8)
+    built = loader.method = build_method(method, model, settings, NUM_CLASSES, seed=0)
+    paths = [f"{number}.png" for number in range(NUM_TARGET)]
+    target = ImageDomain("target", Path("nowhere"), paths, loader.labels["target"].numpy(), tuple("abcd"))
+    recipe = find_benchmark("digits").recipe
+    plan = SamplingPlan(loader.labels["source"].numpy(), NUM_TARGET, recipe=recipe, batch_size=BATCH_SIZE, seed=0)
+    return Trainer(
+        built,
+        loader,
+        plan,
+        target,
+        schedule,
+        OPTIMIZER,
+        confidence_threshold=THRESHOLD,
+        device=torch.device("cpu"),
+        log_every=log_every,
+    )
+
+
+def run(trainer: Trainer) -> tuple[list[Report], list[dict[str, Any]]]:
+    """All reports, and the state at every scoring."""
+    states: list[dict[str, Any]] = []
+    reports = list(trainer.run(lambda: states.append(deepcopy(trainer.state_dict()))))
+    return reports, states
+
+
+def loader_of(trainer: Trainer) -> TensorLoader:
+    assert isinstance(trainer.loader, TensorLoader)
+    return trainer.loader
+
+
+# -------------------------------------------------------------------------------------------------------- resuming
+
+TIMES = ("training_seconds", "seconds")
+# Every component of the state, by a path into it; the times and a GPU's generator have tests of their own or none here.
+COMPONENTS = (
+    "step",
+    "method.model",
+    "method.discriminators",
+    "optimizers.encoder",
+    "optimizers.discriminators",
+    "target_table",
+    "history",
+    "random",
+    "images_seen",
+)
+
+
+def without_times(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if name not in TIMES}
+
+
+def left_out(state: dict[str, Any], component: str, fresh: dict[str, Any]) -> dict[str, Any]:
+    """The state with one component as it is in a new trainer."""
+    name, _, part = component.partition(".")
+    if not part:
+        return {**state, name: fresh[name]}
+    inside = {key: fresh[name][key] if key.startswith(part) else value for key, value in state[name].items()}
+    return {**state, name: inside}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted() -> list[dict[str, Any]]:
+    return run(build())[1]
+
+
+def test_the_components_are_all_there_are(uninterrupted: list[dict[str, Any]]) -> None:
+    names = {component.partition(".")[0] for component in COMPONENTS}
+    assert names == set(without_times(uninterrupted[0])) - {"random_cuda"}
+    assert {key.partition(".")[0] for key in uninterrupted[0]["method"]} == {"model", "discriminators"}
+    assert set(uninterrupted[0]["optimizers"]) == {"encoder", "discriminators"}
+
+
+@pytest.mark.parametrize("scoring", range(len(SCORED) - 1))
+def test_resuming_at_any_scoring_ends_in_the_same_state(scoring: int, uninterrupted: list[dict[str, Any]]) -> None:
+    resumed = build(seed=1)  # nothing of the new trainer's own start may remain
+    resumed.load_state_dict(deepcopy(uninterrupted[scoring]))
+    reports, states = run(resumed)
+    assert [report.step for report in reports if report.figures] == SCORED[scoring + 1 :]
+    assert differences(without_times(states[-1]), without_times(uninterrupted[-1])) == []
+
+
+@pytest.mark.parametrize("component", [name for name in COMPONENTS if name != "step"])
+def test_leaving_a_component_out_changes_the_run(component: str, uninterrupted: list[dict[str, Any]]) -> None:
+    """The negative control of the test above: it would notice each component that a checkpoint lacks."""
+    resumed = build(seed=1)
+    fresh = deepcopy(resumed.state_dict())
+    resumed.load_state_dict(left_out(deepcopy(uninterrupted[1]), component, fresh))
+    _, states = run(resumed)
+    assert differences(without_times(states[-1]), without_times(uninterrupted[-1])) != []
+
+
+def test_leaving_the_step_out_notes_a_scoring_twice(uninterrupted: list[dict[str, Any]]) -> None:
+    resumed = build(seed=1)
+    resumed.load_state_dict({**deepcopy(uninterrupted[1]), "step": 0})
+    with pytest.raises(ValueError, match="step: found 4 after 7"):
+        run(resumed)
+
+
+def test_a_state_goes_through_a_file(uninterrupted: list[dict[str, Any]], tmp_path: Path) -> None:
+    torch.save(uninterrupted[2], tmp_path / "state.pt")
+    loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert differences(loaded["method"], dict(uninterrupted[2]["method"])) == ["state"]  # an OrderedDict there
+    trainer = build(seed=1)
+    trainer.load_state_dict(loaded)
+    assert differences(without_times(trainer.state_dict()), without_times(uninterrupted[2])) == []
+
+
+def test_seconds_of_earlier_attempts_count(uninterrupted: list[dict[str, Any]]) -> None:
+    trainer = build()
+    trainer.load_state_dict({**deepcopy(uninterrupted[-1]), "seconds": 1000.0, "training_seconds": 900.0})
+    assert 1000 <= trainer.seconds < 1100
+    assert trainer.training_seconds == 900
+    assert list(trainer.run(lambda: None)) == []
+
+
+def test_the_same_seed_gives_the_same_run(uninterrupted: list[dict[str, Any]]) -> None:
+    again, other = run(build())[1][-1], run(build(seed=1))[1][-1]
+    assert differences(without_times(again), without_times(uninterrupted[-1])) == []
+    assert differences(without_times(other), without_times(uninterrupted[-1])) != []
+
+
+# --------------------------------------------------------------------------------------------- what happens when
+
+
+def test_reports_come_at_log_steps_and_scorings() -> None:
+    trainer = build(log_every=4)
+    reports, states = run(trainer)
+    assert [report.step for report in reports] == [4, 7, 8, 10, 12, 13, 14]
+    assert [report.step for report in reports if report.figures] == SCORED
+    assert [state["step"] for state in states] == SCORED
+    for report in reports:
+        scored = report.figures is not None
+        assert {"accuracy", "mean_per_class", "mutual_information"} & set(report.values) == (
+            {"accuracy", "mean_per_class", "mutual_information"} if scored else set()
+        )
+        # Rates are those of the last step done.
+        factor, ramp = (f(report.step - 1) for f in (SCHEDULE.learning_rate_factor, SCHEDULE.adversarial_ramp))
+        assert report.values["learning_rate"] == pytest.approx(0.1 * factor)
+        assert report.values["adversarial_ramp"] == pytest.approx(ramp)
+        rate, wait = report.values["images_per_second"], report.values["data_wait"]
+        assert rate is not None
+        assert wait is not None
+        assert rate > 0
+        assert 0 <= wait <= 1
+        assert ("adversarial_domain" in report.values) == (report.step > SCHEDULE.warmup)
+        assert "classification" in report.values
+    assert trainer.images_seen == SCHEDULE.steps * 2 * BATCH_SIZE
+
+
+def test_accuracy_is_that_of_the_target() -> None:
+    trainer = build()
+    *_, last = run(trainer)[0]
+    correct = trainer.predict("target").argmax(1) == loader_of(trainer).labels["target"]
+    assert last.figures is not None
+    assert last.values["accuracy"] == last.figures.accuracy == pytest.approx(100 * correct.double().mean().item())
+    assert trainer.history.accuracy.last == last.values["accuracy"]
+    assert trainer.probabilities is not None
+    assert torch.equal(trainer.probabilities, trainer.predict("target"))
+
+
+def test_the_plan_follows_every_scoring() -> None:
+    trainer = build()
+    tables = []
+    for report in trainer.run(lambda: tables.append(trainer.plan.target_table)):
+        if report.figures is not None:
+            assert trainer.probabilities is not None
+            expected = confident_labels(trainer.probabilities, THRESHOLD)
+            assert np.array_equal(trainer.plan.target_table, expected)  # type: ignore[arg-type]
+    segments = loader_of(trainer).segments
+    assert [steps for steps, _ in segments] == [range(a, b) for a, b in zip([0, *SCORED[:-1]], SCORED)]
+    assert segments[0][1].target_table is None
+    for (_, plan), table in zip(segments[1:], tables):
+        assert plan.target_table is table
+    drawn = np.concatenate([table for table in tables if table is not None])
+    assert (drawn < 0).any()  # the threshold has something to leave out
+    assert (drawn >= 0).any()
+
+
+@pytest.mark.parametrize(("method", "renewed"), [("source-only", False), ("dann", False), ("entropy", True)])
+def test_only_methods_that_want_confident_samples_renew_the_plan(method: str, renewed: bool) -> None:
+    trainer = build(method)
+    run(trainer)
+    assert (trainer.plan.target_table is not None) == renewed
+
+
+def test_discriminators_rest_during_warm_up() -> None:
+    trainer = build(schedule=Schedule(steps=4, warmup=4, refresh_every=3))
+    before = deepcopy(trainer.method.state_dict())
+    run(trainer)
+    after = trainer.method.state_dict()
+    moved = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"model"}
+
+
+def test_training_and_scoring_have_their_modes() -> None:
+    trainer = build()
+    run(trainer)
+    assert loader_of(trainer).training_mode == [True] * SCHEDULE.steps
+    assert torch.equal(trainer.predict("target"), trainer.predict("target"))  # no dropout
+    assert not trainer.method.training
+
+
+def test_predictions_and_features_keep_the_order_of_the_samples() -> None:
+    trainer = build()
+    run(trainer)
+    model, images = trainer.method.model.eval(), loader_of(trainer).images["target"]
+    with torch.no_grad():
+        features, logits = model(images)
+    assert_close(trainer.predict("target"), logits.softmax(1))
+    chosen = np.array([20, 3, 7, 0, 11, 12, 2])
+    assert_close(torch.from_numpy(trainer.features("target", chosen)), features[chosen])
+
+
+# ------------------------------------------------------------------------------------ the step, written out by hand
+
+
+def test_a_run_is_the_two_steps_in_a_loop() -> None:
+    """The trainer against both steps in a user's own loop, over two refreshes of the pseudo-labels."""
+    schedule = Schedule(steps=6, warmup=0, refresh_every=2)
+    trainer, mine = (build(dropout=0.0, schedule=schedule) for _ in range(2))
+    run(trainer)
+
+    method, loader, plan = mine.method, loader_of(mine), mine.plan
+    assert isinstance(method, GSDA)
+    assert method.discriminators is not None
+    model, discriminators = method.model, method.discriminators
+    optimizers = build_optimizers({"encoder": model, "discriminators": discriminators}, OPTIMIZER)
+    domain = torch.tensor([1.0] * BATCH_SIZE + [0.0] * BATCH_SIZE)
+    for step in range(schedule.steps):
+        set_learning_rate(optimizers, schedule.learning_rate_factor(step))
+        ramp = torch.tensor(schedule.adversarial_ramp(step))
+        model.train()
+        batch = next(loader.train(plan, range(step, step + 1)))
+        features, logits = model(torch.cat([batch.source_images, batch.target_images]))
+        p = class_probabilities(logits, batch.source_labels)
+
+        terms = discriminators(features.detach(), p, domain, BATCH_SIZE)
+        optimizers["discriminators"].zero_grad()
+        discriminator_objective(terms, discriminators.groups, beta=1.0 * ramp).total.backward()
+        optimizers["discriminators"].step()
+
+        terms = discriminators(features, p, domain, BATCH_SIZE, frozen=True)
+        optimizers["encoder"].zero_grad()
+        encoder_objective(
+            logits, batch.source_labels, terms, discriminators.groups, alpha=0.1, beta=1.0 * ramp, adversarial_ramp=ramp
+        ).total.backward()
+        optimizers["encoder"].step()
+
+        if (step + 1) % schedule.refresh_every == 0:
+            model.eval()
+            with torch.no_grad():
+                probabilities = F.softmax(model(loader.images["target"]).logits, dim=1)
+            plan = plan.with_target(confident_labels(probabilities, THRESHOLD))
+    assert_close(dict(method.state_dict()), dict(trainer.method.state_dict()), rtol=1e-6, atol=1e-7)
+
+
+def test_the_rate_of_a_step_is_the_schedules() -> None:
+    slow = replace(SCHEDULE, steps=1, warmup=0)
+    trainer = build("source-only", dropout=0.0, schedule=slow)
+    weight = trainer.method.model.classifier.weight
+    before = weight.detach().clone()
+    run(trainer)
+    gradient, decay, momentum = weight.grad, OPTIMIZER.weight_decay, OPTIMIZER.momentum
+    assert gradient is not None
+    moved = (gradient + decay * before) * (1 + momentum)  # Nesterov's first step
+    assert_close(weight.detach(), before - 0.1 * moved)
