@@ -235,6 +235,7 @@ def _report_line(report: Report) -> str:
         value = report.values.get(name)
         if value is not None:
             parts.append(f"{names.get(name, name)} {value:.4g}" if name != "accuracy" else f"accuracy {value:.2f} %")
+    parts += [f"data wait {report.values['data_wait']:.0%}", f"memory {report.peak_memory / 2**30:.2f} GiB"]
     return "  ".join(parts)
 
 

@@ -16,12 +16,12 @@ from gsda_fast.data.benchmarks import ImageRecipe, find_benchmark
 from gsda_fast.data.domains import ImageDomain, open_pair
 from gsda_fast.data.loaders import open_loader
 from gsda_fast.data.sampling import SamplingPlan
+from gsda_fast.data.synthetic_loader import synthetic_pair
 from gsda_fast.errors import UsageError
 from gsda_fast.methods import build_method
 from gsda_fast.model import LENET, build_model
 from gsda_fast.results.run_folder import RunFolder, flat_settings
 from gsda_fast.training.distributed import Ranks, digest
-from gsda_fast.training.optim import build_optimizers
 from gsda_fast.training.precision import AUTOCAST_DTYPES
 from gsda_fast.training.schedules import Schedule
 from gsda_fast.training.trainer import Trainer
@@ -38,7 +38,10 @@ def resolve(config: Config, world_size: int = 1) -> tuple[Config, ImageDomain, I
     Raises:
         UsageError: data, a device or a backend that is not there.
     """
-    source, target = open_pair(config.task, config.data.source, config.data.target, config.data.data_root)
+    if config.data.synthetic:
+        source, target = synthetic_pair(find_benchmark(config.task))
+    else:
+        source, target = open_pair(config.task, config.data.source, config.data.target, config.data.data_root)
     run, device = config.run, choose_device(config)
     groups = config.adversarial.groups or max(1, round(source.num_classes / 5))
     refresh_every = config.pseudo_labels.refresh_every or -(-len(target) // (run.batch_size * world_size))
@@ -127,6 +130,11 @@ def build_trainer(config: Config, source: ImageDomain, target: ImageDomain, rank
         # Parameters are drawn by now; what is drawn from here on (dropout) is drawn for this rank's own images.
         torch.manual_seed(config.run.seed + ranks.rank)
     scale = ranks.world_size if config.distributed.scale_learning_rate else 1
+    optimizer = replace(
+        config.optimizer,
+        learning_rate=scale * config.optimizer.learning_rate,
+        backbone_learning_rate=scale * config.optimizer.backbone_learning_rate,
+    )
     plan = SamplingPlan(
         source.labels,
         len(target),
@@ -142,7 +150,7 @@ def build_trainer(config: Config, source: ImageDomain, target: ImageDomain, rank
         plan,
         target,
         Schedule(config.run.steps, config.run.warmup, config.pseudo_labels.refresh_every),
-        build_optimizers(method.players(), config.optimizer, scale),
+        optimizer,
         confidence_threshold=config.pseudo_labels.confidence_threshold,
         device=device,
         log_every=config.run.log_every,

@@ -30,21 +30,16 @@ class OptimizerSettings:
     """Weight decay."""
 
 
-def build_optimizers(
-    players: dict[str, nn.Module], settings: OptimizerSettings, learning_rate_scale: float = 1.0
-) -> dict[str, torch.optim.Optimizer]:
+def build_optimizers(players: dict[str, nn.Module], settings: OptimizerSettings) -> dict[str, torch.optim.Optimizer]:
     """An optimizer for each player; a backbone within it learns at its own rate.
 
     Args:
-        players: modules by name, on their device. settings: rates. learning_rate_scale: factor on all learning rates.
+        players: modules by name, on their device. settings: which optimizer, and its rates.
 
     Raises:
         UsageError: Apex is asked for and not there, or cannot update these parameters.
     """
-    return {
-        name: _build(_parameter_groups(module, settings, learning_rate_scale), settings)
-        for name, module in players.items()
-    }
+    return {name: _build(_parameter_groups(module, settings), settings) for name, module in players.items()}
 
 
 def set_learning_rate(optimizers: dict[str, torch.optim.Optimizer], factor: float) -> None:
@@ -92,14 +87,13 @@ def require_apex() -> Any:
     return FusedSGD
 
 
-def _parameter_groups(module: nn.Module, settings: OptimizerSettings, scale: float) -> list[dict[str, Any]]:
-    new_rate = settings.learning_rate * scale
+def _parameter_groups(module: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
     if not isinstance(module, AdaptationModel):
-        return [{"params": list(module.parameters()), "lr": new_rate}]
+        return [{"params": list(module.parameters()), "lr": settings.learning_rate}]
     new_layers = [*module.bottleneck.parameters(), *module.classifier.parameters()]
     return [
-        {"params": list(module.backbone.parameters()), "lr": settings.backbone_learning_rate * scale},
-        {"params": new_layers, "lr": new_rate},
+        {"params": list(module.backbone.parameters()), "lr": settings.backbone_learning_rate},
+        {"params": new_layers, "lr": settings.learning_rate},
     ]
 
 

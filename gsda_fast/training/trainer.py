@@ -19,7 +19,7 @@ from gsda_fast.model import ModelOutput
 from gsda_fast.results.metrics import AccuracyHistory, EvaluationFigures, evaluation_figures
 from gsda_fast.training.distributed import Ranks
 from gsda_fast.training.figures import peak_memory
-from gsda_fast.training.optim import set_learning_rate
+from gsda_fast.training.optim import OptimizerSettings, build_optimizers, set_learning_rate
 from gsda_fast.training.pseudo_labels import confident_labels
 from gsda_fast.training.schedules import Schedule
 from gsda_fast.training.update import Updater
@@ -46,7 +46,7 @@ class Trainer:
 
     Args:
         method: what to minimize. loader, plan: images and their order. target: for its labels, which serve evaluation
-            alone. schedule: what changes over the steps. optimizers: one for each player of the method.
+            alone. schedule: what changes over the steps. optimizer: which, and its rates.
         confidence_threshold: of pseudo-labels.
         device: where the method's modules and the batches are.
         log_every: steps between two reports.
@@ -65,7 +65,7 @@ class Trainer:
         plan: SamplingPlan,
         target: ImageDomain,
         schedule: Schedule,
-        optimizers: dict[str, torch.optim.Optimizer],
+        optimizer: OptimizerSettings,
         *,
         confidence_threshold: float,
         device: torch.device,
@@ -76,9 +76,9 @@ class Trainer:
         self.method, self.loader, self.plan, self.schedule = method, loader, plan, schedule
         self.target_labels = torch.from_numpy(target.labels)
         self.confidence_threshold, self.device, self.log_every = confidence_threshold, device, log_every
-        self.optimizers = optimizers
+        self.optimizers = build_optimizers(method.players(), optimizer)
         self.ranks = ranks or Ranks()
-        self.updater = Updater(method.players(), optimizers, self.ranks, device, scale_losses)
+        self.updater = Updater(method.players(), self.optimizers, self.ranks, device, scale_losses)
         self.profiler: torch.profiler.profile | None = None
         self.history = AccuracyHistory()
         self.step = 0
