@@ -12,15 +12,15 @@ from gsda_fast.data.benchmarks import Benchmark, ImageRecipe
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.sampling import IntArray, SamplingPlan
 
-_SAMPLES = 512  # of a domain: few, so that a dry run of a few steps is not mostly evaluation
+_SAMPLES = 64  # of a domain, if it has no more classes: few, so that a dry run is not mostly evaluation
 _CLASSES = 12  # of a benchmark whose classes only its folders tell
 
 
 def synthetic_pair(benchmark: Benchmark) -> tuple[ImageDomain, ImageDomain]:
     """A source and a target with the benchmark's classes and no files."""
     classes = benchmark.classes or tuple(f"class {number}" for number in range(_CLASSES))
-    labels = np.arange(_SAMPLES, dtype=np.int64) % len(classes)
-    paths = [f"synthetic/{number}" for number in range(_SAMPLES)]
+    labels = np.arange(max(_SAMPLES, len(classes)), dtype=np.int64) % len(classes)
+    paths = [f"synthetic/{number}" for number in range(len(labels))]
     source, target = (ImageDomain(f"synthetic-{role}", Path(), paths, labels, classes) for role in ("source", "target"))
     return source, target
 
