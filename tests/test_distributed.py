@@ -30,7 +30,7 @@ from gsda_fast.training.optim import OptimizerSettings, build_optimizers
 from gsda_fast.training.update import Updater
 
 NUM_CLASSES, BATCH, DIM = 4, 6, 5
-DATA_SEED = 1  # of a batch whose parts, 2 or 4, disagree about the signs in L_syn: else its mean would not matter
+DATA_SEED = 8  # of a batch whose parts, 2 or 4, disagree about the signs in L_syn: else its mean would not matter
 WORLDS = (2, 4)
 OPTIMIZER = OptimizerSettings(learning_rate=0.3, backbone_learning_rate=0.2)
 
