@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn, TypeVar
 
-from gsda_fast.errors import UsageError
+from gsda_fast.errors import TrainingError, UsageError
 
 T = TypeVar("T")
 
@@ -23,21 +25,40 @@ _RULE = re.compile(r"[─-]{3,}")
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Runs a command and ends the process with its exit code.
 
-    A `UsageError` becomes one line on standard error and exit code 2; an interrupt from the keyboard exit code 130, as
-    in a shell. Any other exception is a defect and keeps its traceback.
+    A `UsageError` becomes one line on standard error and exit code 2, a `TrainingError` one line and exit code 1; an
+    interrupt from the keyboard exit code 130, as in a shell. Any other exception is a defect and keeps its traceback.
 
     Args:
         main: the command; returns its exit code, None for 0.
     """
     try:
         code = main()
-    except UsageError as error:
-        print(f"error: {_one_line(str(error))}", file=sys.stderr)
-        code = 2
+    except (UsageError, TrainingError) as error:
+        if not error.told:
+            print(f"error: {_one_line(str(error))}", file=sys.stderr)
+        code = 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
     sys.exit(code or 0)
+
+
+@contextmanager
+def told_by_first_process() -> Iterator[None]:
+    """What goes wrong in this block goes wrong alike in every process that torchrun started: the first one tells of it.
+
+    Raises:
+        UsageError, SystemExit: as raised in the block.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        yield
+        return
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    except UsageError as error:
+        error.told = True
+        raise
 
 
 def parse_command_line(parse: Callable[[], T]) -> T:

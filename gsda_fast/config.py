@@ -17,7 +17,9 @@ from gsda_fast.errors import UsageError
 from gsda_fast.methods import METHODS
 from gsda_fast.methods.gsda import AdversarialSettings
 from gsda_fast.model import ModelSettings
+from gsda_fast.training.distributed import DistributedSettings
 from gsda_fast.training.optim import OptimizerSettings
+from gsda_fast.training.precision import PrecisionSettings
 from gsda_fast.training.pseudo_labels import PseudoLabelSettings
 
 _LARGEST_SEED = 2**63 - 1  # what TOML's integers hold
@@ -43,6 +45,8 @@ class RunSettings:
     """Where to train; auto: the GPU if there is one."""
     threads: int = 0
     """CPU threads of PyTorch; 0: PyTorch's choice."""
+    profile: int = 0
+    """Write a trace of that many steps, of the first process, into the run's folder, to be opened with Perfetto."""
     output: Path | None = None
     """The run's folder; runs/TASK-SOURCE-TARGET-METHOD-seedN if not given."""
     resume: Literal["auto", "never"] = "auto"
@@ -60,6 +64,8 @@ class Config:
     adversarial: AdversarialSettings = field(default_factory=AdversarialSettings)
     pseudo_labels: PseudoLabelSettings = field(default_factory=PseudoLabelSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    precision: PrecisionSettings = field(default_factory=PrecisionSettings)
+    distributed: DistributedSettings = field(default_factory=DistributedSettings)
 
     def validate(self) -> None:
         """Checks what a type cannot say.
@@ -77,6 +83,8 @@ class Config:
             "--seed": (self.run.seed, 0),
             "--threads": (self.run.threads, 0),
             "--workers": (self.data.workers, 0),
+            "--profile": (self.run.profile, 0),
+            "--timeout": (self.distributed.timeout, 1),
             "--groups": (self.adversarial.groups, 0),
             "--hidden-dim": (self.adversarial.hidden_dim, 1),
             "--bottleneck-dim": (self.model.bottleneck_dim, 1),
@@ -156,7 +164,7 @@ def parse_config(arguments: list[str], program: str) -> Config:
     Raises:
         UsageError: a task, an option or a value that does not exist or does not fit.
     """
-    default, rest = _default_config(arguments, program)
+    default, rest = _default_config(_with_values(arguments), program)
     config: Config = parse_command_line(
         lambda: tyro.cli(
             Config,
@@ -169,6 +177,19 @@ def parse_config(arguments: list[str], program: str) -> Config:
     )
     config.validate()
     return config
+
+
+def _with_values(arguments: list[str]) -> list[str]:
+    """--compile and --no-compile as values of one option, whose third value is the default."""
+    written: list[str] = []
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        if argument == "--no-compile":
+            written += ["--compile", "off"]
+        elif argument == "--compile" and following not in ("auto", "on", "off"):
+            written += ["--compile", "on"]
+        else:
+            written.append(argument)
+    return written
 
 
 def config_from_dict(tables: dict[str, Any], origin: str) -> Config:

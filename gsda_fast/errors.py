@@ -1,4 +1,4 @@
-"""The one exception that commands turn into a single line and exit code 2."""
+"""The exceptions that commands turn into a single line: a mistake of the user, and a run that cannot go on."""
 
 from functools import partial
 from typing import Any
@@ -12,7 +12,12 @@ class UsageError(ValueError):
         found: what was found there.
         expected: what would have been accepted.
         remedy: what to do about it; empty where `expected` already says so.
+
+    Attributes:
+        told: another process of the run tells the user, so that this one need not.
     """
+
+    told = False
 
     def __init__(self, what: str, *, found: str, expected: str, remedy: str = "") -> None:
         self.what, self.found, self.expected, self.remedy = what, found, expected, remedy
@@ -22,3 +27,13 @@ class UsageError(ValueError):
     def __reduce__(self) -> tuple[Any, ...]:
         # An exception is pickled by its positional arguments, and a worker's error must reach the parent process whole.
         return partial(UsageError, found=self.found, expected=self.expected, remedy=self.remedy), (self.what,)
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on, for a reason that lies in its numbers or its processes: one line, exit code 1.
+
+    Attributes:
+        told: another process of the run tells the user, so that this one need not.
+    """
+
+    told = False

@@ -44,7 +44,12 @@ class AdaptationModel(nn.Module):
     Args:
         backbone: maps images (N, C, H, W) to (N, backbone_dim).
         backbone_dim: its output size. num_classes: r. settings: the bottleneck's size and activation.
+
+    Attributes:
+        autocast_dtype: what products run in; None: in the dtype of the parameters.
     """
+
+    autocast_dtype: torch.dtype | None = None
 
     def __init__(self, backbone: nn.Module, backbone_dim: int, num_classes: int, settings: ModelSettings) -> None:
         super().__init__()
@@ -57,9 +62,11 @@ class AdaptationModel(nn.Module):
         self.classifier = nn.Linear(settings.bottleneck_dim, num_classes)
 
     def forward(self, images: Tensor) -> ModelOutput:
-        """images (N, C, H, W) -> features (N, D) and logits (N, r)."""
-        features = self.bottleneck(self.backbone(images))
-        return ModelOutput(features, self.classifier(features))
+        """images (N, C, H, W) -> features (N, D), in the autocast dtype, and logits (N, r), never below float32."""
+        with torch.autocast(images.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            features = self.bottleneck(self.backbone(images))
+            logits = self.classifier(features)
+        return ModelOutput(features, logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
 
 def build_model(settings: ModelSettings, num_classes: int) -> AdaptationModel:

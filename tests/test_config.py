@@ -21,6 +21,7 @@ OPTIONS = """
 --log-every INT
 --device {auto,cpu,cuda}
 --threads INT
+--profile INT
 --output {None}|PATH
 --resume {auto,never}
 --source {None}|STR
@@ -31,6 +32,7 @@ OPTIONS = """
 --loader {auto,dali,torch}
 --workers INT
 --cache-on-device, --no-cache-on-device
+--synthetic, --no-synthetic
 --backbone STR
 --weights STR
 --bottleneck-dim INT
@@ -47,10 +49,16 @@ OPTIONS = """
 --confidence-threshold FLOAT
 --refresh-every INT
 --balance-target, --no-balance-target
+--optimizer {auto,sgd,apex}
 --learning-rate FLOAT
 --backbone-learning-rate FLOAT
 --momentum FLOAT
 --weight-decay FLOAT
+--precision {auto,fp32,bf16,fp16}
+--compile {auto,on,off}
+--scale-learning-rate, --no-scale-learning-rate
+--sync-batchnorm, --no-sync-batchnorm
+--timeout INT
 """
 
 # alpha, beta, groups (0: one for five classes), balance_target. The first four are the paper's.

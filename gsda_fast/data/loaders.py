@@ -11,6 +11,7 @@ import torch
 from gsda_fast.data.batches import Batch, Loader, Role
 from gsda_fast.data.benchmarks import ImageRecipe
 from gsda_fast.data.domains import ImageDomain
+from gsda_fast.data.synthetic_loader import SyntheticLoader
 from gsda_fast.data.torch_loader import TorchLoader
 from gsda_fast.errors import UsageError
 
@@ -41,6 +42,8 @@ class DataSettings:
     """Threads that decode images, in each process; 0: the usable cores, shared by the processes of a machine."""
     cache_on_device: bool = False
     """Decode every image once and keep all of them on the training device as 8-bit pixels."""
+    synthetic: bool = False
+    """Random images instead of data: a dry run, for what a machine can do."""
 
 
 def resolve_loader(
@@ -102,7 +105,7 @@ def open_loader(
     """The loader that the settings ask for.
 
     Args:
-        settings: `loader`, `workers` and `cache_on_device` are used here.
+        settings: all but the names of the domains and their folder.
         source, target: as `open_pair` gives them.
         recipe: sizes, augmentation and normalisation; of the task's entry in `BENCHMARKS`.
         batch_size: images in a batch of `evaluate`; a training batch has the plan's size.
@@ -113,6 +116,8 @@ def open_loader(
         UsageError: the loader does not exist here, `workers` is negative, or (`cache_on_device`) an image cannot be
             read or the images do not fit.
     """
+    if settings.synthetic:
+        return SyntheticLoader(source, target, recipe, batch_size=batch_size, device=device)
     if settings.workers < 0:
         raise UsageError("--workers", found=str(settings.workers), expected="0 (automatic) or more")
     name = resolve_loader(settings, source, target, device)

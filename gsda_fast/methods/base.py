@@ -35,10 +35,16 @@ class StepInputs:
 
 @dataclass(frozen=True)
 class Move:
-    """One optimizer step: the players that move, and what they minimize."""
+    """One optimizer step: the players that move, and what they minimize.
+
+    Attributes:
+        players: names of `Method.players`. objective: its gradient moves them.
+        provisional: another move of the same step follows, and this one counts only if that one is finite too.
+    """
 
     players: tuple[str, ...]
     objective: Objective
+    provisional: bool = False
 
 
 class Method(nn.Module):
@@ -59,6 +65,11 @@ class Method(nn.Module):
     def players(self) -> dict[str, nn.Module]:
         """Modules that move together, by name; each gets an optimizer. "encoder" is encoder and classifier."""
         return {"encoder": self.model}
+
+    def compile_parts(self) -> None:
+        """Compiles what runs in every training step; a method with more modules compiles those as well."""
+        # Every step has the same shapes, and a graph for any shape is a slower one.
+        self.model.compile(dynamic=False)
 
     def moves(self, inputs: StepInputs) -> Iterator[Move]:
         """The moves of a step, in order. The caller takes each optimizer step before it asks for the next move."""

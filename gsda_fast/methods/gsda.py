@@ -103,6 +103,11 @@ class GSDA(Method):
             return super().players()
         return {**super().players(), "discriminators": self.discriminators}
 
+    def compile_parts(self) -> None:
+        super().compile_parts()
+        if self.discriminators is not None:
+            self.discriminators.compile(dynamic=False)
+
     def moves(self, inputs: StepInputs) -> Iterator[Move]:
         if inputs.warming_up or self.target_samples == "none":
             _, logits = self.model(inputs.source_images)
@@ -137,9 +142,8 @@ class GSDA(Method):
 
         terms = discriminators(features.detach(), probabilities, domain, num_source)
         adversarial = discriminator_objective(terms, groups, beta=beta, mean_over_ranks=mean_over_ranks)
-        yield Move(
-            ("discriminators",), Objective(adversarial.total, self._adversarial_terms(discriminators, terms, inputs))
-        )
+        named = self._adversarial_terms(discriminators, terms, inputs)
+        yield Move(("discriminators",), Objective(adversarial.total, named), provisional=True)
         objective = encoder_objective(
             logits,
             inputs.source_labels,

@@ -183,7 +183,7 @@ class RunFolder:
         """Removes what an earlier run left here; files that no run writes stay."""
         for file in (self.config_path, self.environment_path, self.metrics_path, self.result_path, self.report_path):
             file.unlink(missing_ok=True)
-        for file in (self.predictions_path, self.features_path, *self.path.glob("*.png")):
+        for file in (self.predictions_path, self.features_path, self.trace_path, *self.path.glob("*.png")):
             file.unlink(missing_ok=True)
         for folder in (self.checkpoints, self.tensorboard):
             shutil.rmtree(folder, ignore_errors=True)
@@ -226,6 +226,11 @@ class RunFolder:
     @property
     def report_path(self) -> Path:
         return self.path / "report.html"
+
+    @property
+    def trace_path(self) -> Path:
+        """Trace of some steps, for Perfetto or chrome://tracing."""
+        return self.path / "trace.json"
 
     def plot_path(self, name: str) -> Path:
         """Where the plot `name` of this run is kept."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 
 import gsda_kernels
 from gsda_fast.config import Config
@@ -14,32 +16,37 @@ from gsda_fast.data.benchmarks import ImageRecipe, find_benchmark
 from gsda_fast.data.domains import ImageDomain, open_pair
 from gsda_fast.data.loaders import open_loader, resolve_loader
 from gsda_fast.data.sampling import SamplingPlan
+from gsda_fast.data.synthetic_loader import synthetic_pair
 from gsda_fast.errors import UsageError
 from gsda_fast.methods import build_method
 from gsda_fast.model import LENET, build_model
-from gsda_fast.results.run_folder import RunFolder
+from gsda_fast.results.run_folder import RunFolder, flat_settings
+from gsda_fast.training.distributed import Ranks, digest
+from gsda_fast.training.precision import AUTOCAST_DTYPES
 from gsda_fast.training.schedules import Schedule
 from gsda_fast.training.trainer import Trainer
 
 _EVALUATION_BATCH = 256
 
 
-def resolve(config: Config) -> tuple[Config, ImageDomain, ImageDomain]:
+def resolve(config: Config, world_size: int = 1) -> tuple[Config, ImageDomain, ImageDomain]:
     """The configuration with every automatic choice made, and the domains that it names.
+
+    Args:
+        config: as given by the user. world_size: number of processes, which decides how long a pass over the target is.
 
     Raises:
         UsageError: data, a device or a backend that is not there.
     """
     data = config.data
-    source, target = open_pair(config.task, data.source, data.target, data.data_root, data.quarantine)
-    run, name = config.run, config.run.device
-    cuda = torch.cuda.is_available()
-    if name == "cuda" and not cuda:
-        raise UsageError("--device", found="cuda", expected="cpu or auto: PyTorch finds no CUDA device here")
-    device: Literal["cpu", "cuda"] = "cuda" if name != "cpu" and cuda else "cpu"
+    if data.synthetic:
+        source, target = synthetic_pair(find_benchmark(config.task))
+    else:
+        source, target = open_pair(config.task, data.source, data.target, data.data_root, data.quarantine)
+    run, device = config.run, choose_device(config)
+    loader = data.loader if data.synthetic else resolve_loader(data, source, target, torch.device(device))
     groups = config.adversarial.groups or max(1, round(source.num_classes / 5))
-    refresh_every = config.pseudo_labels.refresh_every or -(-len(target) // run.batch_size)
-    loader = resolve_loader(config.data, source, target, torch.device(device))
+    refresh_every = config.pseudo_labels.refresh_every or -(-len(target) // (run.batch_size * world_size))
     default_output = Path("runs") / RunFolder.default_name(config.task, source.name, target.name, run.method, run.seed)
     resolved = replace(
         config,
@@ -47,6 +54,7 @@ def resolve(config: Config) -> tuple[Config, ImageDomain, ImageDomain]:
         data=replace(config.data, source=source.name, target=target.name, loader=loader),
         adversarial=replace(config.adversarial, groups=groups, backend=_backend(config.adversarial.backend, device)),
         pseudo_labels=replace(config.pseudo_labels, refresh_every=refresh_every),
+        precision=config.precision.resolved(device),
     )
     return resolved, source, target
 
@@ -68,36 +76,86 @@ def _require_fit(backbone: str, recipe: ImageRecipe) -> None:
         )
 
 
-def build_trainer(config: Config, source: ImageDomain, target: ImageDomain) -> Trainer:
-    """The trainer of a resolved configuration, at step 0.
+def _summary(domain: ImageDomain) -> str:
+    return f"{len(domain)} with digest {hashlib.sha256(repr(domain.paths).encode()).hexdigest()[:12]}"
+
+
+def choose_device(config: Config) -> Literal["cpu", "cuda"]:
+    """Where to train.
 
     Raises:
-        UsageError: a method, a backbone or weights that do not exist or do not fit.
+        UsageError: a GPU is asked for and not there.
     """
-    device = torch.device(config.run.device)
+    cuda = torch.cuda.is_available()
+    if config.run.device == "cuda" and not cuda:
+        raise UsageError("--device", found="cuda", expected="cpu or auto: PyTorch finds no CUDA device here")
+    return "cuda" if config.run.device != "cpu" and cuda else "cpu"
+
+
+def build_trainer(config: Config, source: ImageDomain, target: ImageDomain, ranks: Ranks | None = None) -> Trainer:
+    """The trainer of a resolved configuration, at step 0.
+
+    Args:
+        config, source, target: from `resolve`. ranks: the processes of the run; this one alone if None.
+
+    Raises:
+        UsageError: a method, a backbone or weights that do not exist or do not fit; ranks that differ.
+    """
+    ranks = ranks or Ranks()
+    device = torch.device(f"cuda:{ranks.local_rank}" if config.run.device == "cuda" else "cpu")
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
     recipe = find_benchmark(config.task).recipe
     _require_fit(config.model.backbone, recipe)
     model = build_model(config.model, source.num_classes)
+    model.autocast_dtype = AUTOCAST_DTYPES[config.precision.precision]
+    if config.distributed.sync_batchnorm:
+        if device.type != "cuda":
+            raise UsageError(
+                "--sync-batchnorm", found=f"device {device.type}", expected="GPUs, the only ones it runs on"
+            )
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     method = build_method(config.run.method, model, config.adversarial, source.num_classes, config.run.seed)
+    method.to(device)
+    if config.precision.compile == "on":
+        method.compile_parts()
+    ranks.require_equal(
+        {
+            **flat_settings(config.to_dict()),
+            "source images": _summary(source),
+            "target images": _summary(target),
+            "initial parameters": digest(method.state_dict()),
+        }
+    )
+    if ranks.several:
+        # Parameters are drawn by now; what is drawn from here on (dropout) is drawn for this rank's own images.
+        torch.manual_seed(config.run.seed + ranks.rank)
+    scale = ranks.world_size if config.distributed.scale_learning_rate else 1
+    optimizer = replace(
+        config.optimizer,
+        learning_rate=scale * config.optimizer.learning_rate,
+        backbone_learning_rate=scale * config.optimizer.backbone_learning_rate,
+    )
     plan = SamplingPlan(
         source.labels,
         len(target),
         recipe=recipe,
         batch_size=config.run.batch_size,
         seed=config.run.seed,
+        world_size=ranks.world_size,
         balance_target=config.pseudo_labels.balance_target,
     )
     return Trainer(
-        method.to(device),
+        method,
         open_loader(config.data, source, target, recipe, batch_size=_EVALUATION_BATCH, device=device),
         plan,
         target,
         Schedule(config.run.steps, config.run.warmup, config.pseudo_labels.refresh_every),
-        config.optimizer,
+        optimizer,
         confidence_threshold=config.pseudo_labels.confidence_threshold,
         device=device,
         log_every=config.run.log_every,
+        ranks=ranks,
+        scale_losses=config.precision.precision == "fp16",
     )

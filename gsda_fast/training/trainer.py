@@ -15,10 +15,14 @@ from gsda_fast.data.batches import Batch, Loader, Role
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.sampling import SamplingPlan
 from gsda_fast.methods import Method, StepInputs
+from gsda_fast.model import ModelOutput
 from gsda_fast.results.metrics import AccuracyHistory, EvaluationFigures, evaluation_figures
+from gsda_fast.training.distributed import Ranks
+from gsda_fast.training.figures import peak_memory
 from gsda_fast.training.optim import OptimizerSettings, build_optimizers, set_learning_rate
 from gsda_fast.training.pseudo_labels import confident_labels
 from gsda_fast.training.schedules import Schedule
+from gsda_fast.training.update import Updater
 
 
 @dataclass(frozen=True)
@@ -26,12 +30,14 @@ class Report:
     """What the trainer tells after some steps.
 
     Attributes:
-        step: steps done. values: figures by their names in metrics.jsonl.
+        step: steps done. values: figures by their names in metrics.jsonl, over all ranks.
+        peak_memory: bytes, the most that any rank has needed so far, on its GPU or else of its host's memory.
         figures: the evaluation of the target, where it was scored after this step.
     """
 
     step: int
     values: dict[str, float | None]
+    peak_memory: float
     figures: EvaluationFigures | None = None
 
 
@@ -40,9 +46,16 @@ class Trainer:
 
     Args:
         method: what to minimize. loader, plan: images and their order. target: for its labels, which serve evaluation
-            alone. schedule: what changes over the steps. optimizer: rates. confidence_threshold: of pseudo-labels.
+            alone. schedule: what changes over the steps. optimizer: which, and its rates.
+        confidence_threshold: of pseudo-labels.
         device: where the method's modules and the batches are.
         log_every: steps between two reports.
+        ranks: the processes of the run. Its calls are made by all of them, at the same steps: nearly every method of
+            this class is one for all ranks together.
+        scale_losses: for fp16.
+
+    Attributes:
+        profiler: told of each step, if there is one.
     """
 
     def __init__(
@@ -57,11 +70,16 @@ class Trainer:
         confidence_threshold: float,
         device: torch.device,
         log_every: int,
+        ranks: Ranks | None = None,
+        scale_losses: bool = False,
     ) -> None:
         self.method, self.loader, self.plan, self.schedule = method, loader, plan, schedule
         self.target_labels = torch.from_numpy(target.labels)
         self.confidence_threshold, self.device, self.log_every = confidence_threshold, device, log_every
         self.optimizers = build_optimizers(method.players(), optimizer)
+        self.ranks = ranks or Ranks()
+        self.updater = Updater(method.players(), self.optimizers, self.ranks, device, scale_losses)
+        self.profiler: torch.profiler.profile | None = None
         self.history = AccuracyHistory()
         self.step = 0
         self.probabilities: Tensor | None = None
@@ -82,20 +100,21 @@ class Trainer:
         """
         while self.step < self.schedule.steps:
             segment = range(self.step, self.schedule.segment_end(self.step))
-            for terms, timing in self._steps(segment):
-                if self.step == segment.stop:
-                    figures = self._score_target()
-                    values = {"accuracy": figures.accuracy, "mean_per_class": figures.mean_per_class}
-                    values["mutual_information"] = figures.mutual_information
-                    yield Report(self.step, {**_numbers(terms), **timing, **values}, figures)
-                    on_scored()
-                elif self.step % self.log_every == 0:
-                    yield Report(self.step, {**_numbers(terms), **timing})
+            for values in self._steps(segment):
+                memory = self.ranks.max(peak_memory(self.device), self.device)
+                if self.step < segment.stop:
+                    yield Report(self.step, values, memory)
+                    continue
+                figures = self._score_target()
+                values |= {"accuracy": figures.accuracy, "mean_per_class": figures.mean_per_class}
+                values["mutual_information"] = figures.mutual_information
+                yield Report(self.step, values, memory, figures)
+                on_scored()
 
-    def _steps(self, segment: range) -> Iterator[tuple[dict[str, Tensor], dict[str, float | None]]]:
-        """The training steps of a segment: named terms (on the device) and rates after each."""
+    def _steps(self, segment: range) -> Iterator[dict[str, float | None]]:
+        """The training steps of a segment; figures at log steps and after the last one."""
         self.method.train()
-        batches = self.loader.train(self.plan, segment)
+        batches = self.loader.train(self.plan, segment, self.ranks.rank)
         clock = _Clock()
         for step in segment:
             before = time.perf_counter()
@@ -104,23 +123,34 @@ class Trainer:
             terms = self._train_step(step, batch)
             clock.images += len(batch.source_images) + len(batch.target_images)
             self.step = step + 1
-            at_report = self.step == segment.stop or self.step % self.log_every == 0
-            if at_report:
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize(self.device)
-                seconds = clock.seconds()
-                self.images_seen += clock.images
-                self.training_seconds += seconds
-                rates: dict[str, float | None] = {
-                    "learning_rate": max(g["lr"] for o in self.optimizers.values() for g in o.param_groups),
-                    "adversarial_ramp": self.schedule.adversarial_ramp(step),
-                    "images_per_second": clock.images / seconds,
-                    "data_wait": clock.waiting / seconds,
-                }
-                yield terms, rates
+            if self.profiler is not None:
+                self.profiler.step()
+            if self.step == segment.stop or self.step % self.log_every == 0:
+                self.updater.require_finite()
+                yield {**self._mean_terms(terms), **self._rates(step, clock)}
                 clock = _Clock()
 
+    def _mean_terms(self, terms: dict[str, Tensor]) -> dict[str, float | None]:
+        """Means over the ranks, in one transfer to the host."""
+        values = self.ranks.mean(torch.stack([term.float() for term in terms.values()])).tolist()
+        return dict(zip(terms, values))
+
+    def _rates(self, step: int, clock: _Clock) -> dict[str, float | None]:
+        seconds, images = clock.seconds(), clock.images * self.ranks.world_size
+        self.images_seen += images
+        self.training_seconds += seconds
+        waited = self.ranks.mean(torch.tensor(clock.waiting / seconds, device=self.device))
+        return {
+            "learning_rate": max(g["lr"] for o in self.optimizers.values() for g in o.param_groups),
+            "adversarial_ramp": self.schedule.adversarial_ramp(step),
+            "images_per_second": images / seconds,
+            "data_wait": float(waited),
+        }
+
     def _train_step(self, step: int, batch: Batch) -> dict[str, Tensor]:
+        sizes = len(batch.source_images), len(batch.target_images)
+        # The mean over ranks of local means is the global mean for equal parts alone.
+        assert sizes == (self.plan.batch_size, self.plan.batch_size), f"a batch of {sizes}, {self.plan.batch_size} each"
         set_learning_rate(self.optimizers, self.schedule.learning_rate_factor(step))
         inputs = StepInputs(
             source_images=batch.source_images,
@@ -128,16 +158,9 @@ class Trainer:
             target_images=batch.target_images,
             warming_up=self.schedule.warming_up(step),
             adversarial_ramp=torch.full((), self.schedule.adversarial_ramp(step), device=self.device),
+            mean_over_ranks=self.ranks.mean if self.ranks.several else None,
         )
-        terms: dict[str, Tensor] = {}
-        for move in self.method.moves(inputs):
-            for player in move.players:
-                self.optimizers[player].zero_grad(set_to_none=True)
-            move.objective.total.backward()
-            for player in move.players:
-                self.optimizers[player].step()
-            terms.update(move.objective.terms)
-        return terms
+        return self.updater.step(step, self.method.moves(inputs))
 
     def _score_target(self) -> EvaluationFigures:
         """Scores the target, notes the figures, and renews the choice of the target samples that train."""
@@ -148,21 +171,25 @@ class Trainer:
             self.plan = self.plan.with_target(confident_labels(self.probabilities, self.confidence_threshold))
         return figures
 
-    @torch.no_grad()
     def predict(self, domain: Role) -> Tensor:
         """(n, r) float32 class probabilities of a domain, in its order, on the CPU."""
-        self.method.eval()
-        parts = [
-            self.method.model(images).logits.float().softmax(1).cpu() for images, _ in self.loader.evaluate(domain)
-        ]
-        return torch.cat(parts)
+        return self._evaluate(domain, None, lambda output: output.logits.float().softmax(1))
 
-    @torch.no_grad()
     def features(self, domain: Role, index: np.ndarray) -> np.ndarray:
         """(len(index), D) float32 features of the samples `index` of a domain."""
+        return self._evaluate(domain, index, lambda output: output.features.float()).numpy()
+
+    @torch.no_grad()
+    def _evaluate(self, domain: Role, index: np.ndarray | None, of: Callable[[ModelOutput], Tensor]) -> Tensor:
+        """Rows for the samples `index`, or for all of a domain, each rank computing its share, on the CPU."""
+        self.ranks.mean_buffers(self.method)
         self.method.eval()
-        batches = self.loader.evaluate(domain, index)
-        return np.concatenate([self.method.model(images).features.float().cpu().numpy() for images, _ in batches])
+        count = len(self.plan.source_labels) if domain == "source" else self.plan.num_target
+        samples = np.arange(count) if index is None else index
+        share = samples[self.ranks.shard(len(samples))]
+        # Not the compiled network: it would be compiled anew for the shapes of evaluation.
+        rows = [of(self.method.model.forward(images)) for images, _ in self.loader.evaluate(domain, share)]
+        return self.ranks.gather(torch.cat(rows), len(samples)).cpu()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that must survive a crash; all else is a function of it and the configuration."""
@@ -170,7 +197,7 @@ class Trainer:
         return {
             "step": self.step,
             "method": self.method.state_dict(),
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            **self.updater.state_dict(),
             "target_table": None if table is None else torch.from_numpy(table),
             "history": self.history.state_dict(),
             "random": torch.get_rng_state(),
@@ -183,8 +210,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.method.load_state_dict(state["method"])
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+        self.updater.load_state_dict(state)
         if state["target_table"] is not None:
             self.plan = self.plan.with_target(state["target_table"].numpy())
         self.history.load_state_dict(state["history"])
@@ -204,9 +230,3 @@ class _Clock:
 
     def seconds(self) -> float:
         return time.perf_counter() - self.start
-
-
-def _numbers(terms: dict[str, Tensor]) -> dict[str, float | None]:
-    """One transfer to the host for all terms."""
-    values = torch.stack([term.float() for term in terms.values()]).tolist()
-    return dict(zip(terms, values))

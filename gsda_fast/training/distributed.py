@@ -1,0 +1,308 @@
+"""Several processes as one: who this one is, what is averaged over all of them, what all of them must agree on.
+
+There is no DDP wrapper. A wrapper averages gradients during its one backward pass, and a step here has two (one for
+the discriminators, one for the encoder); the second would stay local without a word. Gradients of the players that move
+are averaged by one all-reduce instead, after their backward pass.
+
+Everything is a plain call on one process, so that the code around it knows no case of its own for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gsda_fast.errors import TrainingError, UsageError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DistributedSettings:
+    """Several processes, as torchrun starts them."""
+
+    scale_learning_rate: bool = False
+    """Multiply the learning rates by the number of processes."""
+    sync_batchnorm: bool = False
+    """BatchNorm statistics over the batches of all processes (GPUs only); otherwise each normalizes its own batch."""
+    timeout: int = 600
+    """Seconds after which a process that waits for another one gives up."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run. Without arguments: this one alone.
+
+    Attributes:
+        rank: number of this process, from 0. world_size: number of processes. local_rank: number on this machine,
+            which is the number of its GPU.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes files and speaks to the user."""
+        return self.rank == 0
+
+    @property
+    def several(self) -> bool:
+        return self.world_size > 1
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over ranks, detached; `tensor` is left as it is. Traceable by torch.compile.
+
+        For L_syn (`synchronization_loss`): a plain all-reduce inside a loss would scale its gradient by 1/world_size,
+        so the mean carries no gradient at all and the caller applies the sign pattern to its own sums.
+        """
+        if not self.several:
+            return tensor.detach()
+        total = tensor.detach().clone()
+        dist.all_reduce(total)
+        return total / self.world_size
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, detached."""
+        return self.mean(tensor) * self.world_size
+
+    def max(self, value: float, device: torch.device) -> float:
+        """The largest value of a host number over the ranks."""
+        if not self.several:
+            return value
+        largest = torch.tensor(value, dtype=torch.float64, device=device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return float(largest)
+
+    @torch.no_grad()
+    def mean_gradients(self, parameters: Sequence[nn.Parameter], extra: Tensor | None = None) -> Tensor | None:
+        """Averages the gradients of `parameters` over the ranks, in place, by one all-reduce for each dtype.
+
+        Args:
+            parameters: those that move now; the same on every rank, as are those among them that have a gradient.
+            extra: (n,) numbers to be averaged on the same way.
+
+        Returns:
+            The mean of `extra`.
+        """
+        if not self.several:
+            return extra
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for gradient in gradients:
+            by_dtype.setdefault(gradient.dtype, []).append(_in_memory_order(gradient))
+        if extra is not None:
+            extra = extra.clone()
+            by_dtype.setdefault(extra.dtype, []).append(extra)
+        for pieces in by_dtype.values():
+            flat = torch.cat(pieces)
+            dist.all_reduce(flat)
+            flat /= self.world_size
+            torch._foreach_copy_(pieces, list(flat.split([piece.numel() for piece in pieces])))
+        return extra
+
+    @torch.no_grad()
+    def mean_buffers(self, module: nn.Module) -> None:
+        """Averages floating buffers (BatchNorm's running statistics), which each rank has gathered from its batches."""
+        if not self.several:
+            return
+        for buffer in module.buffers():
+            if buffer.is_floating_point():
+                buffer.copy_(self.mean(buffer))
+
+    def shard(self, count: int) -> list[int]:
+        """This rank's share of `count` samples, every world_size-th one; equally many on each rank.
+
+        The last ranks begin again at the first samples where `count` does not divide.
+        """
+        longest = -(-count // self.world_size)
+        return [each % count for each in range(self.rank, longest * self.world_size, self.world_size)]
+
+    def gather(self, rows: Tensor, count: int) -> Tensor:
+        """The rows of all ranks' shares in the order of the samples, (count, ...), on every rank.
+
+        Args:
+            rows: (len(shard(count)), ...), this rank's.
+        """
+        if not self.several:
+            return rows
+        parts = [torch.empty_like(rows) for _ in range(self.world_size)]
+        dist.all_gather(parts, rows.contiguous())
+        # Sample i is row i // world_size of rank i % world_size.
+        return torch.stack(parts, dim=1).flatten(0, 1)[:count]
+
+    def gather_objects(self, value: T) -> list[T]:
+        """The value of every rank, on every rank."""
+        if not self.several:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What `make` returns on the first rank, the only one that calls it.
+
+        Raises:
+            UsageError: raised by `make`; every rank raises it, the first one tells of it.
+        """
+        if not self.several:
+            return make()
+        result: list[Any] = [None, None]
+        if self.first:
+            try:
+                result[0] = make()
+            except UsageError as error:
+                result[1] = error
+        dist.broadcast_object_list(result, src=0)
+        if result[1] is not None:
+            raise self._told(result[1])
+        value: T = result[0]
+        return value
+
+    def together(self, make: Callable[[], T]) -> T:
+        """What `make` returns here, if no rank fails: a mistake that one rank finds ends all of them, told once.
+
+        Raises:
+            UsageError: the one of the lowest rank.
+        """
+        value: T | None = None
+        failure: UsageError | None = None
+        try:
+            value = make()
+        except UsageError as error:
+            failure = error
+        failures = [each for each in self.gather_objects(failure) if each is not None]
+        if failures:
+            raise self._told(failures[0])
+        assert value is not None
+        return value
+
+    def require_equal(self, values: Mapping[str, Any]) -> None:
+        """Checks that all ranks train the same thing.
+
+        Args:
+            values: plain values by name; all of them must be equal on all ranks.
+
+        Raises:
+            UsageError: the first one that is not.
+        """
+        everywhere = self.gather_objects(dict(values))
+        for name, value in everywhere[0].items():
+            for rank, other in enumerate(everywhere):
+                if other[name] != value:
+                    raise self._told(
+                        UsageError(
+                            name,
+                            found=f"{value} in process 0 and {other[name]} in process {rank}",
+                            expected="the same in every process",
+                            remedy="start all of them with the same options, data and versions",
+                        )
+                    )
+
+    def _told(self, error: UsageError) -> UsageError:
+        error.told = not self.first
+        return error
+
+
+@contextmanager
+def join(device_type: str, timeout: int) -> Iterator[Ranks]:
+    """The processes that torchrun started, joined for the length of the block; this one alone without torchrun.
+
+    NCCL connects GPUs, gloo CPUs.
+
+    Args:
+        device_type: "cuda" or "cpu". timeout: seconds that a process waits for another one.
+
+    Raises:
+        UsageError: more processes on this machine than GPUs.
+        TrainingError: another process ended, or did not answer in time.
+    """
+    rank, world_size = rank_of_environment(), int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        yield Ranks()
+        return
+    ranks = Ranks(rank, world_size, int(os.environ.get("LOCAL_RANK", "0")))
+    if device_type == "cuda":
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if here > torch.cuda.device_count():
+            raise ranks._told(
+                UsageError(
+                    "--nproc_per_node",
+                    found=f"{here} processes on a machine with {torch.cuda.device_count()} GPUs",
+                    expected="one for each GPU",
+                    remedy="start fewer, or train with --device cpu",
+                )
+            )
+        torch.cuda.set_device(ranks.local_rank)
+    try:
+        dist.init_process_group(
+            "nccl" if device_type == "cuda" else "gloo",
+            timeout=timedelta(seconds=timeout),
+            device_id=torch.device("cuda", ranks.local_rank) if device_type == "cuda" else None,
+        )
+        yield ranks
+    except RuntimeError as error:
+        if not _is_lost_connection(error):
+            raise
+        lost = TrainingError(
+            f"process {rank} of {world_size} lost another one, which ended or did not answer for {timeout} s "
+            f"({_first_line(error)}); the same command goes on from the last checkpoint"
+        )
+        lost.told = not _first_to_fail()
+        raise lost from error
+    # Not after a failure: taking a group apart waits for all of its processes.
+    dist.destroy_process_group()
+
+
+def rank_of_environment() -> int:
+    """The number that torchrun gave this process; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, shapes, dtypes and bytes: equal if and only if the tensors are."""
+    found = hashlib.sha256()
+    for name, tensor in tensors.items():
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """The elements as they lie in memory, (numel,), without a copy, whatever the memory format.
+
+    A gradient has the strides of its parameter, on every rank alike, so that elements meet their like.
+    """
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    assert span == tensor.numel(), "a gradient is dense"
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _first_to_fail() -> bool:
+    """Whether no other process has asked this before: one error is enough for the user."""
+    try:
+        return bool(dist.distributed_c10d._get_default_store().add("failed", 1) == 1)
+    except (RuntimeError, ValueError):
+        # The store has gone with its process, or the group never came to be.
+        return True
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    # gloo raises a plain RuntimeError that names its own source file.
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

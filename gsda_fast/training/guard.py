@@ -1,0 +1,138 @@
+"""Keeps numbers that are not finite out of the parameters, without the host waiting for the device at each step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from gsda_fast.errors import TrainingError
+
+_COPY_EVERY = 5
+"""Steps between two copies of the flag to the host, each of which is read one interval later: seen within 10 steps."""
+
+
+class Guard:
+    """A flag on the device that keeps every optimizer from moving, from the first step with a bad number on.
+
+    All ranks come to the same flag: the loss terms' indicators are averaged over them with the gradients, and a bad
+    number in one rank's gradients is one in the averaged gradients.
+
+    Args:
+        device: where training runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stopped = torch.zeros((), device=device)
+        self._skipped = torch.zeros((), device=device)
+        self._step = torch.full((), -1, dtype=torch.int64, device=device)
+        self._bad: Tensor | None = None
+        self._names: list[str] = []
+        self._moves: list[Tensor] = []
+        self._copy: tuple[Tensor, torch.cuda.Event | None] | None = None
+
+    def begin(self) -> None:
+        """Starts a step."""
+        self._skipped = self._stopped
+        self._names, self._moves = [], []
+
+    @staticmethod
+    def indicators(total: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
+        """(1 + terms,) float32: 1 for each loss that is not finite, the objective first."""
+        values = torch.stack([total.detach().float(), *(term.detach().float() for term in terms.values())])
+        return (~torch.isfinite(values)).float()
+
+    def check(
+        self,
+        player: str,
+        terms: Iterable[str],
+        indicators: Tensor,
+        parameters: Iterable[nn.Parameter],
+        *,
+        scaled: bool,
+    ) -> Tensor:
+        """Looks at one move of the step, after its gradients have been averaged.
+
+        Args:
+            player: who moves, for the message. terms: names of the loss terms.
+            indicators: as above, averaged over the ranks. parameters: whose gradients are looked at.
+            scaled: losses are scaled (fp16), so that gradients which overflow skip a step but do not end the run.
+
+        Returns:
+            0-d float32 on the device: 1 if nothing may move in this step, as `found_inf` of PyTorch's optimizers.
+        """
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        bad_gradient = (~torch.isfinite(norm)).float().reshape(1)
+        bad = torch.cat([(indicators > 0).float(), bad_gradient])
+        self._skipped = torch.maximum(self._skipped, bad.amax())
+        self._names += [f"objective of the {player}", *terms, f"gradient norm of the {player}"]
+        self._moves.append(bad if not scaled else torch.cat([bad[:-1], torch.zeros_like(bad_gradient)]))
+        return self._skipped
+
+    def end(self, step: int) -> None:
+        """Ends the step with that number, counted from 0.
+
+        Raises:
+            TrainingError: a number was not finite, now or up to ten steps ago.
+        """
+        bad = torch.cat(self._moves)
+        before = self._stopped > 0
+        # The moves of a step change between segments alone, and each segment ends with `require_finite`.
+        known = self._bad if self._bad is not None and self._bad.shape == bad.shape else bad
+        self._bad = torch.where(before, known, bad)
+        self._step = torch.where(before, self._step, step)
+        self._stopped = torch.maximum(self._stopped, bad.amax())
+        if self._device.type != "cuda":
+            self.require_finite()
+        elif (step + 1) % _COPY_EVERY == 0:
+            self._read_copy()
+            self._start_copy()
+
+    def require_finite(self) -> None:
+        """Waits for the device and raises if any step so far had a number that was not finite.
+
+        Raises:
+            TrainingError: naming the first such step and what was not finite in it.
+        """
+        if not bool(self._stopped):
+            return
+        assert self._bad is not None
+        bad = self._bad.tolist()
+        names = [name for name, each in zip(self._names, bad) if each]
+        # The terms say more than the sums and gradients that follow from them.
+        terms = [name for name in names if " " not in name] or names
+        raise TrainingError(
+            f"step {int(self._step) + 1}: {', '.join(terms)} not finite; nothing has moved since the step before, and "
+            "the last checkpoint is good; a lower --learning-rate, or --precision fp32, may help"
+        )
+
+    def require_scale(self, scale: float) -> None:
+        """Raises if the scale of fp16's losses has been halved away: gradients overflow at every scale.
+
+        Raises:
+            TrainingError: the scale is below 1.
+        """
+        if scale < 1:
+            raise TrainingError(
+                f"step {int(self._step) + 1}: gradients not finite at any scale of the losses, down to {scale:g}; "
+                "nothing has moved since; --precision bf16 or fp32 may help"
+            )
+
+    def _start_copy(self) -> None:
+        copy = torch.empty((), pin_memory=True)
+        copy.copy_(self._stopped, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._copy = copy, event
+
+    def _read_copy(self) -> None:
+        if self._copy is None:
+            return
+        copy, event = self._copy
+        if event is not None:
+            event.synchronize()
+        if bool(copy):
+            self.require_finite()

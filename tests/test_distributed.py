@@ -1,0 +1,439 @@
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.multiprocessing import start_processes
+from torch.testing import assert_close
+
+from gsda_fast.config import parse_config
+from gsda_fast.errors import TrainingError, UsageError
+from gsda_fast.methods import Move, StepInputs, build_method
+from gsda_fast.methods.gsda import AdversarialSettings
+from gsda_fast.methods.objective import Objective
+from gsda_fast.model import AdaptationModel, ModelSettings
+from gsda_fast.results.run_folder import RunFolder
+from gsda_fast.training.assemble import build_trainer, resolve
+from gsda_fast.training.distributed import Ranks, digest, join
+from gsda_fast.training.optim import OptimizerSettings, build_optimizers
+from gsda_fast.training.update import Updater
+
+NUM_CLASSES, BATCH, DIM = 4, 6, 5
+DATA_SEED = 8  # of a batch whose parts, 2 or 4, disagree about the signs in L_syn: else its mean would not matter
+WORLDS = (2, 4)
+OPTIMIZER = OptimizerSettings(learning_rate=0.3, backbone_learning_rate=0.2)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# ----------------------------------------------------------------------------------------- the step, alone and in parts
+
+
+class Setup:
+    """A method in float64 with frozen BatchNorm, and a batch of `world_size` equal parts."""
+
+    def __init__(self, world_size: int, update: str = "alternating") -> None:
+        torch.manual_seed(0)
+        backbone = nn.Sequential(nn.Linear(DIM, 9), nn.BatchNorm1d(9), nn.ReLU())
+        # In channels_last, a parameter's elements do not lie in the order of its shape.
+        backbone.append(nn.Unflatten(1, (9, 1, 1))).append(nn.Conv2d(9, 7, 3, padding=1)).append(nn.Flatten())
+        model = AdaptationModel(backbone, 7, NUM_CLASSES, ModelSettings(bottleneck_dim=8))
+        settings = AdversarialSettings(alpha=0.3, beta=5.0, groups=2, hidden_dim=7, update=update)  # type: ignore[arg-type]
+        self.method = build_method("gsda", model, settings, NUM_CLASSES, seed=0).double()
+        self.method.to(memory_format=torch.channels_last).eval()
+        generator = torch.Generator().manual_seed(DATA_SEED)
+        shape = (world_size, 2, BATCH, DIM)
+        self.images = torch.randn(shape, dtype=torch.float64, generator=generator)
+        self.labels = torch.randint(NUM_CLASSES, (world_size, BATCH), generator=generator)
+
+    def inputs(self, parts: slice, mean: Callable[[Tensor], Tensor] | None) -> StepInputs:
+        return StepInputs(
+            source_images=self.images[parts, 0].flatten(0, 1),
+            source_labels=self.labels[parts].flatten(),
+            target_images=self.images[parts, 1].flatten(0, 1),
+            warming_up=False,
+            adversarial_ramp=torch.tensor(0.6, dtype=torch.float64),
+            mean_over_ranks=mean,
+        )
+
+    def updater(self, ranks: Ranks) -> Updater:
+        players = self.method.players()
+        return Updater(players, build_optimizers(players, OPTIMIZER), ranks, torch.device("cpu"))
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in self.method.named_parameters()}
+
+    def step(self, ranks: Ranks, inputs: StepInputs) -> dict[str, Any]:
+        """The gradients of both moves, and the parameters after two steps."""
+        updater = self.updater(ranks)
+        updater.step(0, self.method.moves(inputs))
+        gradients = {name: parameter.grad for name, parameter in self.method.named_parameters()}
+        gradients = {name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}
+        terms = updater.step(1, self.method.moves(inputs))
+        return {"gradients": gradients, "parameters": self.state(), "terms": terms}
+
+
+class WithoutSecondMean(Ranks):
+    """The trap of one wrapped forward pass and two backward passes: the second gradient is never averaged."""
+
+    calls = 0
+
+    def mean_gradients(self, parameters: Any, extra: Tensor | None = None) -> Tensor | None:
+        type(self).calls += 1
+        return super().mean_gradients(parameters, extra) if type(self).calls % 2 else extra
+
+
+class PlainAllReduce(torch.autograd.Function):
+    """The trap of a plain all-reduce inside a loss: it gives the gradient 1 / world_size of its size."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, world_size: int) -> Tensor:
+        ctx.world_size = world_size
+        total = values.clone()
+        dist.all_reduce(total)
+        return total / world_size
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] / ctx.world_size, None
+
+
+def with_plain_all_reduce(setup: Setup, ranks: Ranks, inputs: StepInputs) -> dict[str, Any]:
+    from gsda_fast.methods import objective
+
+    original = objective.synchronization_loss
+    naive = lambda norm, groups, _: original(PlainAllReduce.apply(norm, ranks.world_size), groups)  # noqa: E731
+    objective.synchronization_loss = naive  # type: ignore[assignment]
+    try:
+        return setup.step(ranks, inputs)
+    finally:
+        objective.synchronization_loss = original
+
+
+def poisoned(moves: Iterator[Move], player: str, poison: bool) -> Iterator[Move]:
+    """The moves, one of them with a gradient that is not finite though all of its terms are."""
+    for move in moves:
+        if poison and player in move.players:
+            # The square root's slope at 0 is infinite.
+            nothing = (0 * move.objective.total).sqrt()
+            yield Move(move.players, Objective(move.objective.total + nothing, move.objective.terms), move.provisional)
+        else:
+            yield move
+
+
+def stops(setup: Setup, ranks: Ranks, inputs: StepInputs, player: str | None = None) -> dict[str, Any]:
+    """What one bad rank does to all: the message, and whether parameters and momentum are as before."""
+    updater = setup.updater(ranks)
+    updater.step(0, setup.method.moves(inputs))
+    before = digest(setup.state()), [digest_of(optimizer) for optimizer in updater.optimizers.values()]
+    bad = ranks.rank == ranks.world_size - 1
+    if player is None and bad:
+        inputs.source_images[0, 0] = torch.nan
+    try:
+        updater.step(1, poisoned(setup.method.moves(inputs), player or "", bad))
+    except TrainingError as error:
+        message = str(error)
+    else:
+        message = ""
+    after = digest(setup.state()), [digest_of(optimizer) for optimizer in updater.optimizers.values()]
+    return {"message": message, "untouched": before == after}
+
+
+def digest_of(optimizer: torch.optim.Optimizer) -> str:
+    return digest({str(number): state["momentum_buffer"] for number, state in enumerate(optimizer.state.values())})
+
+
+def failure_of(call: Callable[[], Any]) -> tuple[str, bool]:
+    try:
+        call()
+    except UsageError as error:
+        return str(error), error.told
+    return "", False
+
+
+def raising(message: str, here: bool) -> str:
+    if here:
+        raise UsageError(message, found="a mistake", expected="none")
+    return "well"
+
+
+def work(rank: int, world_size: int, port: int, folder: str) -> None:
+    """Everything that is asked of several processes, in one go: starting them takes longer than what they do."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with join("cpu", timeout=60) as ranks:
+        own = slice(rank, rank + 1)
+
+        def fresh(update: str = "alternating") -> tuple[Setup, StepInputs]:
+            setup = Setup(world_size, update)
+            return setup, setup.inputs(own, ranks.mean)
+
+        found: dict[str, Any] = {}
+        for update in ("alternating", "reversal"):
+            setup, inputs = fresh(update)
+            found[update] = setup.step(ranks, inputs)
+        setup, inputs = fresh()
+        found["second gradient not averaged"] = setup.step(WithoutSecondMean(rank, world_size, rank), inputs)
+        setup, _ = fresh()
+        found["synchronization per rank"] = setup.step(ranks, setup.inputs(own, None))
+        found["plain all-reduce"] = with_plain_all_reduce(*fresh()[:1], ranks, fresh()[1])
+        for player in (None, "encoder", "discriminators"):
+            setup, inputs = fresh()
+            found[f"stop {player}"] = stops(setup, ranks, inputs, player)
+
+        count = 4 * world_size + 1
+        rows = torch.tensor(ranks.shard(count)).unsqueeze(1) * torch.tensor([1.0, 10.0])
+        found["gathered"] = ranks.gather(rows, count)
+        found["buffers"] = nn.BatchNorm1d(2)
+        found["buffers"].running_mean.fill_(rank)
+        ranks.mean_buffers(found["buffers"])
+        found["buffers"] = found["buffers"].state_dict()
+        found["max"] = ranks.max(float(rank), torch.device("cpu"))
+        found["from first"] = ranks.from_first(lambda: f"made by {rank}")
+        found["from first fails"] = failure_of(lambda: ranks.from_first(lambda: raising("first", True)))
+        found["together"] = ranks.together(lambda: f"made by {rank}")
+        found["together fails"] = failure_of(lambda: ranks.together(lambda: raising("last", rank == world_size - 1)))
+        found["equal"] = failure_of(lambda: ranks.require_equal({"--seed": 0}))
+        found["unequal"] = failure_of(lambda: ranks.require_equal({"--seed": 0, "--steps": 5 + rank}))
+        torch.save(found, Path(folder) / f"{rank}.pt")
+
+
+@pytest.fixture(scope="module", params=WORLDS)
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of 2 or 4 processes found."""
+    world_size, folder = request.param, tmp_path_factory.mktemp("world")
+    start_processes(work, (world_size, free_port(), str(folder)), nprocs=world_size, start_method="spawn")
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def alone(world_size: int, update: str = "alternating") -> dict[str, Any]:
+    setup = Setup(world_size, update)
+    return setup.step(Ranks(), setup.inputs(slice(None), None))
+
+
+def largest_error(found: dict[str, Tensor], expected: dict[str, Tensor], part: str) -> float:
+    """Relative to the largest element of each tensor, over the parameters whose name begins with `part`."""
+    assert set(found) == set(expected)
+    names = [name for name in expected if name.startswith(part)]
+    return max(float((found[name] - expected[name]).abs().max() / expected[name].abs().max()) for name in names)
+
+
+@pytest.mark.parametrize("update", ["alternating", "reversal"])
+@pytest.mark.parametrize("part", ["model", "discriminators"])
+def test_gradients_are_those_of_one_process_with_the_whole_batch(
+    world: list[dict[str, Any]], update: str, part: str
+) -> None:
+    expected = alone(len(world), update)
+    for found in world:
+        assert largest_error(found[update]["gradients"], expected["gradients"], part) < 1e-12
+        assert largest_error(found[update]["parameters"], expected["parameters"], part) < 1e-12
+
+
+def test_the_means_of_the_terms_are_those_of_the_whole_batch(world: list[dict[str, Any]]) -> None:
+    expected = alone(len(world))["terms"]
+    for name, value in expected.items():
+        mean = torch.stack([found["alternating"]["terms"][name] for found in world]).mean()
+        # What is no mean over samples is no mean over ranks either, unless it was computed over all of them.
+        assert_close(mean, value, rtol=1e-11, atol=0)
+
+
+def test_all_ranks_have_the_same_parameters_bit_for_bit(world: list[dict[str, Any]]) -> None:
+    assert len({digest(found["alternating"]["parameters"]) for found in world}) == 1
+
+
+@pytest.mark.parametrize(
+    ("trap", "part"),
+    [
+        ("second gradient not averaged", "model"),
+        ("plain all-reduce", "model"),
+        ("plain all-reduce", "discriminators"),
+        ("synchronization per rank", "discriminators"),
+    ],
+)
+def test_a_trap_would_be_seen(world: list[dict[str, Any]], trap: str, part: str) -> None:
+    expected = alone(len(world))["gradients"]
+    assert largest_error(world[0][trap]["gradients"], expected, part) > 1e-4
+
+
+def test_a_bad_number_on_one_rank_stops_all_of_them_untouched(world: list[dict[str, Any]]) -> None:
+    for found in world:
+        message = found["stop None"]["message"]
+        assert message.startswith("step 2: ")
+        assert "classification" in message
+        assert found["stop None"]["untouched"]
+
+
+@pytest.mark.parametrize("player", ["encoder", "discriminators"])
+def test_a_bad_gradient_of_either_player_moves_neither(world: list[dict[str, Any]], player: str) -> None:
+    for found in world:
+        assert found[f"stop {player}"]["message"].startswith(f"step 2: gradient norm of the {player} not finite")
+        assert found[f"stop {player}"]["untouched"]
+
+
+def test_rows_are_gathered_in_the_order_of_the_samples(world: list[dict[str, Any]]) -> None:
+    expected = torch.arange(4 * len(world) + 1).unsqueeze(1) * torch.tensor([1.0, 10.0])
+    for found in world:
+        assert_close(found["gathered"], expected, rtol=0, atol=0)
+
+
+def test_buffers_and_figures_are_those_of_all_ranks(world: list[dict[str, Any]]) -> None:
+    for found in world:
+        assert_close(found["buffers"]["running_mean"], torch.full((2,), (len(world) - 1) / 2))
+        assert found["max"] == len(world) - 1
+
+
+def test_the_first_rank_decides_and_all_fail_together(world: list[dict[str, Any]]) -> None:
+    for rank, found in enumerate(world):
+        told = rank > 0
+        assert found["from first"] == "made by 0"
+        assert found["together"] == f"made by {rank}"
+        assert found["from first fails"] == ("first: found a mistake; expected none", told)
+        assert found["together fails"] == ("last: found a mistake; expected none", told)
+        assert found["equal"] == ("", False)
+        message, of_another = found["unequal"]
+        assert message.startswith("--steps: found 5 in process 0 and 6 in process 1")
+        assert of_another == told
+
+
+def test_one_process_needs_no_group() -> None:
+    with join("cpu", timeout=1) as ranks:
+        assert ranks == Ranks(0, 1, 0)
+        assert not dist.is_initialized()
+        assert ranks.shard(3) == [0, 1, 2]
+        assert ranks.gather_objects("one") == ["one"]
+
+
+# ---------------------------------------------------------------------------------------------------------- whole runs
+
+
+STEPS = ("--steps", "40", "--warmup", "20", "--refresh-every", "10", "--log-every", "10", "--threads", "1")
+
+
+def torchrun(*arguments: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port"]
+    command += [str(free_port()), "-m", "gsda_fast.train", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def one_process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gsda_fast.train", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
+    both = ("digits", *STEPS)
+    done = torchrun(*both, "--batch-size", "16", "--output", str(tmp_path / "two"))
+    assert done.returncode == 0, done.stderr
+    # One process speaks.
+    assert done.stdout.count("2 processes on cpu, 32 + 32 images a step, learning rate 0.05 (not scaled") == 1
+    alone = one_process(*both, "--batch-size", "32", "--output", str(tmp_path / "one"))
+    assert alone.returncode == 0, alone.stderr
+    runs = [RunFolder(tmp_path / name) for name in ("two", "one")]
+    metrics = [run.read_metrics() for run in runs]
+    assert [line["step"] for line in metrics[0]] == [line["step"] for line in metrics[1]] == [10, 20, 30, 40]
+    first, last = [{**each[0]} for each in metrics], [{**each[-1]} for each in metrics]
+    # Rounding, which differs, grows over the steps.
+    assert first[0]["classification"] == pytest.approx(first[1]["classification"], rel=1e-4)
+    for name in ("classification", "entropy", "adversarial_domain", "synchronization"):
+        assert last[0][name] == pytest.approx(last[1][name], rel=0.1)
+    results = [run.read_result() for run in runs]
+    accuracy = [result.accuracy.last for result in results if result is not None]
+    assert accuracy[0] == pytest.approx(accuracy[1], abs=3)
+
+
+@pytest.mark.slow
+def test_two_processes_reach_the_accuracy_of_one(tmp_path: Path) -> None:
+    done = torchrun("digits", "--batch-size", "32", "--output", str(tmp_path / "two"))
+    alone = one_process("digits", "--output", str(tmp_path / "one"))
+    assert done.returncode == alone.returncode == 0, done.stderr + alone.stderr
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("two", "one")]
+    accuracies = [result["accuracy"]["last"] for result in results]
+    assert accuracies[0] == pytest.approx(accuracies[1], abs=5)
+
+
+def test_the_learning_rate_is_scaled_where_asked() -> None:
+    config = parse_config(["digits", "--scale-learning-rate", "--steps", "2", "--warmup", "0"], "train")
+    resolved, source, target = resolve(config, world_size=4)
+
+    class Four(Ranks):
+        def gather_objects(self, value: Any) -> list[Any]:
+            return [value]
+
+    trainer = build_trainer(resolved, source, target, Four(0, 4, 0))
+    rates = {group["initial_lr"] for optimizer in trainer.optimizers.values() for group in optimizer.param_groups}
+    trainer.loader.close()
+    assert rates == {4 * 0.05}
+    assert trainer.plan.world_size == 4
+
+
+def test_a_pass_over_the_target_is_one_of_all_processes() -> None:
+    config = parse_config(["digits", "--refresh-every", "0", "--batch-size", "10"], "train")
+    steps = [resolve(config, world_size)[0].pseudo_labels.refresh_every for world_size in (1, 4)]
+    assert steps == [180, 45]
+
+
+def test_a_mistake_is_told_once() -> None:
+    done = torchrun("digits", "--steps", "0")
+    assert done.returncode == 1  # torchrun's own
+    assert done.stderr.count("error: --steps: found 0; expected a whole number >= 1") == 1
+
+
+# A process that fails in the middle of a step: train with one method replaced.
+FAILING = """
+import os, signal, sys, time
+from gsda_fast.commands import run_command
+from gsda_fast.train import main
+from gsda_fast.training.trainer import Trainer
+
+step = Trainer._train_step
+def failing(self, number, batch):
+    if number == 3 and self.ranks.rank == 1:
+        {failure}
+    return step(self, number, batch)
+Trainer._train_step = failing
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL), ("time.sleep(120)", None)],
+    ids=["killed", "hanging"],
+)
+def test_a_lost_process_ends_the_others_within_the_timeout(tmp_path: Path, failure: str, code: int | None) -> None:
+    arguments = ("digits", *STEPS, "--output", str(tmp_path / "run"), "--timeout", "3")
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    start = partial(subprocess.Popen, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", FAILING.format(failure=failure), *arguments]
+    processes = [start(command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
+    try:
+        started = time.monotonic()
+        _, errors = processes[0].communicate(timeout=90)
+        assert processes[0].returncode == 1
+        assert time.monotonic() - started < 90
+        lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1
+        assert "process 0 of 2 lost another one, which ended or did not answer for 3 s" in lines[0]
+        assert "Traceback" not in errors
+        if code is not None:
+            assert processes[1].wait(10) == code
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
