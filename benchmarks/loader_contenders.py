@@ -1,8 +1,8 @@
 """What decodes the images in the loader benchmark: each contender yields batches of 36 + 36 images, without end.
 
 All read, decode, crop at random, resize to 224, flip and normalise the same tree. The usual DataLoader is the code that
-the literature shares (CDAN, MADA, tllib): a resize to 256x256 first, then the random resized crop, on Pillow images. The
-lean one and the plain loop leave that first resize out, as this package's loaders do.
+the literature shares (CDAN, MADA, tllib): a resize to 256x256 first, then the random resized crop, on Pillow images.
+The lean one and the plain loop leave that first resize out, as this package's loaders do.
 """
 
 from __future__ import annotations

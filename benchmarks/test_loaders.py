@@ -9,9 +9,9 @@ that what was prepared while the others ran is used up.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -25,10 +25,18 @@ NOT_TIMED = 5  # more than any contender prepares ahead
 PACKAGES = ("torch", "torchvision", "pillow", "numpy")
 
 
+def _has_dali() -> bool:
+    try:
+        importlib.import_module("nvidia.dali")
+    except ImportError:
+        return False
+    return True
+
+
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Iterator[int]]]:
     root: Path = tmp_path_factory.mktemp("loaders")
-    opened = {name: batches(name, root) for name in CONTENDERS if name != "DALI" or find_spec("nvidia.dali")}
+    opened = {name: batches(name, root) for name in CONTENDERS if name != "DALI" or _has_dali()}
     yield opened
     for generator in opened.values():
         generator.close()  # type: ignore[attr-defined]
@@ -50,8 +58,8 @@ def test_loaders(benchmark: BenchmarkFixture, running: dict[str, Iterator[int]],
 
     benchmark.pedantic(timed, rounds=1)
     versions = {name: version(name) for name in PACKAGES}
-    if find_spec("nvidia.dali"):
-        versions["DALI"] = __import__("nvidia.dali").dali.__version__
+    if _has_dali():
+        versions["DALI"] = importlib.import_module("nvidia.dali").__version__
     benchmark.extra_info.update(
         contender=contender,
         visit=visit,
