@@ -1,5 +1,5 @@
-"""The launches of the adversarial head, forward and backward: six, then one for frozen discriminators, four for frozen
-features, five for both. Nothing here waits for the device or reads a value from it.
+"""The launches of the adversarial head: six forward; backward one for the features, and four and a sum for all
+parameters. Nothing here waits for the device or reads a value from it.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def _parameter_gradients(
     grad_w3 = None
 
     first_operand = torch.empty_like(saved.jacobian)
-    block_columns = min(64, triton.next_power_of_2(dim))
+    block_columns = min(32, triton.next_power_of_2(dim))
     pair_gradient_kernel[(triton.cdiv(dim, block_columns), num_discriminators)](
         features, saved.jacobian, saved.residual, saved.norm, weight, label, *upstream,
         routing.offsets, routing.sample, grad_logit, direction, first_operand, grad_b3,
