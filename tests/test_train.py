@@ -19,6 +19,7 @@ from gsda_fast.config import parse_config
 from gsda_fast.errors import UsageError
 from gsda_fast.results.run_folder import RunFolder, RunResult
 from gsda_fast.train import train
+from gsda_kernels import available_backends
 
 # The few digits of most tests here are fewer than published.
 pytestmark = pytest.mark.filterwarnings("ignore:domain .* found .* images")
@@ -146,6 +147,26 @@ def test_a_repeated_run_is_the_same_run(quick: Quick, tmp_path: Path) -> None:
 def test_a_stored_configuration_runs_again(quick: Quick, tmp_path: Path) -> None:
     run("--config", str(quick.folder / "config.toml"), "--output", str(tmp_path / "again"))
     assert outcome(tmp_path / "again") == quick.outcome
+
+
+@pytest.mark.parametrize("backend", [name for name in ("torch", "native") if available_backends("cpu")[name] is None])
+def test_a_fast_backend_trains_as_the_reference_does(few_digits: Path, tmp_path: Path, backend: str) -> None:
+    settings = ("digits", *QUICK, "--steps", "24", "--log-every", "1", "--data-root", str(few_digits))
+    lines = {}
+    for name in (backend, "reference"):
+        run(*settings, "--backend", name, "--output", str(tmp_path / name))
+        lines[name] = RunFolder(tmp_path / name).read_metrics()[4:]  # the adaptation steps
+    assert len(lines[backend]) == 20
+    for found, expected in zip(lines[backend], lines["reference"]):
+        losses = [
+            name for name in expected if name.startswith(("classification", "entropy", "adversarial", "gradient"))
+        ]
+        assert len(losses) >= 8
+        for name in losses:
+            assert found[name] == pytest.approx(expected[name], rel=1e-4), (found["step"], name)
+        # A difference of sums that are nearly equal: relative to the sums.
+        scale = expected["gradient_norm_domain"]
+        assert found["synchronization"] == pytest.approx(expected["synchronization"], abs=1e-4 * scale)
 
 
 # -------------------------------------------------------------------------------------------------------- resuming
