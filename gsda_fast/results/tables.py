@@ -99,7 +99,9 @@ class ResultTable:
     """One figure under one choice, for methods (rows) and transfer tasks or classes (columns).
 
     Attributes:
-        transfer_task: the only one, where the columns are classes. notes: added to the caption.
+        subject: what the whole table is about, besides the task: a transfer task whose classes are the columns, or a
+            method whose settings are the rows.
+        notes: added to the caption. rows_are: heading of the first column.
     """
 
     task: str
@@ -107,17 +109,18 @@ class ResultTable:
     choice: Choice
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
-    transfer_task: str = ""
+    subject: str = ""
     notes: tuple[str, ...] = ()
+    rows_are: str = "method"
 
     @property
     def title(self) -> str:
-        where = f"{self.task} {self.transfer_task}".strip()
+        where = f"{self.task} {self.subject}".strip()
         return f"{where}: {FIGURE_NAMES[self.figure]}, {CHOICE_NAMES[self.choice]}"
 
     @property
     def header(self) -> tuple[str, ...]:
-        return ("method", *self.columns)
+        return (self.rows_are, *self.columns)
 
     @property
     def lines(self) -> list[tuple[str, ...]]:
@@ -235,7 +238,7 @@ def class_table(
         cells.append(Cell.of(_known(getattr(run.accuracy, choice) for run in runs)))
         rows.append(Row(method, tuple(cells)))
     name = transfer_task_name(*transfer_task, short_names)
-    return ResultTable(task, "per_class", choice, (*classes, MEAN_PER_CLASS, OVERALL), tuple(rows), transfer_task=name)
+    return ResultTable(task, "per_class", choice, (*classes, MEAN_PER_CLASS, OVERALL), tuple(rows), subject=name)
 
 
 RunKey = tuple[str, tuple[str, str], int]
@@ -300,11 +303,13 @@ def to_csv(tables: Sequence[ResultTable]) -> str:
     """One line a cell, at full precision, under the names of the first line."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["task", "figure", "choice", "method", "kind", "column", "mean", "standard_deviation", "seeds"])
+    writer.writerow(
+        ["task", "figure", "choice", "subject", "method", "kind", "column", "mean", "standard_deviation", "seeds"]
+    )
     for table in tables:
         for row in table.rows:
             for column, cell in zip(table.columns, row.cells, strict=True):
-                about = [table.task, table.figure, table.choice, row.label, row.kind, column]
+                about = [table.task, table.figure, table.choice, table.subject, row.label, row.kind, column]
                 writer.writerow([*about, cell.mean, cell.spread, cell.seeds])
     return text.getvalue()
 
