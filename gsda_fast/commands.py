@@ -26,7 +26,8 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Runs a command and ends the process with its exit code.
 
     A `UsageError` becomes one line on standard error and exit code 2, a `TrainingError` one line and exit code 1; an
-    interrupt from the keyboard exit code 130, as in a shell. Any other exception is a defect and keeps its traceback.
+    interrupt from the keyboard one line (with what the `KeyboardInterrupt` says, if anything) and exit code 130, as in
+    a shell. Any other exception is a defect and keeps its traceback.
 
     Args:
         main: the command; returns its exit code, None for 0.
@@ -37,8 +38,8 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         if not error.told:
             print(f"error: {_one_line(str(error))}", file=sys.stderr)
         code = 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(": ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         code = 130
     sys.exit(code or 0)
 

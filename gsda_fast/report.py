@@ -1,29 +1,34 @@
-"""`python -m gsda_fast.report RUN [RUN ...]`: one page of plots and tables for a run, or for several side by side."""
+"""`python -m gsda_fast.report RUN [RUN ...]`: one page of plots and tables for a run, for several, or for a suite."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from gsda_fast.commands import parse_command_line, run_command
+from gsda_fast.data.benchmarks import Benchmark, find_benchmark
 from gsda_fast.errors import UsageError
+from gsda_fast.methods import METHODS
 from gsda_fast.results.page import write_page
 from gsda_fast.results.run_folder import RunFolder
+from gsda_fast.results.suite_folder import Layout, SuiteFolder
+from gsda_fast.results.suite_page import write_suite_page
 
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Draws one self-contained HTML page about one run, or about several for comparison."""
+    """Draws one self-contained HTML page about one run, about several for comparison, or about a suite's folder."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
-    """Folders of the runs, finished or interrupted."""
+    """Folders of the runs, finished or interrupted; or the one folder of a suite."""
 
     output: Path | None = None
-    """Folder for the page: the run's own for one run, `report` beside the runs for several."""
+    """Folder for the page: the run's own for one run, `report` beside the runs for several. A suite's page is always
+    in its own folder."""
 
     points: int = 1000
     """Samples of each domain in a t-SNE plot, at most. Fewer are faster."""
@@ -44,8 +49,38 @@ class ReportOptions:
         return Path(os.path.commonpath([run.resolve().parent for run in self.runs])) / "report"
 
 
+def suite_layout(benchmark: Benchmark) -> Layout:
+    """How the tables of a benchmark's suites are laid out: every method and transfer task, in the paper's order."""
+    return Layout(
+        benchmark.name,
+        tuple(METHODS),
+        benchmark.transfer_tasks,
+        benchmark.short_names,
+        benchmark.reported_by_class,
+    )
+
+
+def _report_on_suite(suite: SuiteFolder, options: ReportOptions) -> Path:
+    if options.output is not None:
+        raise UsageError("--output", found=f"{options.output} for a suite", expected="none: its page is in its folder")
+    everything = [*suite.runs, *(run for variant in suite.variants.values() for run in variant.runs)]
+    results = [result for run in everything if (result := run.read_result()) is not None]
+    if not results:
+        raise UsageError(str(suite.path), found=f"{len(everything)} runs, none finished", expected="finished runs")
+    layout = suite_layout(find_benchmark(results[0].task))
+    # Transfer tasks beside the paper's: a suite may name any, and the task `folder` has none of its own.
+    own = [(result.source, result.target) for result in results]
+    layout = replace(layout, transfer_tasks=tuple(dict.fromkeys([*layout.transfer_tasks, *own])))
+    return write_suite_page(suite, layout, points=options.points)
+
+
 def main() -> None:
     options = parse_command_line(lambda: tyro.cli(ReportOptions, prog="python -m gsda_fast.report"))
+    if len(options.runs) == 1 and not RunFolder(options.runs[0]).begun:
+        suite = SuiteFolder.find(options.runs[0])
+        if suite is not None:
+            print(f"report: {_report_on_suite(suite, options)}")
+            return
     runs = [RunFolder.existing(path) for path in options.runs]
     print(f"report: {write_page(runs, options.folder, points=options.points)}")
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -23,26 +27,42 @@ from gsda_fast.config import PRESETS, Config, parse_config
 from gsda_fast.data.benchmarks import Benchmark, find_benchmark
 from gsda_fast.errors import UsageError
 from gsda_fast.methods import METHODS
-from gsda_fast.results import tables
-from gsda_fast.results.page import write_page
-from gsda_fast.results.run_folder import RunFolder, RunResult, atomic_file
+from gsda_fast.report import suite_layout
+from gsda_fast.results import plots, tables
+from gsda_fast.results.run_folder import RunFolder, RunResult
+from gsda_fast.results.suite_folder import Layout, SuiteFolder, paired_tables, suite_tables, sweep_tables
+from gsda_fast.results.suite_page import sweep_plots, write_suite_page
 from gsda_fast.train import train
 
 PROGRAM = "python -m gsda_fast.suite"
+
+ABLATION = ("source-only", "entropy", "domain", "class", "group", "gsda")
+"""The four rows of the paper's Table 1, and before them what they start from: each adds one part to the one before."""
 
 _OF_ONE_RUN = {"--method": "--methods", "--seed": "--seeds", "--source": "--tasks", "--target": "--tasks"}
 
 
 @dataclass(frozen=True)
 class SuiteSettings:
-    """Which runs make up the suite. Every option of gsda_fast.train beside these applies to all of them."""
+    """Which runs make up the suite.
+
+    Every option of `python -m gsda_fast.train TASK` (--help there) applies as well, to all runs. The same command again
+    keeps the runs that have finished and goes on with those that were interrupted.
+    """
 
     task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="|".join(PRESETS))]
     """Benchmark."""
-    methods: tuple[str, ...] = tuple(METHODS)
-    """Methods to run."""
+    methods: tuple[str, ...] = ()
+    """Methods to run; all if none is given, with --paired those of --ablation, with --sweep gsda."""
+    ablation: bool = False
+    """Run the rows of the paper's Table 1: domain, class, group, gsda, with source-only and entropy before them."""
+    paired: bool = False
+    """Also tell the paired differences between the methods, of the accuracy and of the gradients' mismatch. Runs of
+    one transfer task and seed share initial weights, groups, samples and so the whole warm-up."""
+    sweep: tuple[str, ...] = ()
+    """Options with several values each, NAME=VALUE,VALUE such as alpha=0.02,0.1: all runs with each combination."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds to run each of them with."""
+    """Seeds to run each method with."""
     tasks: tuple[str, ...] = ()
     """Transfer tasks such as A->W; all of the benchmark's if none is given."""
     jobs: int = 0
@@ -50,70 +70,125 @@ class SuiteSettings:
     output: Path | None = None
     """Folder of the suite; runs/suite-TASK if not given."""
     report: bool = False
-    """Draw a page of plots that compares the runs of the first transfer task and seed."""
+    """Draw the page of plots, as gsda_fast.report does for the suite's folder."""
+
+    def __post_init__(self) -> None:
+        if self.ablation and self.methods:
+            raise UsageError("--ablation", found="--methods beside it", expected="one of the two")
+        if not self.seeds:
+            raise UsageError("--seeds", found="none", expected="one or more")
+        if self.jobs < 0:
+            raise UsageError("--jobs", found=str(self.jobs), expected="a whole number >= 0")
+
+    @property
+    def chosen_methods(self) -> tuple[str, ...]:
+        if self.methods:
+            return self.methods
+        if self.ablation or self.paired:
+            return ABLATION
+        return ("gsda",) if self.sweep else tuple(METHODS)
 
 
-def run_suite(settings: SuiteSettings, base: Config, console: Console) -> Path:
+def run_suite(settings: SuiteSettings, variants: Mapping[str, Config], console: Console) -> Path:
     """Runs what has not finished yet, writes the tables and returns the suite's folder.
+
+    Args:
+        settings: which runs.
+        variants: what applies to all runs of a setting, by the setting's name, which is that of its folder; without a
+            sweep the only name is empty, and stands for the suite's own folder.
+        console: where progress and tables are shown.
 
     Raises:
         UsageError: a transfer task that the benchmark lacks, or what `gsda_fast.train.train` raises.
+        KeyboardInterrupt: the runs were stopped; everything is kept and the same call goes on.
     """
-    _check(settings)
     benchmark = find_benchmark(settings.task)
-    pairs = [_transfer_task(benchmark, text) for text in settings.tasks] or list(benchmark.transfer_tasks)
+    pairs = tuple(_transfer_task(benchmark, text) for text in settings.tasks) or benchmark.transfer_tasks
     if not pairs:
         raise UsageError("--tasks", found="none", expected=f"one or more SOURCE->TARGET for the task {settings.task}")
     folder = settings.output or Path("runs") / f"suite-{settings.task}"
-    configs = [
-        replace(
-            base,
-            run=replace(
-                base.run,
-                method=method,
-                seed=seed,
-                output=folder / RunFolder.default_name(settings.task, source, target, method, seed),
-            ),
-            data=replace(base.data, source=source, target=target),
-        )
-        for seed in settings.seeds
-        for source, target in pairs
-        for method in settings.methods
-    ]
-    for config in configs:
+    configs = {
+        name: [
+            _config_of_run(base, settings.task, pair, method, seed, folder / name)
+            for seed in settings.seeds
+            for pair in pairs
+            for method in settings.chosen_methods
+        ]
+        for name, base in variants.items()
+    }
+    everything = [config for of_variant in configs.values() for config in of_variant]
+    for config in everything:
         config.validate()
     # A transfer task under its name and its alias is one folder, and two processes must not write into it.
-    repeated = [output for output, count in Counter(config.run.output for config in configs).items() if count > 1]
+    repeated = [output for output, count in Counter(config.run.output for config in everything).items() if count > 1]
     if repeated:
-        raise UsageError("--methods, --seeds, --tasks", found=f"{repeated[0]} twice", expected="each run once")
+        raise UsageError("--methods, --seeds, --tasks, --sweep", found=f"{repeated[0]} twice", expected="each run once")
+
     started = time.perf_counter()
-    results = _run_all(configs, settings.jobs, console)
-    _write_tables(folder, results, settings.methods, pairs, console)
+    results = iter(_run_all(everything, settings.jobs, console))
+    by_variant = {name: list(itertools.islice(results, len(of_variant))) for name, of_variant in configs.items()}
+    layout = replace(suite_layout(benchmark), methods=settings.chosen_methods, transfer_tasks=pairs)
+    for name, of_variant in by_variant.items():
+        runs = [RunFolder(config.run.output or "") for config in configs[name]]
+        # The tables of a sweep's settings are for looking up.
+        shown = Console(quiet=True) if settings.sweep else console
+        _write_tables(SuiteFolder(folder / name), of_variant, runs, layout, settings.paired, shown)
+    if settings.sweep:
+        _write_sweep(SuiteFolder(folder), by_variant, layout, console)
     if settings.report:
-        compared = [RunFolder(config.run.output or "") for config in configs[: len(settings.methods)]]
-        with console.status("drawing the page"):
-            page = write_page(compared, folder / "report")
-        console.print(f"page of plots: {page.resolve()}", soft_wrap=True)
-    console.print(f"{len(results)} runs in {time.perf_counter() - started:.0f} s")
+        for name in dict.fromkeys(["", *variants]):
+            with console.status("drawing the page"):
+                page = write_suite_page(SuiteFolder(folder / name), layout)
+            console.print(f"page of plots: {page.resolve()}", soft_wrap=True)
+    console.print(f"{len(everything)} runs in {time.perf_counter() - started:.0f} s")
     return folder
 
 
-def _check(settings: SuiteSettings) -> None:
-    for option, values in {"--methods": settings.methods, "--seeds": settings.seeds}.items():
-        if not values:
-            raise UsageError(option, found="none", expected="one or more")
-    if settings.jobs < 0:
-        raise UsageError("--jobs", found=str(settings.jobs), expected="a whole number >= 0")
+def _config_of_run(
+    base: Config, task: str, transfer_task: tuple[str, str], method: str, seed: int, folder: Path
+) -> Config:
+    source, target = transfer_task
+    output = folder / RunFolder.default_name(task, source, target, method, seed)
+    return replace(
+        base,
+        run=replace(base.run, method=method, seed=seed, output=output),
+        data=replace(base.data, source=source, target=target),
+    )
 
 
 def _transfer_task(benchmark: Benchmark, text: str) -> tuple[str, str]:
-    source, arrow, target = text.partition("->")
-    if not arrow:
+    source, arrow, target = (part.strip() for part in text.partition("->"))
+    if not (source and arrow and target):
         raise UsageError("--tasks", found=f"'{text}'", expected="SOURCE->TARGET, such as A->W (in quotes)")
-    source, target = source.strip(), target.strip()
     if not benchmark.domains:
         return source, target
     return benchmark.domain(source).name, benchmark.domain(target).name
+
+
+def sweep_variants(sweep: Sequence[str], arguments: list[str]) -> dict[str, Config]:
+    """The configuration of each combination of the swept options' values, by its name: `alpha=0.02,beta=1`.
+
+    Args:
+        sweep: NAME=VALUE,VALUE for each swept option; none: one combination without a name.
+        arguments: the command line of the runs, the task first.
+
+    Raises:
+        UsageError: not of that form, or a value that does not fit the option.
+    """
+    axes = []
+    for text in sweep:
+        name, equals, values = text.partition("=")
+        if not (name and equals and all(values.split(","))):
+            raise UsageError("--sweep", found=f"'{text}'", expected="NAME=VALUE,VALUE such as alpha=0.02,0.1")
+        axes.append([(name, value) for value in values.split(",")])
+    variants: dict[str, Config] = {}
+    for combination in itertools.product(*axes):
+        options = [word for name, value in combination for word in (f"--{name.replace('_', '-')}", value)]
+        label = ",".join(f"{name}={value}" for name, value in combination)
+        if label in variants:
+            raise UsageError("--sweep", found=f"{label} twice", expected="each value once")
+        variants[label] = parse_config([*arguments, *options], PROGRAM)
+    return variants
 
 
 def _run_all(configs: list[Config], jobs: int, console: Console) -> list[RunResult]:
@@ -125,33 +200,63 @@ def _run_all(configs: list[Config], jobs: int, console: Console) -> list[RunResu
     for worker in range(workers):
         places.put(worker % gpus if gpus else None)
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    done = 0
     with (
-        ProcessPoolExecutor(workers, mp_context=context, initializer=_take_place, initargs=(places,)) as pool,
+        ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker, initargs=(places,)) as pool,
         Progress(*columns, console=console) as progress,
     ):
         bar = progress.add_task("runs", total=len(configs))
-        futures: list[Future[RunResult]] = [pool.submit(_run_one, config) for config in configs]
         try:
+            with _interrupts_held_back():
+                futures: list[Future[RunResult]] = [pool.submit(_run_one, config) for config in configs]
             for future in as_completed(futures):
                 result = future.result()
+                done += 1
                 progress.advance(bar)
-                accuracy = "-" if result.accuracy.last is None else f"{result.accuracy.last:5.1f} %"
-                console.print(
-                    f"{result.source} -> {result.target}  {result.method}  seed {result.seed}  {accuracy}",
-                    highlight=False,
-                    soft_wrap=True,
-                )
-        except BaseException:
+                console.print(_line(result), highlight=False, soft_wrap=True)
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
+            # A run can be killed at any moment and goes on from its last checkpoint.
+            for process in multiprocessing.active_children():
+                process.terminate()
+            if isinstance(error, KeyboardInterrupt):
+                told = f"{done} of {len(configs)} runs have finished; the same command goes on with the others"
+                raise KeyboardInterrupt(told) from None
             raise
     return [future.result() for future in futures]
 
 
-def _take_place(places: multiprocessing.Queue[int | None]) -> None:
-    """Gives a worker its own GPU, before CUDA is initialized in it."""
+def _line(result: RunResult) -> str:
+    figures = {"overall": result.accuracy.last, "mean per class": result.mean_per_class.last}
+    told = "  ".join(f"{name} {value:5.1f} %" for name, value in figures.items() if value is not None)
+    return f"{result.source} -> {result.target}  {result.method}  seed {result.seed}  {told or 'target without labels'}"
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C waits until the block ends. Processes started inside never see it: it reaches all of a terminal's
+    processes, and each worker would print a traceback."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _prepare_worker(places: multiprocessing.Queue[int | None]) -> None:
+    """Gives a worker its own GPU, before CUDA is initialized in it, and ends it when the suite is killed."""
     gpu = places.get()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    threading.Thread(target=_end_with_the_suite, daemon=True).start()
+
+
+def _end_with_the_suite() -> None:
+    suite = multiprocessing.parent_process()
+    assert suite is not None
+    suite.join()
+    # Left alone, this worker would write into a run's folder that the suite's next start gives to another one.
+    os._exit(1)
 
 
 def _run_one(config: Config) -> RunResult:
@@ -159,35 +264,48 @@ def _run_one(config: Config) -> RunResult:
 
 
 def _write_tables(
-    folder: Path,
-    results: Iterable[RunResult],
-    methods: tuple[str, ...],
-    pairs: list[tuple[str, str]],
+    suite: SuiteFolder,
+    results: Sequence[RunResult],
+    runs: Sequence[RunFolder],
+    layout: Layout,
+    paired: bool,
     console: Console,
 ) -> None:
-    finished = list(results)
-    choices: tuple[tables.Choice, ...] = ("last", "label_free", "best")
-    made = [tables.transfer_table(finished, choice=choice, methods=methods, transfer_tasks=pairs) for choice in choices]
-    for table in made:
+    made = suite_tables(results, layout)
+    suite.write_tables(made)
+    differences = paired_tables(runs, layout) if paired else []
+    if paired:
+        suite.write_paired(differences)
+    shown: list[tables.PrintedTable] = [*made, *differences]
+    for table in shown:
         console.print(tables.to_terminal(table))
-    for suffix, text in {
-        "md": tables.to_markdown(made),
-        "csv": tables.to_csv(made),
-        "json": tables.to_json(made),
-    }.items():
-        with atomic_file(folder / f"table.{suffix}") as file:
-            file.write(text.encode())
-    console.print(f"tables: {folder}/table.md, table.csv, table.json", soft_wrap=True)
+    written = [suite.table_path("md"), *([suite.paired_path("md")] if paired else [])]
+    console.print(f"tables: {', '.join(map(str, written))}, and as .csv and .json", soft_wrap=True)
+
+
+def _write_sweep(
+    suite: SuiteFolder, results: Mapping[str, Sequence[RunResult]], layout: Layout, console: Console
+) -> None:
+    made = sweep_tables(results, layout)
+    for table in made:
+        if table.choice == "last":
+            console.print(tables.to_terminal(table))
+    drawn = {method: plots.png(figure) for method, figure in sweep_plots(made).items()}
+    suite.write_sweep(made, drawn)
+    plotted = ", ".join(str(suite.sweep_plot_path(method)) for method in drawn)
+    console.print(f"sweep: {suite.sweep_path('md')}, and as .csv and .json; {plotted}", soft_wrap=True)
 
 
 def main() -> None:
     settings, rest = parse_command_line(
         lambda: tyro.cli(SuiteSettings, args=sys.argv[1:], prog=PROGRAM, return_unknown_args=True)
     )
+    if "--methods" in sys.argv and not settings.methods:
+        raise UsageError("--methods", found="none", expected=f"one or more of {', '.join(METHODS)}")
     for option, instead in _OF_ONE_RUN.items():
         if option in (argument.partition("=")[0] for argument in rest):
             raise UsageError(option, found="an option of a single run", expected=instead)
-    run_suite(settings, parse_config([settings.task, *rest], PROGRAM), Console())
+    run_suite(settings, sweep_variants(settings.sweep, [settings.task, *rest]), Console())
 
 
 if __name__ == "__main__":

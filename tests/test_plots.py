@@ -46,14 +46,6 @@ def test_series_leaves_out_unmeasured_and_keeps_nan() -> None:
     np.testing.assert_array_equal(values, [2.0, math.nan, 1.0])
 
 
-def test_relative_mismatch_by_hand() -> None:
-    steps, values = Curves("gsda", RECORDS).relative_mismatch()
-    np.testing.assert_array_equal(steps, [40, 50])
-    np.testing.assert_array_equal(values, [3 * 0.5 / (2 + 1 + 3), math.nan])
-    steps, values = Curves("source-only", RECORDS[:2]).relative_mismatch()
-    assert (steps.shape, values.shape) == ((0,), (0,))
-
-
 def test_metric_curves_draws_each_run_that_measured_it() -> None:
     runs = [
         Curves("a", RECORDS, warmup=25, colour="#111111"),

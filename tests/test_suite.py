@@ -40,7 +40,7 @@ def test_a_suite_trains_each_run_and_writes_tables_and_goes_on(
     few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told, output = io.StringIO(), tmp_path / "suite"
-    folder = run_suite(with_output(TWO_METHODS, output), base(few_digits), Console(file=told, width=200))
+    folder = run_suite(with_output(TWO_METHODS, output), {"": base(few_digits)}, Console(file=told, width=200))
     assert folder == output
     assert {path.name for path in output.iterdir()} == {*RUNS, "table.md", "table.csv", "table.json"}
     results = [RunFolder(output / name).read_result() for name in RUNS]
@@ -60,7 +60,7 @@ def test_a_suite_trains_each_run_and_writes_tables_and_goes_on(
     finished = {name: (output / name / "result.json").read_bytes() for name in RUNS}
     monkeypatch.setattr(command, "_run_all", in_this_process)
     wider = with_output(TWO_METHODS, output, methods=("source-only", "dann", "gsda"))
-    run_suite(wider, base(few_digits), Console(file=io.StringIO()))
+    run_suite(wider, {"": base(few_digits)}, Console(file=io.StringIO()))
     assert {name: (output / name / "result.json").read_bytes() for name in RUNS} == finished
     assert "dann" in (output / "table.md").read_text()
 
@@ -68,7 +68,7 @@ def test_a_suite_trains_each_run_and_writes_tables_and_goes_on(
 def test_a_mistake_that_a_run_finds_comes_out_of_its_process(few_digits: Path, tmp_path: Path) -> None:
     config = parse_config(["digits", "--data-root", str(few_digits), "--groups", "11"], "suite")
     with pytest.raises(UsageError, match="--groups: found 11; expected 1 to 10"):
-        run_suite(with_output(TWO_METHODS, tmp_path / "suite"), config, Console(file=io.StringIO()))
+        run_suite(with_output(TWO_METHODS, tmp_path / "suite"), {"": config}, Console(file=io.StringIO()))
     assert not (tmp_path / "suite").exists()
 
 
@@ -88,7 +88,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
 
 def test_a_suite_is_every_task_method_and_seed(planned: list[Config]) -> None:
     base_config = PRESETS["digits"]
-    run_suite(SuiteSettings("digits"), base_config, Console(file=io.StringIO()))
+    run_suite(SuiteSettings("digits"), {"": base_config}, Console(file=io.StringIO()))
     assert len(planned) == 6 * 7 * 3
     assert len({config.run.output for config in planned}) == len(planned)
     first = planned[0]
@@ -104,7 +104,7 @@ def test_a_suite_is_every_task_method_and_seed(planned: list[Config]) -> None:
 
 def test_transfer_tasks_of_ones_own_folders(planned: list[Config]) -> None:
     settings = SuiteSettings("folder", methods=("gsda",), seeds=(0,), tasks=("photos -> sketches",))
-    run_suite(settings, PRESETS["folder"], Console(file=io.StringIO()))
+    run_suite(settings, {"": PRESETS["folder"]}, Console(file=io.StringIO()))
     assert [(config.data.source, config.data.target) for config in planned] == [("photos", "sketches")]
 
 

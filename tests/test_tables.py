@@ -2,13 +2,24 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from gsda_fast.errors import UsageError
 from gsda_fast.results.run_folder import RunResult, Selection
-from gsda_fast.results.tables import Cell, ResultTable, Row, to_csv, to_json, to_markdown, to_terminal, transfer_table
+from gsda_fast.results.tables import (
+    Cell,
+    ResultTable,
+    Row,
+    class_table,
+    to_csv,
+    to_json,
+    to_markdown,
+    to_terminal,
+    transfer_table,
+)
 
 # accuracy after the last step: method -> transfer task -> seeds 0, 1, 2
 ACCURACIES = {
@@ -130,8 +141,9 @@ def test_csv_has_full_precision() -> None:
     )
     assert len(lines) == 2 * 2 * 3
     assert lines[2] == {
-        "task": "digits", "figure": "accuracy", "choice": "last", "method": "source-only", "transfer_task": "avg",
-        "mean": "61.0", "standard_deviation": repr(31**0.5), "seeds": "3",
+        "task": "digits", "figure": "accuracy", "choice": "last", "subject": "",
+        "method": "source-only", "kind": "ours", "column": "avg", "mean": "61.0",
+        "standard_deviation": repr(31**0.5), "seeds": "3",
     }  # fmt: skip
 
 
@@ -155,3 +167,41 @@ def test_published_row_needs_no_seed() -> None:
     extended = ResultTable(table.task, table.figure, table.choice, table.columns, (*table.rows, published))
     assert to_markdown([extended]).splitlines()[6] == "| paper | 55.0 | 65.0 | 60.0 |"
     assert extended.caption == table.caption
+
+
+def test_short_names_of_domains() -> None:
+    assert transfer_table(results(), short_names={"a": "X"}).columns == ("X->b", "b->X", "avg")
+
+
+def with_classes(method: str, seed: int, per_class: tuple[float | None, ...], mean: float, overall: float) -> RunResult:
+    return replace(
+        result(method, "a", "b", seed, overall),
+        mean_per_class=Selection(mean, mean + 1, mean - 1),
+        per_class=per_class,
+        classes=("cat", "dog"),
+    )
+
+
+def test_class_table_by_hand() -> None:
+    runs = [
+        with_classes("gsda", 0, (80.0, 60.0), 70.0, 75.0),
+        with_classes("gsda", 1, (82.0, None), 82.0, 77.0),
+        replace(with_classes("gsda", 0, (1.0, 1.0), 1.0, 1.0), target="c"),
+    ]
+    table = class_table(runs, ("a", "b"), short_names={"a": "A"})
+    assert table.columns == ("cat", "dog", "mean per class", "overall")
+    root2 = pytest.approx(2**0.5)
+    expected = (Cell(81.0, root2, 2), Cell(60.0, None, 1), Cell(76.0, pytest.approx(72**0.5), 2), Cell(76.0, root2, 2))
+    assert row(table, "gsda") == expected
+    assert table.title == "digits A->b: accuracy of each class, their mean, and overall accuracy, last step"
+    best = class_table(runs, ("a", "b"), choice="best")
+    assert best.columns == ("mean per class", "overall")
+    assert row(best, "gsda")[1].mean == 77.0
+
+
+def test_class_table_of_different_classes() -> None:
+    runs = [with_classes("gsda", 0, (1.0, 1.0), 1.0, 1.0), with_classes("gsda", 1, (1.0, 1.0), 1.0, 1.0)]
+    with pytest.raises(UsageError, match="2 different lists of classes"):
+        class_table([runs[0], replace(runs[1], classes=("dog", "cat"))], ("a", "b"))
+    with pytest.raises(UsageError, match="two of a->b"):
+        class_table([runs[0], runs[0]], ("a", "b"))

@@ -89,6 +89,13 @@ class Benchmark:
     roots: tuple[str, ...] = ("",)
     """folders below the data root in which the domains may lie, tried in order"""
     paper: PaperSettings | None = None
+    reported_by_class: bool = False
+    """its literature reports the accuracy of each class and their mean"""
+
+    @property
+    def short_names(self) -> dict[str, str]:
+        """Of the domains, by name: `amazon` -> `A`."""
+        return {domain.name: domain.short for domain in self.domains}
 
     def domain(self, name_or_alias: str) -> DomainFacts:
         """The domain of that name or alias, in upper or lower case.
@@ -254,6 +261,7 @@ _TABLE: Sequence[Benchmark] = (
         recipe=_VISDA_RECIPE,
         roots=("", "visda", "visda-2017", "VisDA-2017", "visda2017"),
         paper=PaperSettings(alpha=0.2, beta=10.0, groups=4),
+        reported_by_class=True,
     ),
     Benchmark(
         name="office31",

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from gsda_fast.errors import UsageError
 from gsda_fast.results import plots
+from gsda_fast.results.html import Section, drawn, panel, template
 from gsda_fast.results.metrics import evaluation_figures
 from gsda_fast.results.run_folder import (
     Features,
@@ -82,31 +80,6 @@ class _Run:
         return Selection(last=float(values[-1]), best=float(values.max())) if len(values) else Selection()
 
 
-@dataclass(frozen=True)
-class _Panel:
-    """One plot of the page.
-
-    Attributes:
-        source: a data URL, so that the page needs no other file.
-        alternative: what it shows, for who cannot see it.
-        starts_row: whether it stands at the left, whatever was before it.
-    """
-
-    source: str
-    alternative: str
-    starts_row: bool = False
-
-
-@dataclass(frozen=True)
-class _Section:
-    """A heading, a sentence on how to read the plots, and the plots, as many in a row as fit or two."""
-
-    title: str
-    text: str
-    panels: Sequence[_Panel]
-    in_pairs: bool = False
-
-
 def write_page(runs: Sequence[RunFolder], folder: Path, *, points: int = 1000) -> Path:
     """Draws the plots and writes the page about them.
 
@@ -132,7 +105,7 @@ def write_page(runs: Sequence[RunFolder], folder: Path, *, points: int = 1000) -
             _feature_section(records, points),
             *_training_sections(records, page),
         ]
-        html = _template().render(
+        html = template("page.html.jinja").render(
             title=_title(records),
             runs=records,
             tables=_tables(records),
@@ -216,10 +189,10 @@ def _tables(runs: Sequence[_Run]) -> list[ResultTable]:
     return [transfer_table(results, choice=choice) for choice in CHOICE_NAMES]
 
 
-def _outcome_sections(runs: Sequence[_Run], page: RunFolder) -> list[_Section]:
+def _outcome_sections(runs: Sequence[_Run], page: RunFolder) -> list[Section]:
     curves = [run.curves for run in runs]
     accuracy = [
-        _panel(plots.metric_curves(curves, name, title, unit), page, name, f"{title} over the steps")
+        panel(plots.metric_curves(curves, name, title, unit), page.plot_path(name), f"{title} over the steps")
         for name, title, unit in (
             ("accuracy", "Overall accuracy on the target", "percent"),
             ("mean_per_class", "Mean accuracy per class on the target", "percent"),
@@ -232,10 +205,9 @@ def _outcome_sections(runs: Sequence[_Run], page: RunFolder) -> list[_Section]:
             accuracies = plots.ClassAccuracies(run.label, run.result.per_class, run.curves.colour)
             by_classes.setdefault(run.result.classes, []).append(accuracies)
     bars = [
-        _panel(
+        panel(
             plots.per_class_bars(figures, classes),
-            page,
-            "per_class" if index == 0 else f"per_class_{index}",
+            page.plot_path("per_class" if index == 0 else f"per_class_{index}"),
             "Accuracy of each class",
         )
         for index, (classes, figures) in enumerate(by_classes.items())
@@ -246,23 +218,23 @@ def _outcome_sections(runs: Sequence[_Run], page: RunFolder) -> list[_Section]:
             labels, probabilities = map(torch.from_numpy, (run.predictions.labels, run.predictions.probabilities))
             confusion = evaluation_figures(labels, probabilities).confusion.numpy()
             figure = plots.confusion_matrix(confusion, run.classes, f"Confusion matrix: {run.label}")
-            confusions.append(_panel(figure, run.folder, "confusion", f"Confusion matrix of {run.label}"))
+            confusions.append(panel(figure, run.folder.plot_path("confusion"), f"Confusion matrix of {run.label}"))
     return [
-        _Section(
+        Section(
             "Accuracy during training",
             "Measured on all target samples. The mutual information needs no label; where it is largest, the "
             "label-free figure is taken.",
-            _drawn(accuracy),
+            drawn(accuracy),
         ),
-        _Section(
+        Section(
             "Classes",
             "After the last step. A row of a confusion matrix adds up to 100 percent of that class's samples.",
-            _drawn([*bars, *confusions]),
+            drawn([*bars, *confusions]),
         ),
     ]
 
 
-def _feature_section(runs: Sequence[_Run], points: int) -> _Section:
+def _feature_section(runs: Sequence[_Run], points: int) -> Section:
     panels = []
     for run in runs:
         if run.features is None:
@@ -282,59 +254,54 @@ def _feature_section(runs: Sequence[_Run], points: int) -> _Section:
                 points=points,
             )
             alternative = f"Features of {run.label}, {words}"
-            panels.append(_panel(figure, run.folder, f"tsne_{moment}", alternative, starts_row))
+            panels.append(panel(figure, run.folder.plot_path(f"tsne_{moment}"), alternative, starts_row))
             starts_row = False
-    return _Section(
+    return Section(
         "Features of both domains",
         "Each point is an image, placed by t-SNE so that neighbours have similar features; colour is the true class. "
         "Adaptation should lay the target (crosses) onto the source (dots) of the same colour. Distances between "
         "clusters and between plots mean nothing.",
-        _drawn(panels),
+        drawn(panels),
         in_pairs=True,
     )
 
 
-def _training_sections(runs: Sequence[_Run], page: RunFolder) -> list[_Section]:
+def _training_sections(runs: Sequence[_Run], page: RunFolder) -> list[Section]:
     curves = [run.curves for run in runs]
     losses = [
-        _panel(plots.metric_curves(curves, name, title, "unweighted"), page, f"loss_{name}", f"{title} over the steps")
+        panel(
+            plots.metric_curves(curves, name, title, "unweighted"),
+            page.plot_path(f"loss_{name}"),
+            f"{title} over the steps",
+        )
         for name, title in LOSSES.items()
     ]
     norms = [
-        _panel(plots.gradient_norms(run.curves), run.folder, "gradient_norms", f"Gradient magnitudes of {run.label}")
+        panel(
+            plots.gradient_norms(run.curves),
+            run.folder.plot_path("gradient_norms"),
+            f"Gradient magnitudes of {run.label}",
+        )
         for run in runs
     ]
-    mismatch = _panel(
-        plots.relative_mismatch(curves), page, "relative_mismatch", "Relative mismatch of the gradient magnitudes"
+    mismatch = panel(
+        plots.relative_mismatch(curves),
+        page.plot_path("relative_mismatch"),
+        "Relative mismatch of the gradient magnitudes",
     )
     return [
-        _Section(
+        Section(
             "Losses",
             "Without their weights; the adversarial and synchronization terms as the discriminators' step sees them, "
             "the others as the encoder's does. A discriminator that cannot tell the domains apart has 0.69.",
-            _drawn(losses),
+            drawn(losses),
         ),
-        _Section(
+        Section(
             "Synchronization of the gradients",
             "Synchronized levels have equal magnitudes: the lines of one run lie together, and the mismatch is near 0.",
-            _drawn([*norms, mismatch]),
+            drawn([*norms, mismatch]),
         ),
     ]
-
-
-def _panel(
-    figure: Figure | None, folder: RunFolder, name: str, alternative: str, starts_row: bool = False
-) -> _Panel | None:
-    if figure is None:
-        return None
-    drawn = plots.png(figure)
-    with atomic_file(folder.plot_path(name)) as file:
-        file.write(drawn)
-    return _Panel(f"data:image/png;base64,{base64.b64encode(drawn).decode()}", alternative, starts_row)
-
-
-def _drawn(panels: Sequence[_Panel | None]) -> list[_Panel]:
-    return [panel for panel in panels if panel is not None]
 
 
 def _side_by_side(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any], bool]]:
@@ -342,24 +309,3 @@ def _side_by_side(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[
     names = list(dict.fromkeys(name for column in columns for name in column))
     rows = [(name, [column.get(name) for column in columns]) for name in names]
     return [(name, values, any(value != values[0] for value in values)) for name, values in rows]
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = lambda value: "-" if value is None else f"{value:.1f}"
-    environment.filters["duration"] = _duration
-    return environment.get_template("page.html.jinja")
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

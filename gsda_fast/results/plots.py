@@ -16,6 +16,8 @@ from matplotlib.lines import Line2D
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
+from gsda_fast.results import alignment
+
 # Okabe and Ito's colours, which stay apart under the common kinds of colour blindness.
 RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 # Apart from the runs' colours, so that a level is not taken for a run.
@@ -49,19 +51,6 @@ class Curves:
         steps = np.array([step for step, _ in measured], dtype=np.int64)
         return steps, np.array([value for _, value in measured], dtype=np.float64)
 
-    def relative_mismatch(self) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and 3 L_syn / (S_dom + sum S_grp + sum S_cls): how far the three levels are from synchronised.
-
-        Below stands the sum and not S_dom alone, since the global discriminator's gradient can vanish. 0 / 0 is NaN.
-        """
-        names = ("synchronization", *(f"gradient_norm_{level}" for level in LEVEL_STYLES))
-        # A value that was not finite is stored as null, which is a measured NaN here.
-        measured = [record for record in self.records if all(name in record for name in names)]
-        steps = np.array([record["step"] for record in measured], dtype=np.int64)
-        values = np.array([[record[name] for name in names] for record in measured], dtype=np.float64).reshape(-1, 4)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return steps, 3 * values[:, 0] / values[:, 1:].sum(axis=1)
-
 
 def metric_curves(runs: Sequence[Curves], name: str, title: str, unit: str) -> Figure | None:
     """One figure of `metrics.jsonl` over the steps, a line for each run, warm-up shaded; None if no run has it."""
@@ -69,9 +58,9 @@ def metric_curves(runs: Sequence[Curves], name: str, title: str, unit: str) -> F
 
 
 def relative_mismatch(runs: Sequence[Curves]) -> Figure | None:
-    """`Curves.relative_mismatch` of each run; None if no run measured all three levels."""
-    measured = [(run, *run.relative_mismatch()) for run in runs]
-    return _curves(measured, "Relative mismatch of the gradient magnitudes", "3 L_syn / (S_dom + ΣS_grp + ΣS_cls)")
+    """`alignment.relative_mismatch` of each run; None if no run measured all three levels."""
+    measured = [(run, *alignment.relative_mismatch(run.records)) for run in runs]
+    return _curves(measured, "Relative mismatch of the gradient magnitudes", alignment.MISMATCH_FORMULA)
 
 
 def gradient_norms(run: Curves) -> Figure | None:
@@ -80,7 +69,7 @@ def gradient_norms(run: Curves) -> Figure | None:
     measured = {level: pair for level, pair in series.items() if len(pair[0])}
     if not measured:
         return None
-    with _axes((5.0, 3.2), f"Gradient magnitudes: {run.label}") as (figure, axes):
+    with axes_of((5.0, 3.2), f"Gradient magnitudes: {run.label}") as (figure, axes):
         for level, (steps, values) in measured.items():
             label, colour, style = LEVEL_STYLES[level]
             axes.plot(steps, values, style, color=colour, label=label, linewidth=1.6)
@@ -93,7 +82,7 @@ def _curves(series: Sequence[tuple[Curves, np.ndarray, np.ndarray]], title: str,
     if not any(len(steps) for _, steps, _ in series):
         return None
     # A legend of many runs goes below the axes, and needs a line for every two of them.
-    with _axes((5.0, 3.2 + 0.1 * len(series) * (len(series) > 3)), title) as (figure, axes):
+    with axes_of((5.0, 3.2 + 0.1 * len(series) * (len(series) > 3)), title) as (figure, axes):
         marker = "o" if max(len(steps) for _, steps, _ in series) <= 30 else ""
         for run, steps, values in series:
             if not len(steps):
@@ -131,7 +120,7 @@ def confusion_matrix(confusion: np.ndarray, classes: Sequence[str], title: str) 
     percent = np.divide(100.0 * confusion, counts, out=np.full(confusion.shape, np.nan), where=counts > 0)
     r = len(classes)
     side = 4.6 if r <= 15 else min(1.8 + 0.2 * r, 14.0)
-    with _axes((side, side), title) as (figure, axes):
+    with axes_of((side, side), title) as (figure, axes):
         axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
         axes.set_xticks(range(r), classes, rotation=90 if max(map(len, classes)) > 2 else 0, fontsize=8)
         axes.set_yticks(range(r), classes, fontsize=8)
@@ -169,7 +158,7 @@ def per_class_bars(runs: Sequence[ClassAccuracies], classes: Sequence[str]) -> F
     """
     thickness = 0.8 / len(runs)
     height = 1.2 + len(classes) * (0.16 + 0.12 * len(runs))
-    with _axes((5.0, height), "Accuracy per class") as (figure, axes):
+    with axes_of((5.0, height), "Accuracy per class") as (figure, axes):
         for index, run in enumerate(runs):
             positions = np.arange(len(classes)) + (index - (len(runs) - 1) / 2) * thickness
             widths = [0.0 if accuracy is None else accuracy for accuracy in run.accuracies]
@@ -221,7 +210,7 @@ def tsne(
         return None
     embedded = embed(features, seed)
     palette = class_colours(len(classes))
-    with _axes((5.0, 5.4), title) as (figure, axes):
+    with axes_of((5.0, 5.4), title) as (figure, axes):
         for positions, of_domain, marker, size in (
             (embedded[: len(source)], labels[0], "o", 9),
             (embedded[len(source) :], labels[1], "x", 13),
@@ -282,7 +271,8 @@ def _subsample(count: int, points: int, seed: int) -> np.ndarray:
 
 
 @contextmanager
-def _axes(size: tuple[float, float], title: str) -> Iterator[tuple[Figure, Axes]]:
+def axes_of(size: tuple[float, float], title: str) -> Iterator[tuple[Figure, Axes]]:
+    """A figure of that size in inches and its axes, in the style of all plots."""
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()

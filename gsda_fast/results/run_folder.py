@@ -152,7 +152,7 @@ class RunFolder:
         if not run.path.is_dir():
             found = "a file" if run.path.exists() else "nothing"
             raise UsageError(str(path), found=found, expected="the folder of a run")
-        if not any(file.is_file() for file in (run.config_path, run.metrics_path, run.result_path)):
+        if not run.begun:
             raise UsageError(
                 str(path),
                 found=f"neither {run.config_path.name} nor {run.metrics_path.name} nor {run.result_path.name} in it",
@@ -235,6 +235,11 @@ class RunFolder:
     def plot_path(self, name: str) -> Path:
         """Where the plot `name` of this run is kept."""
         return self.path / f"{name}.png"
+
+    @property
+    def begun(self) -> bool:
+        """Whether a run has left something here."""
+        return any(file.is_file() for file in (self.config_path, self.metrics_path, self.result_path))
 
     @property
     def finished(self) -> bool:
