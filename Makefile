@@ -17,7 +17,9 @@ help:
 
 demo: $(VENV)/installed
 	$(BIN)/python -m gsda_fast.suite digits --tasks "fonts->optdigits" --methods source-only gsda --seeds 0 \
-		--output runs/demo --report
+		--output runs/demo
+	$(BIN)/python -m gsda_fast.report runs/demo/digits-fonts-optdigits-source-only-seed0 \
+		runs/demo/digits-fonts-optdigits-gsda-seed0
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "not slow and not gpu"
