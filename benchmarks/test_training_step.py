@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m pytest benchmarks/test_training_step.py --benchmark-json=RESULTS.json
 
-Random images, ResNet-50 from random weights, VisDA's 12 classes in 4 groups, 36 images of each domain. Here `source-only`
-trains on all 72 images as if they were labelled, so that it does the same work outside of the adversarial head.
+Random images, ResNet-50 from random weights, VisDA's 12 classes in 4 groups, 36 images of each domain. `source-only`
+trains on all 72 images here, as if they were labelled, so that it does the same work outside of the adversarial head.
 """
 
 from __future__ import annotations
