@@ -13,6 +13,9 @@ import gsda_kernels as gk
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="device to measure on (default: cpu)")
     parser.addoption("--dtype", default="float32", help="dtype of features and parameters (default: float32)")
+    parser.addoption("--task", default="digits", help="preset of the training step's benchmark (default: digits)")
+    parser.addoption("--batch-size", type=int, default=32, help="images of each domain in a training step")
+    parser.addoption("--steps", type=int, default=20, help="training steps to time")
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

@@ -1,66 +1,78 @@
-"""The whole training step beside a source-only step of the same network on the same two-domain batch.
+"""The whole training step on random images: methods x precision, eager and compiled, and what a checkpoint adds.
 
-    OMP_NUM_THREADS=1 python -m pytest benchmarks/test_training_step.py --benchmark-json=RESULTS.json
+    python -m pytest benchmarks/test_training_step.py [--device cuda] [--task visda] [--batch-size 36]
 
-Random images, ResNet-50 from random weights, VisDA's 12 classes in 4 groups, 36 images of each domain. `source-only`
-trains on all 72 images here, as if they were labelled, so that it does the same work outside of the adversarial head.
+A round is one step, both domains of `batch_size` images each, ended by waiting for the device. Time to first step
+(compilation, choice of algorithms, first allocations) is in `extra_info`.
 """
 
 from __future__ import annotations
 
-from functools import cache
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from gsda_fast.methods import Method, StepInputs, build_method
-from gsda_fast.methods.gsda import AdversarialSettings
-from gsda_fast.model import ModelSettings, build_model
-from gsda_fast.training.distributed import Ranks
-from gsda_fast.training.optim import OptimizerSettings, build_optimizers
-from gsda_fast.training.update import Updater
+from gsda_fast.config import parse_config
+from gsda_fast.training.assemble import build_trainer, resolve
+from gsda_fast.training.checkpoint import CheckpointFolder
+from gsda_fast.training.figures import peak_memory
+from gsda_fast.training.trainer import Trainer
 
-NUM_CLASSES, BATCH = 12, 36
-VISITS = 2
-CONTENDERS = {"source-only": "auto", "dann": "auto", "gsda": "auto", "gsda, reference loop": "reference"}
+PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16", "fp16")}
+_NEVER = str(10**6)
 
 
-@cache
-def trained(contender: str, device: str) -> tuple[Method, Updater]:
-    torch.manual_seed(0)
-    settings = AdversarialSettings(alpha=0.2, beta=10.0, groups=4, backend=CONTENDERS[contender])
-    model = build_model(ModelSettings(weights="none"), NUM_CLASSES)
-    method = build_method(contender.partition(",")[0], model, settings, NUM_CLASSES, seed=0).to(device).train()
-    players = method.players()
-    return method, Updater(players, build_optimizers(players, OptimizerSettings()), Ranks(), torch.device(device))
+class Step:
+    """A trainer past its warm-up, of which one step is taken at a time."""
+
+    def __init__(self, config: pytest.Config, *options: str) -> None:
+        arguments = [config.getoption("--task"), "--synthetic", "--weights", "none", "--warmup", "0", "--steps", _NEVER]
+        arguments += ["--batch-size", str(config.getoption("--batch-size")), "--refresh-every", _NEVER]
+        arguments += ["--device", config.getoption("--device"), "--threads", str(torch.get_num_threads())]
+        self.trainer: Trainer = build_trainer(*resolve(parse_config([*arguments, *options], "benchmark")))
+        self.trainer.method.train()
+        self._batches = self.trainer.loader.train(self.trainer.plan, range(10**6))
+        self._number = 0
+        started = time.perf_counter()
+        self()
+        self.first = time.perf_counter() - started
+
+    def __call__(self) -> None:
+        self.trainer._train_step(self._number, next(self._batches))
+        self._number += 1
+        if self.trainer.device.type == "cuda":
+            torch.cuda.synchronize(self.trainer.device)
+
+    def measure(self, benchmark: BenchmarkFixture, config: pytest.Config) -> None:
+        benchmark.pedantic(self, rounds=config.getoption("--steps"), warmup_rounds=3)
+        images = 2 * config.getoption("--batch-size")
+        benchmark.extra_info |= {
+            "images_per_second": images / benchmark.stats["median"],
+            "seconds_to_first_step": self.first,
+            "peak_memory_gib": peak_memory(self.trainer.device) / 2**30,
+        }
 
 
-@cache
-def images(device: str) -> torch.Tensor:
-    pixels = torch.randn(2 * BATCH, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    return pixels.to(device, memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("visit", range(VISITS))
-@pytest.mark.parametrize("contender", CONTENDERS)
-def test_training_step(benchmark: BenchmarkFixture, pytestconfig: pytest.Config, contender: str, visit: int) -> None:
+@pytest.mark.parametrize("compiled", ["--no-compile", "--compile"], ids=["eager", "compile"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("method", ["source-only", "dann", "gsda"])
+def test_step(
+    benchmark: BenchmarkFixture, pytestconfig: pytest.Config, method: str, precision: str, compiled: str
+) -> None:
     device = pytestconfig.getoption("--device")
-    method, updater = trained(contender, device)
-    labelled = 2 * BATCH if contender == "source-only" else BATCH
-    inputs = StepInputs(
-        source_images=images(device)[:labelled],
-        source_labels=(torch.arange(labelled) % NUM_CLASSES).to(device),
-        target_images=images(device)[BATCH:],
-        warming_up=False,
-        adversarial_ramp=torch.full((), 0.5, device=device),
-    )
+    if precision not in PRECISIONS[device]:
+        pytest.skip(f"{precision} is emulated on a {device}")
+    torch._dynamo.reset()
+    benchmark.group = f"{pytestconfig.getoption('--task')} {precision}"
+    Step(pytestconfig, "--method", method, "--precision", precision, compiled).measure(benchmark, pytestconfig)
 
-    def step() -> None:
-        updater.step(visit, method.moves(inputs))
-        if device == "cuda":
-            torch.cuda.synchronize()
 
-    benchmark.group = f"training step, visit {visit}"
-    benchmark.pedantic(step, rounds=1, warmup_rounds=0 if visit else 1)
-    benchmark.extra_info["images_per_second"] = 2 * BATCH / benchmark.stats["median"]
+def test_saving_a_checkpoint(benchmark: BenchmarkFixture, pytestconfig: pytest.Config, tmp_path: Path) -> None:
+    """What the trainer stands still for at each scoring of the target."""
+    step = Step(pytestconfig, "--no-compile")
+    checkpoints = CheckpointFolder(tmp_path)
+    benchmark.group = "checkpoint"
+    benchmark.pedantic(lambda: checkpoints.save(0, step.trainer.state_dict()), rounds=5, warmup_rounds=1)

@@ -1,15 +1,18 @@
+import importlib.util
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
+from gsda_fast.errors import UsageError
 from gsda_fast.methods import METHODS, build_method
 from gsda_fast.methods.gsda import AdversarialSettings
 from gsda_fast.model import AdaptationModel, ModelSettings
-from gsda_fast.training.optim import OptimizerSettings, build_optimizers, set_learning_rate
+from gsda_fast.training.optim import OptimizerSettings, build_optimizers, set_learning_rate, takes_skip_flag
 
 SETTINGS = OptimizerSettings(learning_rate=0.5, backbone_learning_rate=0.25, momentum=0.9, weight_decay=0.125)
 
@@ -84,3 +87,53 @@ def test_without_momentum_it_is_plain_gradient_descent() -> None:
     module.weight.grad = torch.full((1, 1), 2.0)
     optimizer.step()
     assert_close(float(module.weight.detach()), x - 0.5 * 2.0)
+
+
+def test_pytorchs_fused_update_is_taken_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = build_optimizers(players(), SETTINGS)["encoder"]
+    assert fused.param_groups[0]["fused"]
+    sgd = torch.optim.SGD
+
+    def without_fused(*arguments: Any, **options: Any) -> torch.optim.SGD:
+        if options.get("fused"):
+            raise RuntimeError("no fused update for these parameters")
+        return sgd(*arguments, **options)
+
+    monkeypatch.setattr(torch.optim, "SGD", without_fused)
+    assert build_optimizers(players(), SETTINGS)["encoder"].param_groups[0]["foreach"]
+
+
+def test_the_other_package_named_apex_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = replace(SETTINGS, optimizer="apex")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="--optimizer: found apex, but no Apex; expected NVIDIA Apex built with"):
+        build_optimizers(players(), settings)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "apex" else None)
+    with pytest.raises(UsageError, match="found apex, but a package named apex without the extension amp_C: another"):
+        build_optimizers(players(), settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_apex_is_given_no_parameters_that_it_would_skip(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gsda_fast.training.optim.require_apex", lambda: torch.optim.SGD)
+    module = nn.Linear(2, 2).to(dtype)
+    with pytest.raises(UsageError, match=f"--optimizer: found apex with {dtype} parameters on cpu"):
+        build_optimizers({"only": module}, replace(SETTINGS, optimizer="apex"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(importlib.util.find_spec("amp_C") is None, reason="Apex is not installed")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_apex_and_pytorch_make_the_same_steps() -> None:
+    weights = []
+    for name in ("sgd", "apex"):
+        torch.manual_seed(0)
+        module = nn.Conv2d(3, 8, 3).to("cuda", memory_format=torch.channels_last)
+        optimizer = build_optimizers({"only": module}, replace(SETTINGS, optimizer=name))["only"]
+        for flag in (0.0, 1.0, 0.0):
+            takes_skip_flag(optimizer, torch.tensor(flag, device="cuda"))
+            for parameter in module.parameters():
+                parameter.grad = torch.sin(parameter.detach() + flag)
+            optimizer.step()
+        weights.append(module.weight.detach())
+    assert_close(*weights, rtol=1e-6, atol=1e-7)

@@ -1,0 +1,121 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from gsda_fast.errors import UsageError
+from gsda_fast.methods import Method, StepInputs, build_method
+from gsda_fast.methods.gsda import AdversarialSettings
+from gsda_fast.methods.objective import synchronization_loss
+from gsda_fast.model import ModelSettings, build_model
+from gsda_fast.training.distributed import Ranks
+from gsda_fast.training.precision import AUTOCAST_DTYPES, PrecisionSettings
+
+LENET = ModelSettings(backbone="lenet", weights="none", bottleneck_dim=16)
+
+
+def build(precision: str = "fp32") -> Method:
+    torch.manual_seed(0)
+    model = build_model(LENET, 4)
+    model.autocast_dtype = AUTOCAST_DTYPES[precision]
+    return build_method("gsda", model, AdversarialSettings(groups=2, hidden_dim=16, backend="torch"), 4, seed=0)
+
+
+def inputs() -> StepInputs:
+    generator = torch.Generator().manual_seed(1)
+    source, target = torch.randn(2, 8, 1, 16, 16, generator=generator)
+    return StepInputs(source, torch.arange(8) % 4, target, warming_up=False, adversarial_ramp=torch.tensor(0.5))
+
+
+def test_automatic_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert PrecisionSettings().resolved("cpu") == PrecisionSettings("fp32", "off")
+    for supported, precision in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, found=supported: found)
+        assert PrecisionSettings().resolved("cuda") == PrecisionSettings(precision, "on")  # type: ignore[arg-type]
+    chosen = PrecisionSettings("fp16", "on")
+    assert chosen.resolved("cpu") == chosen
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_the_network_runs_in_half_precision_and_losses_in_float32(precision: str, dtype: torch.dtype) -> None:
+    method, exact = build(precision), build()
+    features, logits = method.model(inputs().source_images)
+    assert features.dtype == dtype
+    assert logits.dtype == torch.float32
+    for move, same in zip(method.moves(inputs()), exact.moves(inputs())):
+        assert {term.dtype for term in move.objective.terms.values()} == {torch.float32}
+        assert_close(dict(move.objective.terms), dict(same.objective.terms), rtol=0.05, atol=2e-3)
+        move.objective.total.backward()
+    assert {parameter.grad.dtype for parameter in method.parameters() if parameter.grad is not None} == {torch.float32}
+
+
+def terms_of(method: Any, images: Tensor, probabilities: Tensor, ranks: Ranks) -> Tensor:
+    """The whole head, and the network before it, as one function."""
+    features, logits = method.model(images)
+    domain = (torch.arange(len(images)) < len(images) // 2).float()
+    terms = method.discriminators(features, probabilities, domain, len(images) // 2)
+    mean = ranks.mean if ranks.several else None
+    return (
+        terms.loss.sum() + synchronization_loss(terms.gradient_norm, method.discriminators.groups, mean) + logits.sum()
+    )
+
+
+def check_compiled(backend: str) -> None:
+    method, batch = build(), inputs()
+    images = torch.cat([batch.source_images, batch.target_images])
+    probabilities = torch.cat([torch.eye(4)[batch.source_labels], torch.rand(8, 4).softmax(1)])
+    torch._dynamo.reset()
+    compiled = torch.compile(terms_of, backend=backend, fullgraph=True, dynamic=False)
+    found = []
+    for function in (terms_of, compiled):
+        method.zero_grad()
+        total = function(method, images, probabilities, Ranks())
+        total.backward()
+        gradients = {name: each.grad.clone() for name, each in method.named_parameters() if each.grad is not None}
+        found.append((total.detach(), gradients))
+    assert len(found[0][1]) == len(list(method.parameters()))
+    assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+
+
+def test_network_and_head_are_one_graph() -> None:
+    check_compiled("aot_eager")
+
+
+@pytest.mark.slow
+def test_network_and_head_compile_to_the_same_numbers() -> None:
+    check_compiled("inductor")
+
+
+def test_the_mean_over_ranks_breaks_no_graph() -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        torch._dynamo.reset()
+        groups = build().players()["discriminators"].groups
+        norm = torch.rand(7, requires_grad=True)
+        compiled = torch.compile(synchronization_loss, backend="aot_eager", fullgraph=True)
+        compiled(norm, groups, Ranks(0, 2).mean).backward()
+        assert norm.grad is not None
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_compiling_the_parts_keeps_their_names_and_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    method, plain = build(), build()
+    compiled: list[Any] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.append((module, options)))
+    method.compile_parts()
+    assert [module for module, _ in compiled] == list(method.players().values())
+    assert all(options == {"dynamic": False} for _, options in compiled)
+    assert list(method.state_dict()) == list(plain.state_dict())
+
+
+def test_batchnorm_over_processes_needs_gpus() -> None:
+    from gsda_fast.config import parse_config
+    from gsda_fast.training.assemble import build_trainer, resolve
+
+    with pytest.raises(UsageError, match="--sync-batchnorm: found device cpu; expected GPUs"):
+        build_trainer(*resolve(parse_config(["digits", "--sync-batchnorm"], "train")))
