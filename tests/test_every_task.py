@@ -1,0 +1,224 @@
+"""Every task trains a few steps on a small tree in its own layout, with both loaders, which see the same samples."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from image_trees import class_tree
+from rich.console import Console
+
+from gsda_fast.config import parse_config
+from gsda_fast.data.batches import Batch, Loader
+from gsda_fast.data.benchmarks import BENCHMARKS
+from gsda_fast.data.loaders import open_loader
+from gsda_fast.data.pack import pack
+from gsda_fast.data.sampling import SamplingPlan
+from gsda_fast.errors import UsageError
+from gsda_fast.results.run_folder import RunFolder
+from gsda_fast.train import train
+from gsda_fast.training import assemble
+
+pytestmark = [
+    pytest.mark.skipif(find_spec("nvidia") is None or find_spec("nvidia.dali") is None, reason="DALI is not installed"),
+    pytest.mark.filterwarnings("ignore:domain .* published"),
+]
+
+SampleIds = list[tuple[list[int], list[int]]]
+
+
+def _visda(root: Path) -> None:
+    for domain, suffix in (("train", ".png"), ("validation", ".jpg")):
+        class_tree(root / domain, BENCHMARKS["visda"].classes or (), per_class=2, suffix=suffix)
+        files = sorted((root / domain).glob(f"*/*{suffix}"))
+        lines = [f"{file.relative_to(root / domain)} {number // 2}" for number, file in enumerate(files)]
+        (root / domain / "image_list.txt").write_text("\n".join(lines))
+
+
+def _office31(root: Path) -> None:
+    for domain in ("amazon", "webcam"):
+        class_tree(root / domain / "images", BENCHMARKS["office31"].classes or (), per_class=1)
+
+
+def _office_home(root: Path) -> None:
+    for domain in ("Real World", "Art"):
+        folder = root / "OfficeHomeDataset_10072016" / domain
+        class_tree(folder, BENCHMARKS["office-home"].classes or (), per_class=1)
+
+
+def _folder(root: Path) -> None:
+    class_tree(root / "photos", ["cat", "dog", "horse"], per_class=4)
+    class_tree(root / "sketches", ["cat", "horse"], per_class=4, suffix=".png")
+
+
+TASKS: dict[str, tuple[Callable[[Path], None], str, str]] = {
+    "visda": (_visda, "train", "validation"),
+    "office31": (_office31, "amazon", "webcam"),
+    "office31-partial": (_office31, "A", "W"),
+    "office-home": (_office_home, "Rw", "Ar"),
+    "office-home-partial": (_office_home, "real_world", "art"),
+    "folder": (_folder, "photos", "sketches"),
+}
+
+
+class Recorder:
+    """A loader that notes which samples it gave, and may stop before a step as if the process had been ended."""
+
+    def __init__(self, loader: Loader, seen: SampleIds, stop_at: int | None) -> None:
+        self._loader, self._seen, self._stop_at = loader, seen, stop_at
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._loader, name)
+
+    def train(self, plan: SamplingPlan, steps: range, rank: int = 0) -> Iterator[Batch]:
+        for step, batch in zip(steps, self._loader.train(plan, steps, rank)):
+            if step == self._stop_at:
+                raise KeyboardInterrupt
+            self._seen.append((batch.source_index.tolist(), batch.target_index.tolist()))
+            yield batch
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of 32x32 pixels instead of 224x224, for the time's sake."""
+    for task in TASKS:
+        benchmark = BENCHMARKS[task]
+        recipe = replace(benchmark.recipe, resize=40, crop=32)
+        monkeypatch.setitem(BENCHMARKS, task, replace(benchmark, recipe=recipe))
+
+
+@pytest.fixture
+def run(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., SampleIds]:
+    """Trains; returns the samples seen."""
+
+    # Nothing is as sure as 1, so all of the target trains: pixels that differ by a level could change pseudo-labels.
+    def trained(
+        task: str,
+        loader: str,
+        *options: str,
+        output: str = "",
+        stop_at: int | None = None,
+        threshold: str = "1",
+        root: Path | None = None,
+    ) -> SampleIds:
+        seen: SampleIds = []
+        _, source, target = TASKS[task]
+        monkeypatch.setattr(
+            assemble, "open_loader", lambda *args, **kinds: Recorder(open_loader(*args, **kinds), seen, stop_at)
+        )
+        arguments = [task, "--source", source, "--target", target, "--data-root", str(root or tmp_path / task)]
+        arguments += ["--loader", loader, "--workers", "1", "--output", str(tmp_path / (output or f"run-{loader}"))]
+        arguments += ["--steps", "4", "--batch-size", "6", "--refresh-every", "2", "--confidence-threshold", threshold]
+        arguments += ["--backbone", "resnet18", "--weights", "none", "--bottleneck-dim", "8", "--hidden-dim", "8"]
+        arguments += ["--learning-rate", "0.001", "--device", "cpu", "--log-every", "1", *options]
+        train(parse_config(arguments, "train"), Console(quiet=True))
+        return seen
+
+    return trained
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_task_trains_with_both_loaders_on_the_same_samples(
+    task: str, run: Callable[..., SampleIds], tmp_path: Path
+) -> None:
+    TASKS[task][0](tmp_path / task)
+    ids = {loader: run(task, loader) for loader in ("dali", "torch")}
+    assert ids["dali"] == ids["torch"]
+    assert len(ids["dali"]) == 4
+    for loader in ids:
+        folder = RunFolder.existing(tmp_path / f"run-{loader}")
+        assert folder.read_config()["data"]["loader"] == loader
+        result = folder.read_result()
+        assert result is not None
+        assert result.steps == 4
+
+
+def predictions(folder: Path) -> np.ndarray:
+    with np.load(folder / "predictions.npz") as content:
+        return np.concatenate([content[name].reshape(-1).astype(np.float64) for name in sorted(content)])
+
+
+def test_resumed_run_is_the_same_run_with_dali(run: Callable[..., SampleIds], tmp_path: Path) -> None:
+    _folder(tmp_path / "folder")
+    whole = run("folder", "dali", output="whole", threshold="0")
+    with pytest.raises(KeyboardInterrupt):
+        run("folder", "dali", output="broken", stop_at=3, threshold="0")
+    # After the scoring at step 2, in the middle of an epoch of the source.
+    assert run("folder", "dali", output="broken", threshold="0") == whole[2:]
+    np.testing.assert_array_equal(predictions(tmp_path / "whole"), predictions(tmp_path / "broken"))
+
+
+def test_resuming_with_another_loader_or_other_data_is_refused(run: Callable[..., SampleIds], tmp_path: Path) -> None:
+    _folder(tmp_path / "folder")
+    with pytest.raises(KeyboardInterrupt):
+        run("folder", "dali", output="run", stop_at=3)
+    with pytest.raises(UsageError, match=r"with other settings \(data.loader = dali there and torch here\)"):
+        run("folder", "torch", output="run")
+    with pytest.raises(UsageError, match=r"data.loader = dali there and torch here"):
+        run("folder", "auto", output="run")
+    packed = pack("folder", "photos", "sketches", tmp_path / "folder", output=tmp_path / "pack")
+    with pytest.raises(UsageError, match=rf"data.data_root = .*folder there and {packed} here"):
+        run("folder", "auto", output="run", root=packed)
+
+
+def test_pack_behind_the_environment_variable_is_other_data_too(
+    run: Callable[..., SampleIds], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _folder(tmp_path / "folder")
+    packed = pack("folder", "photos", "sketches", tmp_path / "folder", output=tmp_path / "pack")
+    arguments = ["folder", "--source", "photos", "--target", "sketches", "--output", str(tmp_path / "run")]
+    configs = []
+    for root in (tmp_path / "folder", packed):
+        monkeypatch.setenv("GSDA_DATA", str(root))
+        configs.append(assemble.resolve(parse_config(arguments, "train"))[0])
+    assert [config.data.data_root for config in configs] == [None, packed]
+
+
+def test_training_from_a_pack_sees_the_same_samples(run: Callable[..., SampleIds], tmp_path: Path) -> None:
+    _folder(tmp_path / "folder")
+    packed = pack("folder", "photos", "sketches", tmp_path / "folder", output=tmp_path / "pack")
+    raw = run("folder", "torch")
+    assert run("folder", "auto", output="packed", root=packed) == raw
+    assert run("folder", "auto", "--cache-on-device", output="cached", root=packed) == raw
+
+
+@pytest.mark.parametrize("loader", ["dali", "torch"])
+def test_folder_that_vanishes_in_mid_run_is_named_and_nothing_is_lost(
+    run: Callable[..., SampleIds], tmp_path: Path, loader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _folder(tmp_path / "folder")
+    whole = run("folder", loader, output="whole")
+    vanishing, gone = tmp_path / "folder" / "photos" / "cat", tmp_path / "gone"
+    train_step = assemble.Trainer._train_step
+
+    def lose_the_folder(trainer: assemble.Trainer, step: int, batch: Batch) -> dict[str, torch.Tensor]:
+        if step == 1:
+            vanishing.rename(gone)
+        return train_step(trainer, step, batch)
+
+    monkeypatch.setattr(assemble.Trainer, "_train_step", lose_the_folder)
+    with pytest.raises(UsageError, match=r"photos/cat/frame_000\d.jpg: found no such file any more"):
+        run("folder", loader, output="broken")
+    monkeypatch.setattr(assemble.Trainer, "_train_step", train_step)
+    gone.rename(vanishing)
+    assert run("folder", loader, output="broken") == whole[2:]
+    np.testing.assert_array_equal(predictions(tmp_path / "whole"), predictions(tmp_path / "broken"))
+
+
+def test_files_are_looked_at_before_the_training(run: Callable[..., SampleIds], tmp_path: Path) -> None:
+    _folder(tmp_path / "folder")
+    bad = tmp_path / "folder" / "photos" / "dog" / "frame_0003.jpg"
+    shutil.copy(bad, tmp_path / "good.jpg")
+    bad.write_bytes(bad.read_bytes()[:-200])
+    with pytest.raises(UsageError, match=rf"data: found 1 unreadable files: {bad} \(.*truncated"):
+        run("folder", "torch")
+    assert not (tmp_path / "run-torch" / "checkpoints").exists()
+    with pytest.raises(UsageError, match=rf"{bad}: found .*; expected a readable image"):
+        run("folder", "torch", "--no-verify")
+    (tmp_path / "bad.txt").write_text(f"{bad}\n")
+    seen = run("folder", "torch", "--quarantine", str(tmp_path / "bad.txt"), output="rest")
+    assert max(sample for source, _ in seen for sample in source) <= 10
