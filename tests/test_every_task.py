@@ -165,6 +165,19 @@ def test_resuming_with_another_loader_or_other_data_is_refused(run: Callable[...
         run("folder", "auto", output="run", root=packed)
 
 
+def test_pack_behind_the_environment_variable_is_other_data_too(
+    run: Callable[..., SampleIds], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _folder(tmp_path / "folder")
+    packed = pack("folder", "photos", "sketches", tmp_path / "folder", output=tmp_path / "pack")
+    arguments = ["folder", "--source", "photos", "--target", "sketches", "--output", str(tmp_path / "run")]
+    configs = []
+    for root in (tmp_path / "folder", packed):
+        monkeypatch.setenv("GSDA_DATA", str(root))
+        configs.append(assemble.resolve(parse_config(arguments, "train"))[0])
+    assert [config.data.data_root for config in configs] == [None, packed]
+
+
 def test_training_from_a_pack_sees_the_same_samples(run: Callable[..., SampleIds], tmp_path: Path) -> None:
     _folder(tmp_path / "folder")
     packed = pack("folder", "photos", "sketches", tmp_path / "folder", output=tmp_path / "pack")

@@ -44,6 +44,8 @@ def resolve(config: Config, world_size: int = 1) -> tuple[Config, ImageDomain, I
     else:
         source, target = open_pair(config.task, data.source, data.target, data.data_root, data.quarantine)
     run, device = config.run, choose_device(config)
+    # A pack has other pixels than the raw files, so a run says that it reads one, also where GSDA_DATA names it.
+    data_root = data.data_root if source.frames is None else source.root
     loader = data.loader if data.synthetic else resolve_loader(data, source, target, torch.device(device))
     groups = config.adversarial.groups or max(1, round(source.num_classes / 5))
     refresh_every = config.pseudo_labels.refresh_every or -(-len(target) // (run.batch_size * world_size))
@@ -51,7 +53,7 @@ def resolve(config: Config, world_size: int = 1) -> tuple[Config, ImageDomain, I
     resolved = replace(
         config,
         run=replace(run, device=device, output=run.output or default_output),
-        data=replace(config.data, source=source.name, target=target.name, loader=loader),
+        data=replace(data, source=source.name, target=target.name, loader=loader, data_root=data_root),
         adversarial=replace(config.adversarial, groups=groups, backend=_backend(config.adversarial.backend, device)),
         pseudo_labels=replace(config.pseudo_labels, refresh_every=refresh_every),
         precision=config.precision.resolved(device),
