@@ -150,7 +150,15 @@ def build_trainer(config: Config, source: ImageDomain, target: ImageDomain, rank
     )
     return Trainer(
         method,
-        open_loader(config.data, source, target, recipe, batch_size=_EVALUATION_BATCH, device=device),
+        open_loader(
+            config.data,
+            source,
+            target,
+            recipe,
+            batch_size=_EVALUATION_BATCH,
+            device=device,
+            dtype=model.autocast_dtype or torch.float32,
+        ),
         plan,
         target,
         Schedule(config.run.steps, config.run.warmup, config.pseudo_labels.refresh_every),
