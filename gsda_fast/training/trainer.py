@@ -167,6 +167,7 @@ class Trainer:
         self.probabilities = self.predict("target")
         figures = evaluation_figures(self.target_labels, self.probabilities)
         self.history.add(self.step, figures)
+        self.method.refresh(self.probabilities)
         if self.method.target_samples == "confident":
             self.plan = self.plan.with_target(confident_labels(self.probabilities, self.confidence_threshold))
         return figures
