@@ -2,7 +2,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -19,8 +19,9 @@ from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.sampling import IntArray, SamplingPlan
 from gsda_fast.methods import build_method
 from gsda_fast.methods.gsda import GSDA, AdversarialSettings
-from gsda_fast.methods.objective import class_probabilities
+from gsda_fast.methods.objective import class_probabilities, target_class_weights
 from gsda_fast.model import AdaptationModel, ModelSettings
+from gsda_fast.training.distributed import Ranks
 from gsda_fast.training.optim import OptimizerSettings, build_optimizers, set_learning_rate
 from gsda_fast.training.pseudo_labels import confident_labels
 from gsda_fast.training.schedules import Schedule
@@ -75,18 +76,32 @@ class TensorLoader:
 
 
 def build(
-    method: str = "gsda", *, dropout: float = 0.2, schedule: Schedule = SCHEDULE, log_every: int = 2, seed: int = 0
+    method: str = "gsda",
+    *,
+    dropout: float = 0.2,
+    schedule: Schedule = SCHEDULE,
+    log_every: int = 2,
+    seed: int = 0,
+    class_weights: Literal["none", "pada"] = "none",
+    ranks: Ranks | None = None,
 ) -> Trainer:
     torch.manual_seed(seed)
     backbone = nn.Sequential(nn.Linear(DIM, 10), nn.BatchNorm1d(10), nn.ReLU(), nn.Dropout(dropout))
     model = AdaptationModel(backbone, 10, NUM_CLASSES, ModelSettings(bottleneck_dim=5))
     loader = TensorLoader()
-    settings = AdversarialSettings(alpha=0.1, groups=2, hidden_dim=8)
+    settings = AdversarialSettings(alpha=0.1, groups=2, hidden_dim=8, class_weights=class_weights)
     built = loader.method = build_method(method, model, settings, NUM_CLASSES, seed=0)
     paths = [f"{number}.png" for number in range(NUM_TARGET)]
     target = ImageDomain("target", Path("nowhere"), paths, loader.labels["target"].numpy(), tuple("abcd"))
     recipe = find_benchmark("digits").recipe
-    plan = SamplingPlan(loader.labels["source"].numpy(), NUM_TARGET, recipe=recipe, batch_size=BATCH_SIZE, seed=0)
+    plan = SamplingPlan(
+        loader.labels["source"].numpy(),
+        NUM_TARGET,
+        recipe=recipe,
+        batch_size=BATCH_SIZE,
+        seed=0,
+        world_size=ranks.world_size if ranks else 1,
+    )
     return Trainer(
         built,
         loader,
@@ -97,6 +112,7 @@ def build(
         confidence_threshold=THRESHOLD,
         device=torch.device("cpu"),
         log_every=log_every,
+        ranks=ranks,
     )
 
 
@@ -203,6 +219,19 @@ def test_the_same_seed_gives_the_same_run(uninterrupted: list[dict[str, Any]]) -
     assert differences(without_times(other), without_times(uninterrupted[-1])) != []
 
 
+def test_a_run_with_class_weights_resumes_in_the_same_state() -> None:
+    _, states = run(build(class_weights="pada"))
+    for weights_left_out in (False, True):
+        resumed = build(seed=1, class_weights="pada")
+        fresh = deepcopy(resumed.state_dict())
+        state = deepcopy(states[1])
+        if weights_left_out:
+            state = left_out(state, "method.source_class_weights", fresh)
+        resumed.load_state_dict(state)
+        found = run(resumed)[1][-1]
+        assert (differences(without_times(found), without_times(states[-1])) != []) == weights_left_out
+
+
 # --------------------------------------------------------------------------------------------- what happens when
 
 
@@ -265,6 +294,26 @@ def test_only_methods_that_want_confident_samples_renew_the_plan(method: str, re
     trainer = build(method)
     run(trainer)
     assert (trainer.plan.target_table is not None) == renewed
+
+
+@pytest.mark.parametrize("method", ["source-only", "gsda"])
+def test_class_weights_follow_every_scoring(method: str) -> None:
+    trainer = build(method, class_weights="pada")
+    assert isinstance(trainer.method, GSDA)
+    kept = []
+    for report in trainer.run(lambda: None):
+        weights = trainer.method.source_class_weights
+        assert weights is not None
+        if report.step < SCHEDULE.warmup:
+            assert torch.equal(weights, torch.ones(NUM_CLASSES))
+        elif report.figures is not None:
+            assert trainer.probabilities is not None
+            assert torch.equal(weights, target_class_weights(trainer.probabilities))
+            kept.append(weights.tolist())
+    assert len({tuple(each) for each in kept}) == len(SCORED)
+    other = build(method)
+    run(other)
+    assert not torch.equal(other.method.model.classifier.weight, trainer.method.model.classifier.weight)
 
 
 def test_discriminators_rest_during_warm_up() -> None:

@@ -80,8 +80,8 @@ def open_pair(
         source, target: domain names or aliases; for the task ``folder``, folders below the data root. None: the task's
             usual ones.
         data_root: where the data set lies; None: the environment variable ``GSDA_DATA``. The tasks ``digits`` and
-            ``digits-partial`` build their own images, in a cache or in a `data_root` that does not exist yet, and do not
-            look at ``GSDA_DATA``.
+            ``digits-partial`` build their own images, in their cache or in a `data_root` that does not exist yet, and
+            do not look at ``GSDA_DATA``.
         quarantine: a text file with the full path of a file a line; these are left out.
 
     Returns:

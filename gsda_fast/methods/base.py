@@ -72,7 +72,7 @@ class Method(nn.Module):
         self.model.compile(dynamic=False)
 
     def refresh(self, target_probabilities: Tensor) -> None:
-        """Told each time the target has been scored; what a method keeps of it is a buffer, so that checkpoints hold it.
+        """Told of every scoring of the target. What a method keeps of it is a buffer, so that checkpoints hold it.
 
         Args:
             target_probabilities: (n_t, r) float32 on the CPU, all samples of the target, the same on every rank.
