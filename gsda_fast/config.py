@@ -228,9 +228,9 @@ def _as_type_of(settings: type, key: str, value: Any, origin: str) -> Any:
     annotation = get_type_hints(settings)[key]
     kinds = get_args(annotation) or (annotation,)
     if get_origin(annotation) is Literal:
-        if value in kinds:
+        if (type(value), value) in [(type(kind), kind) for kind in kinds]:
             return value
-        expected = ", ".join(kinds)
+        expected = ", ".join(map(str, kinds))
     else:
         if type(value) in kinds:
             return value

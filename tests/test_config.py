@@ -32,6 +32,7 @@ OPTIONS = """
 --loader {auto,dali,torch}
 --workers INT
 --cache-on-device, --no-cache-on-device
+--test-crops {1,10}
 --synthetic, --no-synthetic
 --backbone STR
 --weights STR
@@ -151,7 +152,9 @@ def unusual(task: str) -> Config:
     return replace(
         config,
         run=replace(config.run, output=Path("a folder/ünd"), seed=2**63 - 1, resume="never", device="cpu"),
-        data=replace(config.data, data_root=Path("/data"), source='a "quoted" name', cache_on_device=True),
+        data=replace(
+            config.data, data_root=Path("/data"), source='a "quoted" name', cache_on_device=True, test_crops=10
+        ),
         adversarial=replace(config.adversarial, beta=3.0, alpha=1e-30, sync_ramp=False, update="reversal"),
     )
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from gsda_fast import discriminator_objective, encoder_objective
-from gsda_fast.data.batches import Batch, Role
+from gsda_fast.data.batches import Batch, Crops, Role
 from gsda_fast.data.benchmarks import find_benchmark
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.sampling import IntArray, SamplingPlan
@@ -67,10 +67,17 @@ class TensorLoader:
                 target,
             )
 
-    def evaluate(self, domain: Role, samples: IntArray | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def evaluate(
+        self, domain: Role, samples: IntArray | None = None, crops: Crops = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         index = torch.arange(len(self.images[domain])) if samples is None else torch.from_numpy(samples)
         for part in index.split(5):
-            yield self.images[domain][part], part
+            yield self.crops(domain, part, crops).flatten(0, 1), part
+
+    def crops(self, domain: Role, index: Tensor, crops: Crops) -> Tensor:
+        """(n, crops, DIM): what ten crops are to an image, a vector and its neighbours are here."""
+        shifts = torch.linspace(-1, 1, crops).unsqueeze(1) if crops > 1 else torch.zeros(1, 1)
+        return self.images[domain][index].unsqueeze(1) + shifts
 
     def close(self) -> None: ...
 
@@ -84,6 +91,7 @@ def build(
     seed: int = 0,
     class_weights: Literal["none", "pada"] = "none",
     ranks: Ranks | None = None,
+    test_crops: Crops = 1,
 ) -> Trainer:
     torch.manual_seed(seed)
     backbone = nn.Sequential(nn.Linear(DIM, 10), nn.BatchNorm1d(10), nn.ReLU(), nn.Dropout(dropout))
@@ -113,6 +121,7 @@ def build(
         device=torch.device("cpu"),
         log_every=log_every,
         ranks=ranks,
+        test_crops=test_crops,
     )
 
 
@@ -269,6 +278,27 @@ def test_accuracy_is_that_of_the_target() -> None:
     assert trainer.history.accuracy.last == last.values["accuracy"]
     assert trainer.probabilities is not None
     assert torch.equal(trainer.probabilities, trainer.predict("target"))
+
+
+def test_ten_crops_are_what_the_figures_average_and_nothing_that_trains() -> None:
+    reports, states = run(build(class_weights="pada"))
+    ten = build(class_weights="pada", test_crops=10)
+    reports_of_ten, states_of_ten = run(ten)
+    without = {"history", *TIMES}
+    for state, of_ten in zip(states, states_of_ten, strict=True):
+        kept, kept_of_ten = ({k: v for k, v in each.items() if k not in without} for each in (state, of_ten))
+        assert differences(kept, kept_of_ten) == []
+    assert reports[-1].values["mutual_information"] != reports_of_ten[-1].values["mutual_information"]
+
+    loader, model = loader_of(ten), ten.method.model.eval()
+    with torch.no_grad():
+        crops = loader.crops("target", torch.arange(NUM_TARGET), 10)
+        expected = torch.stack([model(crops[:, place]).logits.softmax(1) for place in range(10)]).mean(0)
+    assert ten.probabilities is not None
+    assert_close(ten.probabilities, expected)
+    assert_close(ten.predict("target", 10), expected)
+    correct = expected.argmax(1) == loader.labels["target"]
+    assert ten.history.accuracy.last == pytest.approx(100 * correct.double().mean().item())
 
 
 def test_the_plan_follows_every_scoring() -> None:
