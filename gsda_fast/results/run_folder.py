@@ -144,7 +144,7 @@ class RunFolder:
     @staticmethod
     def default_name(task: str, source: str, target: str, method: str, seed: int) -> str:
         """`TASK-SOURCE-TARGET-METHOD-seedN`, with `_` for characters that do not belong into a folder's name."""
-        return "-".join(re.sub(r"[^\w.+-]+", "_", part) for part in (task, source, target, method, f"seed{seed}"))
+        return "-".join(map(file_name, (task, source, target, method, f"seed{seed}")))
 
     @classmethod
     def existing(cls, path: Path | str) -> RunFolder:
@@ -451,6 +451,11 @@ class RunFolder:
         if not isinstance(stored, dict):
             raise UsageError(str(path), found=type(stored).__name__, expected="a JSON object")
         return stored
+
+
+def file_name(text: str) -> str:
+    """The text with `_` for characters that do not belong into a file's or a folder's name."""
+    return re.sub(r"[^\w.+-]+", "_", text)
 
 
 @contextmanager
