@@ -74,7 +74,7 @@ class Trainer:
         scale_losses: bool = False,
     ) -> None:
         self.method, self.loader, self.plan, self.schedule = method, loader, plan, schedule
-        self.target_labels = torch.from_numpy(target.labels)
+        self.target_labels, self.classes = torch.from_numpy(target.labels), target.classes
         self.confidence_threshold, self.device, self.log_every = confidence_threshold, device, log_every
         self.optimizers = build_optimizers(method.players(), optimizer)
         self.ranks = ranks or Ranks()
@@ -196,6 +196,7 @@ class Trainer:
         table = self.plan.target_table
         return {
             "step": self.step,
+            "classes": list(self.classes),
             "method": self.method.state_dict(),
             **self.updater.state_dict(),
             "target_table": None if table is None else torch.from_numpy(table),
