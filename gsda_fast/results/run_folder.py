@@ -190,7 +190,7 @@ class RunFolder:
             file.unlink(missing_ok=True)
         for file in (self.predictions_path, self.features_path, self.trace_path, *self.path.glob("*.png")):
             file.unlink(missing_ok=True)
-        for folder in (self.checkpoints, self.tensorboard):
+        for folder in (self.checkpoints, self.tensorboard, self.exported):
             shutil.rmtree(folder, ignore_errors=True)
         self._last_step = None
 
@@ -215,6 +215,11 @@ class RunFolder:
     def tensorboard(self) -> Path:
         """Folder of the TensorBoard event files."""
         return self.path / "tensorboard"
+
+    @property
+    def exported(self) -> Path:
+        """Folder of the network as other projects read it."""
+        return self.path / "export"
 
     @property
     def result_path(self) -> Path:

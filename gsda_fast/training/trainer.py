@@ -77,7 +77,7 @@ class Trainer:
         test_crops: Crops = 1,
     ) -> None:
         self.method, self.loader, self.plan, self.schedule = method, loader, plan, schedule
-        self.target_labels = torch.from_numpy(target.labels)
+        self.target_labels, self.classes = torch.from_numpy(target.labels), target.classes
         self.confidence_threshold, self.device, self.log_every = confidence_threshold, device, log_every
         self.test_crops: Crops = test_crops
         self.optimizers = build_optimizers(method.players(), optimizer)
@@ -208,6 +208,7 @@ class Trainer:
         table = self.plan.target_table
         return {
             "step": self.step,
+            "classes": list(self.classes),
             "method": self.method.state_dict(),
             **self.updater.state_dict(),
             "target_table": None if table is None else torch.from_numpy(table),
