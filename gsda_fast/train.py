@@ -46,28 +46,30 @@ def train(config: Config, console: Console) -> RunResult:
         TrainingError: numbers that are not finite, or a process that was lost.
     """
     with join(choose_device(config), config.distributed.timeout) as ranks:
-        return _train(config, console if ranks.first else Console(quiet=True), ranks)
+        own_console = console if ranks.first else Console(quiet=True)
+        resolved, source, target = ranks.together(lambda: resolve(config, ranks.world_size))
+        folder = RunFolder(resolved.run.output or "")
+        try:
+            return _train(resolved, source, target, folder, own_console, ranks)
+        finally:
+            folder.release()
 
 
-def _train(config: Config, console: Console, ranks: Ranks) -> RunResult:
-    asked = config
-    config, source, target = ranks.together(lambda: resolve(asked, ranks.world_size))
-    folder = RunFolder(config.run.output or "")
+def _train(
+    config: Config, source: ImageDomain, target: ImageDomain, folder: RunFolder, console: Console, ranks: Ranks
+) -> RunResult:
     finished = ranks.from_first(lambda: _earlier_result(folder, config))
     if finished is not None:
-        console.print(
-            f"{folder.path}: finished already, {_accuracy_line(finished)}; remove the folder to run it again",
-            soft_wrap=True,
-        )
-        return finished
-
+        return _finished_already(finished, folder, console)
     if config.data.verify and not config.data.synthetic:
         with progress_bars(console) as progress:
             ranks.from_first(
                 lambda: require_readable(config.task, source, target, workers=config.data.workers, progress=progress)
             )
     trainer = ranks.together(lambda: build_trainer(config, source, target, ranks))
-    ranks.from_first(folder.prepare)
+    finished = ranks.from_first(lambda: _prepare(folder, config))
+    if finished is not None:
+        return _finished_already(finished, folder, console)
     checkpoints = CheckpointFolder(folder.checkpoints)
     _resume(config, folder, checkpoints, trainer, console)
     if ranks.first:
@@ -145,13 +147,30 @@ def _profile(config: Config, folder: RunFolder, trainer: Trainer) -> Iterator[No
 
 
 def _earlier_result(folder: RunFolder, config: Config) -> RunResult | None:
-    """The result of the same run, if it has finished already.
+    """The result of the same run, if it has finished already; if not, and there is a folder, it is held from now on.
 
     Raises:
-        UsageError: the folder holds a run with other settings.
+        UsageError: the folder holds a run with other settings, or another process writes into it.
     """
-    if config.run.resume == "never":
-        return None
+    result = None if config.run.resume == "never" else _result_of_same_settings(folder, config)
+    if result is None and folder.path.is_dir():
+        folder.hold()
+    return result
+
+
+def _prepare(folder: RunFolder, config: Config) -> RunResult | None:
+    """Makes the folder and holds it. The result, if another process has made the folder and finished the run since."""
+    folder.prepare()
+    return _earlier_result(folder, config)
+
+
+def _finished_already(result: RunResult, folder: RunFolder, console: Console) -> RunResult:
+    told = f"{folder.path}: finished already, {_accuracy_line(result)}; remove the folder to run it again"
+    console.print(told, soft_wrap=True)
+    return result
+
+
+def _result_of_same_settings(folder: RunFolder, config: Config) -> RunResult | None:
     changed = folder.changed_settings(config.to_dict()) if folder.config_path.is_file() else {}
     differing = {name: pair for name, pair in changed.items() if name not in _FREE_TO_CHANGE}
     if differing:

@@ -2,6 +2,7 @@ import io
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import tomllib
@@ -29,6 +30,7 @@ QUICK = ("--steps", "12", "--warmup", "4", "--refresh-every", "3", "--log-every"
 QUICK = (*QUICK, "--confidence-threshold", "0.11")
 SCORED = [4, 7, 10, 12]
 FILES = {
+    ".lock",
     "checkpoints",
     "config.toml",
     "environment.json",
@@ -269,6 +271,50 @@ def test_resume_never_needs_no_readable_folder(quick: Quick, tmp_path: Path) -> 
         run(*quick.settings, "--output", str(folder))
     run(*quick.settings, "--output", str(folder), "--resume", "never")
     assert outcome(folder)["metrics"] == quick.outcome["metrics"]
+
+
+def test_a_folder_in_use_is_refused(quick: Quick, tmp_path: Path) -> None:
+    """The lock of another process, which the kernel takes back when that process is killed."""
+    output = tmp_path / "run"
+    holder = "import sys, time; from gsda_fast.results.run_folder import RunFolder\n"
+    holder += "folder = RunFolder(sys.argv[1]); folder.path.mkdir(); folder.hold(); print(flush=True); time.sleep(100)"
+    with subprocess.Popen([sys.executable, "-c", holder, str(output)], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        for resume in ("auto", "never"):
+            with pytest.raises(UsageError) as error:
+                run(*quick.settings, "--output", str(output), "--resume", resume)
+            assert error.value.what == "--output"
+            assert f"in use by process {other.pid} on {socket.gethostname()}" in error.value.found
+        assert [file.name for file in output.iterdir()] == [".lock"]
+        other.kill()
+    run(*quick.settings, "--output", str(output))
+    assert outcome(output) == quick.outcome
+
+
+def test_a_folder_that_another_process_took_while_this_one_made_ready_is_refused(
+    quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, other = tmp_path / "run", RunFolder(tmp_path / "run")
+    original = command.build_trainer
+
+    def build_while_another_begins(*arguments: Any) -> Any:
+        other.prepare()
+        other.hold()
+        return original(*arguments)
+
+    monkeypatch.setattr(command, "build_trainer", build_while_another_begins)
+    with pytest.raises(UsageError, match=r"--output: found .*, in use by process"):
+        run(*quick.settings, "--output", str(output))
+    other.release()
+    assert not RunFolder(output).begun
+
+
+def test_a_finished_run_is_told_while_its_folder_is_in_use(quick: Quick) -> None:
+    folder = RunFolder(quick.folder)
+    folder.hold()
+    assert "finished already" in run(*quick.settings, "--output", str(quick.folder))[1]
+    folder.release()
 
 
 # ------------------------------------------------------------------------------------------- folders of one's own

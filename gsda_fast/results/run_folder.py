@@ -6,7 +6,9 @@ absent, its old self or its new self, and a torn last line of `metrics.jsonl` is
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import importlib.metadata
 import json
 import math
@@ -15,15 +17,18 @@ import platform
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import tomllib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
+import filelock
 import numpy as np
 import tomli_w
 
@@ -135,6 +140,7 @@ class RunFolder:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self._last_step: int | None = None
+        self._lock: filelock.BaseFileLock | None = None
 
     @staticmethod
     def default_name(task: str, source: str, target: str, method: str, seed: int) -> str:
@@ -178,6 +184,44 @@ class RunFolder:
                 found=f"{self.path} ({error.strerror})",
                 expected="a folder that can be made and written",
             ) from error
+
+    def hold(self) -> None:
+        """Keeps every other process from holding this folder, which exists, until `release` or this process's end.
+
+        The kernel lets go of it when the process dies, however that happens: the lock file that stays says nothing.
+
+        Raises:
+            UsageError: another process holds it.
+        """
+        if self._lock is not None:
+            return
+        file = self.path / ".lock"
+        lock = filelock.FileLock(file, timeout=0, fallback_to_soft=False)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise UsageError(
+                "--output",
+                found=f"{self.path}, in use by {file.read_text().strip() or 'another process'}",
+                expected="a folder that no other process writes into",
+                remedy="wait for it or end it, or give another --output",
+            ) from None
+        except OSError as error:
+            # Some network file systems have no locks, and training must be possible there too. What else can be wrong
+            # with the folder, `prepare` tells.
+            if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                told = f"{self.path} cannot be locked ({error.strerror}): make sure that no other process writes there"
+                warnings.warn(told, stacklevel=2)
+            return
+        self._lock = lock
+        with contextlib.suppress(OSError):  # a full disk, which is no reason to refuse
+            file.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+
+    def release(self) -> None:
+        """Lets other processes hold the folder again."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def clear(self) -> None:
         """Removes what an earlier run left here; files that no run writes stay."""
