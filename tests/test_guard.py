@@ -14,7 +14,7 @@ class LateGuard(Guard):
         self._device = torch.device("cuda")
 
     def _start_copy(self) -> None:
-        self._copy = self._stopped.clone(), None
+        self._copy = torch.stack([self._stopped, self._wishes]), None
 
 
 def step(guard: Guard, number: int, value: float = 1.0, gradient: float = 1.0, scaled: bool = False) -> Tensor:

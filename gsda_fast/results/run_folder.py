@@ -140,6 +140,7 @@ class RunFolder:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self._last_step: int | None = None
+        self._unwritten = b""
         self._lock: filelock.BaseFileLock | None = None
 
     @staticmethod
@@ -231,7 +232,7 @@ class RunFolder:
             file.unlink(missing_ok=True)
         for folder in (self.checkpoints, self.tensorboard):
             shutil.rmtree(folder, ignore_errors=True)
-        self._last_step = None
+        self._last_step, self._unwritten = None, b""
 
     @property
     def config_path(self) -> Path:
@@ -360,14 +361,40 @@ class RunFolder:
 
         Raises:
             ValueError: `step` does not increase.
+            OSError: the file cannot be written. It holds whole lines still, and the next call writes this one as well.
         """
         if self._last_step is None:
             self.truncate_metrics()
         if self._last_step is not None and step <= self._last_step:
             raise ValueError(f"step: found {step} after {self._last_step}; expected a larger one")
-        with self.metrics_path.open("ab") as file:
-            file.write(_json_bytes({"step": step, **values}) + b"\n")
+        self._unwritten += _json_bytes({"step": step, **values}) + b"\n"
         self._last_step = step
+        self._write_lines()
+
+    def sync_metrics(self) -> None:
+        """Puts all lines on the disk: before a checkpoint, since what goes on from it does not write them again.
+
+        Raises:
+            OSError: as `append_metrics`.
+        """
+        self._write_lines()
+        if self.metrics_path.exists():
+            with self.metrics_path.open("ab") as file:
+                os.fsync(file.fileno())
+
+    def _write_lines(self) -> None:
+        if not self._unwritten:
+            return
+        size = self.metrics_path.stat().st_size if self.metrics_path.exists() else 0
+        try:
+            with self.metrics_path.open("ab") as file:
+                file.write(self._unwritten)
+        except OSError:
+            # Part of a line may have been written.
+            with contextlib.suppress(OSError):
+                os.truncate(self.metrics_path, size)
+            raise
+        self._unwritten = b""
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All complete lines, in order; figures that were not finite are None.
@@ -384,7 +411,7 @@ class RunFolder:
         kept = [(line, record) for line, record in self._metric_lines() if step is None or record["step"] <= step]
         with atomic_file(self.metrics_path) as file:
             file.writelines(line + b"\n" for line, _ in kept)
-        self._last_step = kept[-1][1]["step"] if kept else None
+        self._last_step, self._unwritten = kept[-1][1]["step"] if kept else None, b""
 
     def _metric_lines(self) -> list[tuple[bytes, dict[str, Any]]]:
         if not self.metrics_path.is_file():
