@@ -61,7 +61,7 @@ def train(config: Config, console: Console) -> RunResult:
         except Stopped as stopped:
             if stopped.args:
                 raise
-            raise _stopped("stopped before the first step", ranks) from None
+            raise _stopped("stopped before a step was taken", ranks) from None
         finally:
             folder.release()
 
@@ -104,6 +104,7 @@ def _train(
             show(report)
 
     if not trainer.finished:
+        trainer.loader.close()
         unsaved = saver.save()
         if unsaved:
             raise TrainingError(
