@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from rich.table import Table
 
 from gsda_fast.commands import parse_command_line, run_command
 from gsda_fast.config import config_from_dict
+from gsda_fast.data.batches import Crops
 from gsda_fast.errors import UsageError
 from gsda_fast.results.metrics import EvaluationFigures, evaluation_figures
 from gsda_fast.results.run_folder import RunFolder
@@ -28,6 +29,8 @@ class EvaluateSettings:
     """Folder of a finished or interrupted run."""
     checkpoint: int | None = None
     """Step of the checkpoint; the newest one if not given."""
+    test_crops: Crops | None = None
+    """Crops of each image over which to average; as many as in the run if not given."""
 
 
 def evaluate(settings: EvaluateSettings) -> tuple[int, EvaluationFigures, tuple[str, ...]]:
@@ -51,10 +54,13 @@ def evaluate(settings: EvaluateSettings) -> tuple[int, EvaluationFigures, tuple[
         state = checkpoints.load(step)
     except DamagedCheckpoint as error:
         raise UsageError("--checkpoint", found=str(error), expected="an undamaged file") from error
-    config, source, target = resolve(config_from_dict(folder.read_config(), str(folder.config_path)))
+    stored = config_from_dict(folder.read_config(), str(folder.config_path))
+    crops = settings.test_crops or stored.data.test_crops
+    config, source, target = resolve(replace(stored, data=replace(stored.data, test_crops=crops)))
     trainer = build_trainer(config, source, target)
     trainer.load_state_dict(state)
-    figures = evaluation_figures(torch.from_numpy(target.labels), trainer.predict("target"))
+    probabilities = trainer.predict("target", trainer.test_crops)
+    figures = evaluation_figures(torch.from_numpy(target.labels), probabilities)
     trainer.loader.close()
     return step, figures, target.classes
 
@@ -68,8 +74,10 @@ def main() -> None:
         lambda: tyro.cli(EvaluateSettings, args=sys.argv[1:], prog="python -m gsda_fast.evaluate")
     )
     step, figures, classes = evaluate(settings)
+    crops = settings.test_crops or RunFolder(settings.run).setting("test_crops")
     console = Console()
-    console.print(f"{settings.run}, after step {step}", highlight=False, soft_wrap=True)
+    told = f"{settings.run}, after step {step}{', ten-crop test' if crops == 10 else ''}"
+    console.print(told, highlight=False, soft_wrap=True)
     table = Table()
     table.add_column("target")
     table.add_column("accuracy", justify="right")

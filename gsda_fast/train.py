@@ -201,7 +201,9 @@ def _spread(count: int, at_most: int) -> np.ndarray:
 def _write_result(
     config: Config, folder: RunFolder, trainer: Trainer, source: ImageDomain, target: ImageDomain
 ) -> RunResult:
-    probabilities = trainer.probabilities if trainer.probabilities is not None else trainer.predict("target")
+    probabilities = (
+        trainer.probabilities if trainer.probabilities is not None else trainer.predict("target", trainer.test_crops)
+    )
     result = RunResult(
         task=config.task,
         source=source.name,
@@ -215,6 +217,7 @@ def _write_result(
         classes=target.classes,
         images_per_second=trainer.images_seen / trainer.training_seconds if trainer.training_seconds else None,
         seconds=trainer.seconds,
+        test_crops=trainer.test_crops,
     )
     if trainer.ranks.first:
         folder.write_predictions(target.labels, probabilities.numpy())

@@ -65,6 +65,11 @@ def test_the_command_prints_a_table(
         assert f"{value:.2f} %" in line
 
 
+def test_ten_crops_of_images_that_are_used_whole(result: tuple[Path, RunResult]) -> None:
+    with pytest.raises(UsageError, match="--test-crops: found 10, for images that are used whole"):
+        evaluate(EvaluateSettings(result[0], test_crops=10))
+
+
 def damaged(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1

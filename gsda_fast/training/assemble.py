@@ -14,7 +14,7 @@ import gsda_kernels
 from gsda_fast.config import Config
 from gsda_fast.data.benchmarks import ImageRecipe, find_benchmark
 from gsda_fast.data.domains import ImageDomain, open_pair
-from gsda_fast.data.loaders import open_loader, resolve_loader
+from gsda_fast.data.loaders import open_loader, require_room, resolve_loader
 from gsda_fast.data.sampling import SamplingPlan
 from gsda_fast.data.synthetic_loader import synthetic_pair
 from gsda_fast.errors import UsageError
@@ -39,6 +39,7 @@ def resolve(config: Config, world_size: int = 1) -> tuple[Config, ImageDomain, I
         UsageError: data, a device or a backend that is not there.
     """
     data = config.data
+    require_room(data.test_crops, find_benchmark(config.task).recipe)
     if data.synthetic:
         source, target = synthetic_pair(find_benchmark(config.task))
     else:
@@ -150,7 +151,15 @@ def build_trainer(config: Config, source: ImageDomain, target: ImageDomain, rank
     )
     return Trainer(
         method,
-        open_loader(config.data, source, target, recipe, batch_size=_EVALUATION_BATCH, device=device),
+        open_loader(
+            config.data,
+            source,
+            target,
+            recipe,
+            batch_size=_EVALUATION_BATCH,
+            device=device,
+            dtype=model.autocast_dtype or torch.float32,
+        ),
         plan,
         target,
         Schedule(config.run.steps, config.run.warmup, config.pseudo_labels.refresh_every),
@@ -160,4 +169,5 @@ def build_trainer(config: Config, source: ImageDomain, target: ImageDomain, rank
         log_every=config.run.log_every,
         ranks=ranks,
         scale_losses=config.precision.precision == "fp16",
+        test_crops=config.data.test_crops,
     )

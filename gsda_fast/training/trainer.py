@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gsda_fast.data.batches import Batch, Loader, Role
+from gsda_fast.data.batches import Batch, Crops, Loader, Role
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.sampling import SamplingPlan
 from gsda_fast.methods import Method, StepInputs
@@ -53,6 +53,8 @@ class Trainer:
         ranks: the processes of the run. Its calls are made by all of them, at the same steps: nearly every method of
             this class is one for all ranks together.
         scale_losses: for fp16.
+        test_crops: crops of a target image over which the figures average its probabilities. Nothing that trains
+            depends on it: pseudo-labels and what the method refreshes come from the centre crop.
 
     Attributes:
         profiler: told of each step, if there is one.
@@ -72,10 +74,12 @@ class Trainer:
         log_every: int,
         ranks: Ranks | None = None,
         scale_losses: bool = False,
+        test_crops: Crops = 1,
     ) -> None:
         self.method, self.loader, self.plan, self.schedule = method, loader, plan, schedule
         self.target_labels = torch.from_numpy(target.labels)
         self.confidence_threshold, self.device, self.log_every = confidence_threshold, device, log_every
+        self.test_crops: Crops = test_crops
         self.optimizers = build_optimizers(method.players(), optimizer)
         self.ranks = ranks or Ranks()
         self.updater = Updater(method.players(), self.optimizers, self.ranks, device, scale_losses)
@@ -164,23 +168,31 @@ class Trainer:
 
     def _score_target(self) -> EvaluationFigures:
         """Scores the target, notes the figures, and renews the choice of the target samples that train."""
-        self.probabilities = self.predict("target")
+        of_centre = self.predict("target", 1)
+        self.probabilities = of_centre if self.test_crops == 1 else self.predict("target", self.test_crops)
         figures = evaluation_figures(self.target_labels, self.probabilities)
         self.history.add(self.step, figures)
+        self.method.refresh(of_centre)
         if self.method.target_samples == "confident":
-            self.plan = self.plan.with_target(confident_labels(self.probabilities, self.confidence_threshold))
+            self.plan = self.plan.with_target(confident_labels(of_centre, self.confidence_threshold))
         return figures
 
-    def predict(self, domain: Role) -> Tensor:
-        """(n, r) float32 class probabilities of a domain, in its order, on the CPU."""
-        return self._evaluate(domain, None, lambda output: output.logits.float().softmax(1))
+    def predict(self, domain: Role, crops: Crops = 1) -> Tensor:
+        """(n, r) float32 class probabilities of a domain, means over the crops, in its order, on the CPU."""
+
+        def probabilities(output: ModelOutput) -> Tensor:
+            return output.logits.float().softmax(1).unflatten(0, (-1, crops)).mean(1)
+
+        return self._evaluate(domain, None, probabilities, crops)
 
     def features(self, domain: Role, index: np.ndarray) -> np.ndarray:
         """(len(index), D) float32 features of the samples `index` of a domain."""
         return self._evaluate(domain, index, lambda output: output.features.float()).numpy()
 
     @torch.no_grad()
-    def _evaluate(self, domain: Role, index: np.ndarray | None, of: Callable[[ModelOutput], Tensor]) -> Tensor:
+    def _evaluate(
+        self, domain: Role, index: np.ndarray | None, of: Callable[[ModelOutput], Tensor], crops: Crops = 1
+    ) -> Tensor:
         """Rows for the samples `index`, or for all of a domain, each rank computing its share, on the CPU."""
         self.ranks.mean_buffers(self.method)
         self.method.eval()
@@ -188,7 +200,7 @@ class Trainer:
         samples = np.arange(count) if index is None else index
         share = samples[self.ranks.shard(len(samples))]
         # Not the compiled network: it would be compiled anew for the shapes of evaluation.
-        rows = [of(self.method.model.forward(images)) for images, _ in self.loader.evaluate(domain, share)]
+        rows = [of(self.method.model.forward(images)) for images, _ in self.loader.evaluate(domain, share, crops)]
         return self.ranks.gather(torch.cat(rows), len(samples)).cpu()
 
     def state_dict(self) -> dict[str, Any]:
