@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -211,7 +212,7 @@ def test_availability(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert backend.unavailable(torch.device("cuda")) == "no CUDA device"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=8, minor=0))
     assert backend.unavailable(torch.device("cuda")) is None
     assert backends.resolve_backend("auto", "cuda", torch.bfloat16) == "triton"
     assert backends.resolve_backend("auto", "cuda", torch.float64) == "torch"
@@ -236,7 +237,8 @@ def test_chips_that_are_not_supported(
     capability: tuple[int, int], hip: str | None, reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    major, minor = capability
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major, minor=minor))
     monkeypatch.setattr(torch.version, "hip", hip)
     assert gk.available_backends("cuda")["triton"] == reason
     assert backends.resolve_backend("auto", "cuda", HALF) == ("triton" if reason is None else "torch")

@@ -13,21 +13,8 @@ _INSTALLED = importlib.util.find_spec("triton") is not None
 # Triton's own switch, which it reads when it is imported: kernels then run on CPU tensors, for tests.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-
 # Triton's own bound, and the least that has tensor cores for bfloat16.
 _LEAST_CAPABILITY = (8, 0)
-
-
-@torch.compiler.assume_constant_result
-def _why_not(kind: str, index: int | None) -> str | None:
-    if kind != "cuda" or not torch.cuda.is_available():
-        return "no CUDA device"
-    if torch.version.hip is not None:
-        return "AMD GPUs are not supported"
-    found = torch.cuda.get_device_capability(index)
-    if found < _LEAST_CAPABILITY:
-        return "compute capability {}.{}; expected {}.{} or newer".format(*found, *_LEAST_CAPABILITY)
-    return None
 
 
 class TritonBackend:
@@ -38,7 +25,16 @@ class TritonBackend:
             return "triton is not installed"
         if _INTERPRETED and device.type == "cpu":
             return None
-        return _why_not(device.type, device.index)
+        if device.type != "cuda" or not torch.cuda.is_available():
+            return "no CUDA device"
+        if torch.version.hip is not None:
+            return "AMD GPUs are not supported"
+        # Not `get_device_capability`: torch.compile takes these properties for the constants that they are.
+        properties = torch.cuda.get_device_properties(device)
+        if (properties.major, properties.minor) < _LEAST_CAPABILITY:
+            found, least = f"{properties.major}.{properties.minor}", "{}.{}".format(*_LEAST_CAPABILITY)
+            return f"compute capability {found}; expected {least} or newer"
+        return None
 
     def unsupported(self, dtype: torch.dtype) -> str | None:
         return "no float64" if dtype == torch.float64 else None

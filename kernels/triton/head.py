@@ -232,8 +232,7 @@ def _chip(device: torch.device) -> str | None:
     """The device's name in the table of configurations; None for a device that is not there, as in tests."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 def _precision(dtype: torch.dtype) -> str:
