@@ -105,6 +105,17 @@ def test_unlabelled_list_and_unlabelled_folders_of_the_visda_test_domain(tmp_pat
     assert not listed.labelled
 
 
+def test_labels_of_the_visda_test_domain_as_published_beside_the_domains(tmp_path: Path) -> None:
+    touch_tree(visda(tmp_path) / "test", ["trunk01", "trunk20"], per_class=6)
+    images = sorted((tmp_path / "test").glob("*/*.jpg"))
+    lines = [f"{image.relative_to(tmp_path / 'test')} {11 - label}" for label, image in enumerate(images)]
+    (tmp_path / "image_list.txt").write_text("\n".join(reversed(lines)) + "\n")
+    _, target = open_pair("visda", target="test", data_root=tmp_path)
+    assert target.labels.tolist() == list(range(11, -1, -1))
+    assert [target.file(i) for i in range(12)] == [str(image) for image in images]
+    assert open_pair("visda", data_root=tmp_path)[1].labels.tolist() == sorted(range(12))
+
+
 def test_count_that_differs_is_a_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"amazon: found 31 images in .*, published 2817"):
         open_pair("office31", data_root=office31(tmp_path))
