@@ -221,6 +221,16 @@ def test_class_folders_that_differ_in_case_alone(tmp_path: Path) -> None:
         open_pair("office31", data_root=tmp_path)
 
 
+def test_files_whose_names_differ_in_case_alone_are_all_there(tmp_path: Path) -> None:
+    for name in ("frame.jpg", "Frame.jpg", "frame.JPG"):
+        (office31(tmp_path) / "webcam" / "images" / "mug" / name).touch()
+    if len(list((tmp_path / "webcam" / "images" / "mug").iterdir())) < 4:
+        pytest.skip("a file system that holds no such names")
+    _, target = open_pair("office31", data_root=tmp_path)
+    names = [path for path in target.paths if path.startswith("mug/")]
+    assert names == ["mug/0000.jpg", "mug/Frame.jpg", "mug/frame.JPG", "mug/frame.jpg"]
+
+
 @pytest.mark.parametrize("label", [12, -1])
 def test_list_label_out_of_range(tmp_path: Path, label: int) -> None:
     lines = [f"{name}/0000.png {label}" for label, name in enumerate(VISDA)]
