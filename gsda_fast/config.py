@@ -49,8 +49,11 @@ class RunSettings:
     """Write a trace of that many steps, of the first process, into the run's folder, to be opened with Perfetto."""
     output: Path | None = None
     """The run's folder; runs/TASK-SOURCE-TARGET-METHOD-seedN if not given."""
-    resume: Literal["auto", "never"] = "auto"
-    """Go on from the newest checkpoint of the output folder, or start it afresh."""
+    resume: Annotated[str, tyro.conf.arg(metavar="auto|never|PATH")] = "auto"
+    """Go on from the newest checkpoint of the output folder, or start it afresh; PATH: begin with a checkpoint, or the
+    newest one of another run's folder, and go on in the output folder once that has a checkpoint of its own."""
+    weights_alone: bool = False
+    """Take no more than the weights from --resume PATH, and start at step 0: data, processes and method may differ."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,8 @@ class Config:
         }.items():
             if not 0 <= share <= 1:
                 raise UsageError(option, found=str(share), expected="a number from 0 to 1")
+        if self.run.weights_alone and self.run.resume in ("auto", "never"):
+            raise UsageError("--weights-alone", found=f"--resume {self.run.resume}", expected="--resume PATH")
         if self.run.warmup > self.run.steps:
             raise UsageError("--warmup", found=str(self.run.warmup), expected=f"at most --steps, {self.run.steps}")
 

@@ -23,7 +23,8 @@ OPTIONS = """
 --threads INT
 --profile INT
 --output {None}|PATH
---resume {auto,never}
+--resume auto|never|PATH
+--weights-alone, --no-weights-alone
 --source {None}|STR
 --target {None}|STR
 --data-root {None}|PATH

@@ -40,6 +40,29 @@ def test_from_settings_to_batches(settings: DataSettings, pair: tuple[ImageDomai
     loader.close()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["torch", "cached", "dali"])
+def test_images_of_less_precision_are_the_float32_ones_rounded_once(
+    pair: tuple[ImageDomain, ImageDomain], name: str, dtype: torch.dtype
+) -> None:
+    if name == "dali":
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    settings = DataSettings(loader="dali" if name == "dali" else "torch", cache_on_device=name == "cached", workers=1)
+    plan = SamplingPlan(pair[0].labels, len(pair[1]), recipe=RECIPE, batch_size=4, seed=0)
+    found = []
+    for each in (torch.float32, dtype):
+        loader = open_loader(settings, *pair, RECIPE, batch_size=4, device=torch.device("cpu"), dtype=each)
+        batches = list(loader.train(plan, range(2)))
+        images = [image for batch in batches for image in (batch.source_images, batch.target_images)]
+        images += [part for part, _ in loader.evaluate("target")]
+        assert all(image.is_contiguous(memory_format=torch.channels_last) for image in images)
+        found.append(images)
+        loader.close()
+    for exact, rounded in zip(*found, strict=True):
+        assert rounded.dtype == dtype
+        assert torch.equal(exact.to(dtype), rounded)
+
+
 def test_loader_that_does_not_exist(pair: tuple[ImageDomain, ImageDomain]) -> None:
     with pytest.raises(UsageError, match="--loader: found 'pillow'; expected auto, dali or torch"):
         opened(DataSettings(loader="pillow"), pair)  # type: ignore[arg-type]

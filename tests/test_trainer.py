@@ -1,4 +1,5 @@
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -92,6 +93,7 @@ def build(
     class_weights: Literal["none", "pada"] = "none",
     ranks: Ranks | None = None,
     test_crops: Crops = 1,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Trainer:
     torch.manual_seed(seed)
     backbone = nn.Sequential(nn.Linear(DIM, 10), nn.BatchNorm1d(10), nn.ReLU(), nn.Dropout(dropout))
@@ -122,6 +124,7 @@ def build(
         log_every=log_every,
         ranks=ranks,
         test_crops=test_crops,
+        stop=stop,
     )
 
 
@@ -140,48 +143,87 @@ def loader_of(trainer: Trainer) -> TensorLoader:
 # -------------------------------------------------------------------------------------------------------- resuming
 
 TIMES = ("training_seconds", "seconds")
-# Every component of the state, by a path into it; the times and a GPU's generator have tests of their own or none here.
+# Every component of the state, by a path into it. Those of a kind are one: the tensors of a model, say, or what an
+# optimizer keeps for its parameters. The times, and a GPU's generator, have tests of their own or none here.
 COMPONENTS = (
     "step",
     "method.model",
     "method.discriminators",
-    "optimizers.encoder",
-    "optimizers.discriminators",
+    "optimizers.encoder.state",
+    "optimizers.discriminators.state",
     "target_table",
     "history",
-    "random",
+    "ranks.0.random.torch",
+    "ranks.0.random.numpy",
+    "ranks.0.random.python",
     "images_seen",
 )
+CONSTANT = (
+    "classes",
+    "scaler",
+    "unscored",
+    "optimizers.encoder.param_groups",
+    "optimizers.discriminators.param_groups",
+)
+"""Of which a new trainer has the same at a scoring: the rates are the schedule's, and set in each step."""
+ELSEWHERE = ("ranks.0.random.cuda", "ranks.0.buffers", *TIMES)
 
 
 def without_times(state: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in state.items() if name not in TIMES}
 
 
-def left_out(state: dict[str, Any], component: str, fresh: dict[str, Any]) -> dict[str, Any]:
+def components(state: Any, path: str = "") -> Iterator[str]:
+    """Paths down to what the lists above name, or to a leaf that they lack."""
+    known = (*COMPONENTS, *CONSTANT, *ELSEWHERE)
+    prefix = next((name for name in known if path == name or path.startswith(f"{name}.")), None)
+    if prefix is not None:
+        yield prefix
+    elif isinstance(state, dict | list) and state:
+        items = state.items() if isinstance(state, dict) else enumerate(state)
+        for name, value in items:
+            yield from components(value, f"{path}.{name}".lstrip("."))
+    else:
+        yield path
+
+
+def left_out(state: Any, component: str, fresh: Any, path: str = "") -> Any:
     """The state with one component as it is in a new trainer."""
-    name, _, part = component.partition(".")
-    if not part:
-        return {**state, name: fresh[name]}
-    inside = {key: fresh[name][key] if key.startswith(part) else value for key, value in state[name].items()}
-    return {**state, name: inside}
+    if path == component or path.startswith(f"{component}."):
+        return fresh
+    if isinstance(state, dict):
+        return {
+            name: left_out(value, component, fresh.get(name), f"{path}.{name}".lstrip("."))
+            for name, value in state.items()
+        }
+    if isinstance(state, list) and isinstance(fresh, list) and len(state) == len(fresh):
+        return [left_out(*both, f"{path}.{i}") for i, both in enumerate(zip(state, [component] * len(state), fresh))]
+    return state
 
 
 @pytest.fixture(scope="module")
 def uninterrupted() -> list[dict[str, Any]]:
-    return run(build())[1]
+    trainer = build()
+    np.random.seed(0)  # noqa: NPY002
+    random.seed(0)
+    return run(trainer)[1]
 
 
 def test_the_components_are_all_there_are(uninterrupted: list[dict[str, Any]]) -> None:
-    names = {component.partition(".")[0] for component in COMPONENTS}
-    assert names == set(without_times(uninterrupted[0])) - {"random_cuda", "scaler"}
-    assert {key.partition(".")[0] for key in uninterrupted[0]["method"]} == {"model", "discriminators"}
-    assert set(uninterrupted[0]["optimizers"]) == {"encoder", "discriminators"}
+    assert set(components(uninterrupted[1])) == {*COMPONENTS, *CONSTANT, *ELSEWHERE}
+
+
+def in_a_new_process() -> Trainer:
+    """A trainer of which nothing of its own start may remain."""
+    trainer = build(seed=1)
+    np.random.seed(1)  # noqa: NPY002
+    random.seed(1)
+    return trainer
 
 
 @pytest.mark.parametrize("scoring", range(len(SCORED) - 1))
 def test_resuming_at_any_scoring_ends_in_the_same_state(scoring: int, uninterrupted: list[dict[str, Any]]) -> None:
-    resumed = build(seed=1)  # nothing of the new trainer's own start may remain
+    resumed = in_a_new_process()
     resumed.load_state_dict(deepcopy(uninterrupted[scoring]))
     reports, states = run(resumed)
     assert [report.step for report in reports if report.figures] == SCORED[scoring + 1 :]
@@ -191,9 +233,11 @@ def test_resuming_at_any_scoring_ends_in_the_same_state(scoring: int, uninterrup
 @pytest.mark.parametrize("component", [name for name in COMPONENTS if name != "step"])
 def test_leaving_a_component_out_changes_the_run(component: str, uninterrupted: list[dict[str, Any]]) -> None:
     """The negative control of the test above: it would notice each component that a checkpoint lacks."""
-    resumed = build(seed=1)
+    resumed = in_a_new_process()
     fresh = deepcopy(resumed.state_dict())
-    resumed.load_state_dict(left_out(deepcopy(uninterrupted[1]), component, fresh))
+    incomplete = left_out(deepcopy(uninterrupted[1]), component, fresh)
+    assert differences(incomplete, uninterrupted[1]) != []
+    resumed.load_state_dict(incomplete)
     _, states = run(resumed)
     assert differences(without_times(states[-1]), without_times(uninterrupted[-1])) != []
 
@@ -205,10 +249,85 @@ def test_leaving_the_step_out_notes_a_scoring_twice(uninterrupted: list[dict[str
         run(resumed)
 
 
+# -------------------------------------------------------------------------------------------------------- stopping
+
+
+class StopAt:
+    """A wish to stop that is seen at the `call`-th look at it, in steps and between the batches of a scoring."""
+
+    def __init__(self, call: int) -> None:
+        self.call, self.calls = call, 0
+
+    def __call__(self) -> bool:
+        self.calls += 1
+        return self.calls > self.call
+
+
+def told(reports: list[Report]) -> list[tuple[int, dict[str, Any]]]:
+    """What reports say but for times and rates."""
+    rates = ("images_per_second", "data_wait")
+    return [(each.step, {n: v for n, v in each.values.items() if n not in rates}) for each in reports]
+
+
+LOOKS = 14 + 5 * len(SCORED)  # in every step, and before each of the five batches of a scoring
+
+
+@pytest.fixture(scope="module")
+def all_reports() -> list[tuple[int, dict[str, Any]]]:
+    return told(run(build())[0])
+
+
+@pytest.mark.parametrize("look", range(LOOKS))
+def test_stopping_anywhere_and_going_on_is_the_same_run(
+    look: int, uninterrupted: list[dict[str, Any]], all_reports: list[tuple[int, dict[str, Any]]], tmp_path: Path
+) -> None:
+    trainer = build(stop=StopAt(look))
+    np.random.seed(0)  # noqa: NPY002
+    random.seed(0)
+    before, _ = run(trainer)
+    assert not trainer.finished
+    torch.save(trainer.state_dict(), tmp_path / "state.pt")
+    resumed = in_a_new_process()
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    after, _ = run(resumed)
+    assert resumed.finished
+    assert told(before) + told(after) == all_reports
+    assert differences(without_times(resumed.state_dict()), without_times(uninterrupted[-1])) == []
+
+
+def test_a_wish_to_stop_is_seen_everywhere() -> None:
+    """The test above stops at every look that there is, in the middle of a segment, at its end and while scoring."""
+    stop = StopAt(LOOKS)
+    trainer = build(stop=stop)
+    run(trainer)
+    assert trainer.finished
+    assert stop.calls == LOOKS
+    stopped = []
+    for look in range(LOOKS):
+        trainer = build(stop=StopAt(look))
+        run(trainer)
+        stopped.append((trainer.step, trainer.unscored is not None))
+    assert set(stopped) == {(step, False) for step in range(1, 15) if step not in SCORED} | {
+        (step, True) for step in SCORED
+    }
+
+
+def test_leaving_the_waiting_figures_out_changes_the_run(all_reports: list[tuple[int, dict[str, Any]]]) -> None:
+    trainer = build(stop=StopAt(4 + 2))  # while the target is scored for the first time
+    before, _ = run(trainer)
+    assert trainer.unscored is not None
+    resumed = in_a_new_process()
+    resumed.load_state_dict({**trainer.state_dict(), "unscored": None})
+    assert told(before) + told(run(resumed)[0]) != all_reports
+
+
+# ------------------------------------------------------------------------------------------------------------ state
+
+
 def test_a_state_goes_through_a_file(uninterrupted: list[dict[str, Any]], tmp_path: Path) -> None:
     torch.save(uninterrupted[2], tmp_path / "state.pt")
     loaded = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert differences(loaded["method"], dict(uninterrupted[2]["method"])) == ["state"]  # an OrderedDict there
+    assert differences(loaded, uninterrupted[2]) == []
     trainer = build(seed=1)
     trainer.load_state_dict(loaded)
     assert differences(without_times(trainer.state_dict()), without_times(uninterrupted[2])) == []

@@ -48,7 +48,7 @@ class DaliLoader:
         batch_size: images in a batch of `evaluate`.
         device: where batches are put; with a CUDA device, where JPEG is decoded and images are resampled too.
         workers: threads; 0 = the usable cores, divided by the processes that share this machine.
-        dtype: of the images, float32 or float16.
+        dtype: of the images. DALI writes float32 or float16; to any other, float32 is rounded, once.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class DaliLoader:
     ) -> None:
         self._domains: dict[Role, ImageDomain] = {"source": source, "target": target}
         self._recipe, self._batch_size, self._device = recipe, batch_size, torch.device(device)
+        self._dtype = dtype
         self._graph = _Graph(recipe, self._device, workers or usable_cores(), dtype)
         self._labels = torch.from_numpy(source.labels).to(self._device)
         self._training: _Feed | None = None
@@ -78,7 +79,7 @@ class DaliLoader:
         if feed is None or not feed.idle or feed.capacity != 2 * size:
             feed = self._training = _Feed(2 * size, self._graph.training)
         for images, index in feed.run(lambda i: self._requests(plan, steps[i], rank), len(steps)):
-            source_index = index[:size]
+            images, source_index = images.to(self._dtype), index[:size]
             yield Batch(
                 source_images=images[:size],
                 source_labels=self._labels[source_index],
@@ -121,7 +122,7 @@ class DaliLoader:
 
         for images, index in feed.run(requests, -(-len(chosen) // size)):
             cropped = images if crops == 1 else cut_crops(images, self._recipe.crop, crops)
-            yield cropped.contiguous(memory_format=torch.channels_last), index
+            yield cropped.to(self._dtype, memory_format=torch.channels_last), index
 
     def close(self) -> None:
         """See `Loader.close`."""
@@ -237,7 +238,7 @@ class _Graph:
 
     def __init__(self, recipe: ImageRecipe, device: torch.device, threads: int, dtype: torch.dtype) -> None:
         self._recipe, self._threads = recipe, threads
-        self._dtype = {torch.float32: types.FLOAT, torch.float16: types.FLOAT16}[dtype]
+        self._dtype = types.FLOAT16 if dtype == torch.float16 else types.FLOAT
         # None, not a missing argument: DALI then needs no driver.
         self._device_id: int | None = None
         if device.type == "cuda":

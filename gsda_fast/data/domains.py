@@ -124,6 +124,22 @@ def open_domain(
     return _open_domain(benchmark, facts, root, partial=partial, left_out=_read_quarantine(quarantine))
 
 
+def open_images(folder: Path, classes: tuple[str, ...]) -> ImageDomain:
+    """All images below a folder, sorted by path, without labels.
+
+    Args:
+        classes: the label space.
+
+    Raises:
+        UsageError: there is no such folder, or no image in it.
+    """
+    if not folder.is_dir():
+        raise UsageError(str(folder), found="a file" if folder.exists() else "nothing", expected="a folder of images")
+    paths = sorted(_images_below(folder, ""))
+    _require_images(folder, paths)
+    return _domain(str(folder), folder, [(path, UNKNOWN) for path in paths], classes)
+
+
 def _existing_root(data_root: Path | None) -> Path:
     what = "--data-root"
     if data_root is None:

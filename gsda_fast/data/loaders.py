@@ -125,14 +125,14 @@ def open_loader(
         recipe: sizes, augmentation and normalisation; of the task's entry in `BENCHMARKS`.
         batch_size: images in a batch of `evaluate`; a training batch has the plan's size.
         device: where batches are wanted.
-        dtype: of the images: float32 or float16.
+        dtype: of the images: float32, or what the network's first product runs in.
 
     Raises:
         UsageError: the loader does not exist here, `workers` is negative, or (`cache_on_device`) an image cannot be
             read or the images do not fit.
     """
     if settings.synthetic:
-        return SyntheticLoader(source, target, recipe, batch_size=batch_size, device=device)
+        return SyntheticLoader(source, target, recipe, batch_size=batch_size, device=device, dtype=dtype)
     if settings.workers < 0:
         raise UsageError("--workers", found=str(settings.workers), expected="0 (automatic) or more")
     name = resolve_loader(settings, source, target, device)

@@ -34,14 +34,23 @@ class SyntheticLoader:
         recipe: channels and size of the images.
         batch_size: images in a batch of `evaluate`.
         device: where the images are.
+        dtype: of the images.
     """
 
     def __init__(
-        self, source: ImageDomain, target: ImageDomain, recipe: ImageRecipe, *, batch_size: int, device: torch.device
+        self,
+        source: ImageDomain,
+        target: ImageDomain,
+        recipe: ImageRecipe,
+        *,
+        batch_size: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self._labels = torch.from_numpy(source.labels).to(device)
         self._sizes: dict[Role, int] = {"source": len(source), "target": len(target)}
-        self._shape, self._device, self._batch_size = (recipe.channels, recipe.crop, recipe.crop), device, batch_size
+        self._shape, self._batch_size = (recipe.channels, recipe.crop, recipe.crop), batch_size
+        self._device, self._dtype = device, dtype
         self._made: dict[tuple[Role | None, int], Tensor] = {}
 
     def train(self, plan: SamplingPlan, steps: range, rank: int = 0) -> Iterator[Batch]:
@@ -74,6 +83,6 @@ class SyntheticLoader:
 
     def _images(self, role: Role | None, count: int) -> Tensor:
         if (role, count) not in self._made:
-            images = torch.randn((count, *self._shape), device=self._device)
+            images = torch.randn((count, *self._shape), device=self._device).to(self._dtype)
             self._made[role, count] = images.contiguous(memory_format=torch.channels_last)
         return self._made[role, count]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gsda_fast.results import alignment, paired, tables
 from gsda_fast.results.paper import with_paper
-from gsda_fast.results.run_folder import RunFolder, RunResult, atomic_file
+from gsda_fast.results.run_folder import RunFolder, RunResult, atomic_file, file_name
 from gsda_fast.results.tables import CHOICE_NAMES, FIGURE_NAMES, ResultTable, Row
 
 
@@ -87,8 +87,8 @@ class SuiteFolder:
         return self.path / "report.html"
 
     def plot_path(self, name: str) -> Path:
-        """Where the plot `name` of the page is kept."""
-        return self.path / f"{name}.png"
+        """Where the plot `name` of the page is kept; what does not belong into a file's name becomes `_`."""
+        return self.path / f"{file_name(name.replace('->', '-'))}.png"
 
     def table_path(self, suffix: str) -> Path:
         return self.path / f"table.{suffix}"
