@@ -30,7 +30,14 @@ from gsda_fast.methods import METHODS
 from gsda_fast.report import suite_layout
 from gsda_fast.results import plots, tables
 from gsda_fast.results.run_folder import RunFolder, RunResult
-from gsda_fast.results.suite_folder import Layout, SuiteFolder, paired_tables, suite_tables, sweep_tables
+from gsda_fast.results.suite_folder import (
+    Layout,
+    SuiteFolder,
+    paired_sweep_tables,
+    paired_tables,
+    suite_tables,
+    sweep_tables,
+)
 from gsda_fast.results.suite_page import sweep_plots, write_suite_page
 from gsda_fast.train import train
 
@@ -58,7 +65,8 @@ class SuiteSettings:
     """Run the rows of the paper's Table 1: domain, class, group, gsda, with source-only and entropy before them."""
     paired: bool = False
     """Also tell the paired differences between the methods, of the accuracy and of the gradients' mismatch. Runs of
-    one transfer task and seed share initial weights, groups, samples and so the whole warm-up."""
+    one transfer task and seed share initial weights, groups, samples and so the whole warm-up. With --sweep also those
+    between the settings."""
     sweep: tuple[str, ...] = ()
     """Options with several values each, NAME=VALUE,VALUE such as alpha=0.02,0.1: all runs with each combination."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -134,7 +142,7 @@ def run_suite(settings: SuiteSettings, variants: Mapping[str, Config], console: 
         shown = Console(quiet=True) if settings.sweep else console
         _write_tables(SuiteFolder(folder / name), of_variant, runs, layout, settings.paired, shown)
     if settings.sweep:
-        _write_sweep(SuiteFolder(folder), by_variant, layout, console)
+        _write_sweep(SuiteFolder(folder), by_variant, layout, settings.paired, console)
     if settings.report:
         for name in dict.fromkeys(["", *variants]):
             with console.status("drawing the page"):
@@ -288,12 +296,17 @@ def _write_tables(
 
 
 def _write_sweep(
-    suite: SuiteFolder, results: Mapping[str, Sequence[RunResult]], layout: Layout, console: Console
+    suite: SuiteFolder, results: Mapping[str, Sequence[RunResult]], layout: Layout, paired: bool, console: Console
 ) -> None:
     made = sweep_tables(results, layout)
+    differences = paired_sweep_tables(results, layout) if paired else []
     for table in made:
         if table.choice == "last":
             console.print(tables.to_terminal(table))
+    if paired:
+        suite.write_paired(differences)
+        for difference in differences:
+            console.print(tables.to_terminal(difference))
     drawn = {method: plots.png(figure) for method, figure in sweep_plots(made).items()}
     suite.write_sweep(made, drawn)
     plotted = ", ".join(str(suite.sweep_plot_path(method)) for method in drawn)

@@ -210,6 +210,33 @@ def paired_tables(runs: Sequence[RunFolder], layout: Layout) -> list[paired.Pair
     return [table for table in made if table.rows]
 
 
+def paired_sweep_tables(variants: Mapping[str, Sequence[RunResult]], layout: Layout) -> list[paired.PairedTable]:
+    """For each method, paired differences between settings (rows) of the accuracy after the last step.
+
+    Args:
+        variants: results by setting, in order. layout: methods and columns.
+    """
+    found = {(name, *key): result for name, of in variants.items() for key, result in tables.results_by_run(of).items()}
+    made = []
+    for method in layout.methods:
+        accuracies = {
+            (name, pair, seed): getattr(found[name, method, pair, seed], layout.figure).last
+            for pair in layout.transfer_tasks
+            for name, of, where, seed in found
+            if (of, where) == (method, pair)
+        }
+        table = paired.paired_table(
+            f"{layout.task} {method}",
+            f"{FIGURE_NAMES[layout.figure]} after the last step, in points",
+            accuracies,
+            tuple(variants),
+            short_names=layout.short_names,
+        )
+        # Which parts of a run a setting leaves as they are depends on the setting.
+        made.append(replace(table, shared=""))
+    return [table for table in made if table.rows]
+
+
 def _result(run: RunFolder) -> list[RunResult]:
     result = run.read_result()
     return [] if result is None else [result]
