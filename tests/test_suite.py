@@ -2,7 +2,10 @@ import csv
 import io
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -318,3 +321,88 @@ def test_a_killed_process_is_one_line(few_digits: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(command, "_run_one", end_the_process)
     with pytest.raises(TrainingError, match=r"the process of a run was killed .* after 0 of 2 runs; the same command"):
         run_suite(with_output(TWO_METHODS, tmp_path / "suite"), {"": base(few_digits)}, Console(file=io.StringIO()))
+
+
+# ------------------------------------------------------------------------------------------------------ interruption
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    """What the suite's runs found: everything in result.json but times."""
+    stored = {name: json.loads((folder / name / "result.json").read_text()) for name in RUNS}
+    return {
+        name: {key: value for key, value in result.items() if key not in ("seconds", "images_per_second")}
+        for name, result in stored.items()
+    }
+
+
+def whole_group_ends(group: int, within: float = 60) -> bool:
+    """Whether no process of that group is left."""
+    until = time.monotonic() + within
+    while time.monotonic() < until:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict[str, Any]]:
+    """The arguments of a suite of two runs, and what it finds when nothing comes between."""
+    arguments = [
+        "digits", "--methods", "source-only", "gsda", "--seeds", "3", "--tasks", "F->O", "--jobs", "1",
+        "--data-root", str(few_digits), "--steps", "200", "--warmup", "50", "--batch-size", "8", "--log-every", "5",
+    ]  # fmt: skip
+    folder = tmp_path_factory.mktemp("suites") / "uninterrupted"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "_run_all", in_this_process)
+        patch.setattr(sys, "argv", ["suite", *arguments, "--output", str(folder)])
+        command.main()
+    return arguments, figures(folder)
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_suite_goes_on_as_if_it_had_not_been(
+    by: signal.Signals,
+    uninterrupted: tuple[list[str], dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ctrl-C, which reaches every process of the terminal, or a kill of the suite alone, in the middle of a run."""
+    arguments, expected = uninterrupted
+    output = tmp_path / "suite"
+    arguments = [*arguments, "--output", str(output)]
+    first, second = (RunFolder(output / name) for name in RUNS)
+    suite = subprocess.Popen(
+        [sys.executable, "-m", "gsda_fast.suite", *arguments],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},  # of the few digits
+    )  # fmt: skip
+    try:
+        while not (second.metrics_path.is_file() and second.read_metrics()):
+            assert suite.poll() is None, suite.communicate()
+            time.sleep(0.02)
+        if by == signal.SIGINT:
+            os.killpg(suite.pid, by)
+        else:
+            suite.kill()
+        _, told = suite.communicate(timeout=60)
+        # Left alone, a worker would train to its run's end, in a folder that the next start gives to another one.
+        assert whole_group_ends(suite.pid)
+    finally:
+        if not whole_group_ends(suite.pid, within=0.1):
+            os.killpg(suite.pid, signal.SIGKILL)
+    if by == signal.SIGINT:
+        assert suite.returncode == 130
+        assert told == "interrupted: 1 of 2 runs have finished; the same command goes on with the others\n"
+    assert first.finished
+    assert not second.finished
+    kept = first.result_path.read_bytes()
+
+    monkeypatch.setattr(command, "_run_all", in_this_process)
+    monkeypatch.setattr(sys, "argv", ["suite", *arguments])
+    command.main()
+    assert first.result_path.read_bytes() == kept
+    assert figures(output) == expected
+    assert (output / "table.md").is_file()
