@@ -79,7 +79,7 @@ class SuiteSettings:
             raise UsageError("--ablation", found="--methods beside it", expected="one of the two")
         if not self.seeds:
             raise UsageError("--seeds", found="none", expected="one or more")
-        if self.paired and len(self.chosen_methods) < 2:
+        if self.paired and len(self.chosen_methods) < 2 and not self.sweep:
             raise UsageError("--paired", found="one method", expected="two or more of --methods")
         if self.jobs < 0:
             raise UsageError("--jobs", found=str(self.jobs), expected="a whole number >= 0")
