@@ -116,14 +116,26 @@ def _torchvision_backbone(name: str, weights: str) -> tuple[nn.Module, int]:
         ) from error
     if path.is_file():
         _load(network, path)
-    head = [(where, module) for where, module in network.named_modules() if isinstance(module, nn.Linear)]
-    if not head or getattr(network, "aux_logits", False):
+    where, last = _last_linear(network)
+    if last is None or getattr(network, "aux_logits", False):
         raise UsageError(
             "--backbone", found=name, expected="a model with one output, a linear classifier, such as resnet50"
         )
-    where, last = head[-1]
     network.set_submodule(where, nn.Identity())
     return network, last.in_features
+
+
+def output_layer(backbone: str) -> str:
+    """Name of the layer of a torchvision model whose place the bottleneck takes; "" for lenet."""
+    if backbone == LENET:
+        return ""
+    with torch.device("meta"):
+        return _last_linear(torchvision.models.get_model(backbone))[0]
+
+
+def _last_linear(network: nn.Module) -> tuple[str, nn.Linear | None]:
+    linear = [(where, module) for where, module in network.named_modules() if isinstance(module, nn.Linear)]
+    return linear[-1] if linear else ("", None)
 
 
 def _load(network: nn.Module, path: Path) -> None:

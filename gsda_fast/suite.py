@@ -26,7 +26,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeR
 from gsda_fast.commands import parse_command_line, run_command
 from gsda_fast.config import PRESETS, Config, parse_config
 from gsda_fast.data.benchmarks import Benchmark, find_benchmark
-from gsda_fast.errors import TrainingError, UsageError
+from gsda_fast.errors import Stopped, TrainingError, UsageError
 from gsda_fast.methods import METHODS
 from gsda_fast.report import report_on_suite, suite_layout
 from gsda_fast.results import plots, tables
@@ -257,7 +257,7 @@ def _run_all(configs: list[Config], jobs: int, console: Console) -> list[RunResu
                 console.print(told, highlight=False, soft_wrap=True)
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
-            # A run can be killed at any moment and goes on from its last checkpoint.
+            # A run that is asked to stop saves a checkpoint first.
             for process in multiprocessing.active_children():
                 process.terminate()
             if isinstance(error, KeyboardInterrupt):
@@ -306,7 +306,11 @@ def _end_with_the_suite() -> None:
 
 
 def _run_one(config: Config) -> RunResult:
-    return train(config, Console(quiet=True))
+    try:
+        return train(config, Console(quiet=True))
+    except Stopped:
+        # The pool would hand this worker the next run.
+        os._exit(0)
 
 
 def _write_tables(

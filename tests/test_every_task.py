@@ -11,6 +11,7 @@ import pytest
 import torch
 from image_trees import class_tree
 from rich.console import Console
+from same_state import differences
 
 from gsda_fast.config import parse_config
 from gsda_fast.data.batches import Batch, Loader
@@ -19,9 +20,11 @@ from gsda_fast.data.loaders import open_loader
 from gsda_fast.data.pack import pack
 from gsda_fast.data.sampling import SamplingPlan
 from gsda_fast.errors import UsageError
+from gsda_fast.evaluate import EvaluateSettings, evaluate
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.train import train
 from gsda_fast.training import assemble
+from gsda_fast.training.checkpoint import CheckpointFolder
 
 pytestmark = [
     pytest.mark.skipif(find_spec("nvidia") is None or find_spec("nvidia.dali") is None, reason="DALI is not installed"),
@@ -184,6 +187,31 @@ def test_training_from_a_pack_sees_the_same_samples(run: Callable[..., SampleIds
     raw = run("folder", "torch")
     assert run("folder", "auto", output="packed", root=packed) == raw
     assert run("folder", "auto", "--cache-on-device", output="cached", root=packed) == raw
+
+
+@pytest.mark.parametrize("loader", ["dali", "torch"])
+def test_ten_crops_change_the_figures_and_nothing_that_trains(
+    run: Callable[..., SampleIds], tmp_path: Path, loader: str
+) -> None:
+    _folder(tmp_path / "folder")
+    ids = [
+        run("folder", loader, "--test-crops", crops, output=f"{crops} crops", threshold="0") for crops in ("1", "10")
+    ]
+    assert ids[0] == ids[1]
+    folders = [RunFolder(tmp_path / f"{crops} crops") for crops in (1, 10)]
+    states = [CheckpointFolder(folder.checkpoints).load(4) for folder in folders]
+    for part in ("method", "optimizers", "target_table"):
+        assert differences(states[0][part], states[1][part]) == []
+    results = [folder.read_result() for folder in folders]
+    assert [result.test_crops for result in results if result is not None] == [1, 10]
+    kept = [predictions(folder.path) for folder in folders]
+    assert np.abs(kept[0] - kept[1]).max() > 1e-4
+
+    # An evaluation of the one run as the other was tested gives the other's figures.
+    for folder, crops, expected in ((folders[0], 10, results[1]), (folders[1], None, results[1])):
+        _, figures, _ = evaluate(EvaluateSettings(folder.path, test_crops=crops))
+        assert expected is not None
+        assert (figures.accuracy, figures.per_class) == (expected.accuracy.last, expected.per_class)
 
 
 @pytest.mark.parametrize("loader", ["dali", "torch"])

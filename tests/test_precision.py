@@ -5,11 +5,13 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from gsda_fast.config import parse_config
 from gsda_fast.errors import UsageError
 from gsda_fast.methods import Method, StepInputs, build_method
 from gsda_fast.methods.gsda import AdversarialSettings
 from gsda_fast.methods.objective import synchronization_loss
 from gsda_fast.model import ModelSettings, build_model
+from gsda_fast.training.assemble import build_trainer, resolve
 from gsda_fast.training.distributed import Ranks
 from gsda_fast.training.precision import AUTOCAST_DTYPES, PrecisionSettings
 
@@ -49,6 +51,22 @@ def test_the_network_runs_in_half_precision_and_losses_in_float32(precision: str
         assert_close(dict(move.objective.terms), dict(same.objective.terms), rtol=0.05, atol=2e-3)
         move.objective.total.backward()
     assert {parameter.grad.dtype for parameter in method.parameters() if parameter.grad is not None} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_images_arrive_in_the_dtype_of_the_first_product_which_changes_no_number(
+    precision: str, dtype: torch.dtype
+) -> None:
+    arguments = ["digits", "--synthetic", "--precision", precision, "--batch-size", "8", "--no-compile"]
+    trainer = build_trainer(*resolve(parse_config(arguments, "train")))
+    (batch,) = trainer.loader.train(trainer.plan, range(1))
+    (evaluated, _), *_ = trainer.loader.evaluate("target")
+    assert batch.source_images.dtype == batch.target_images.dtype == evaluated.dtype == dtype
+    images = inputs().source_images
+    for once, as_before in zip(trainer.method.model(images.to(dtype)), trainer.method.model(images)):
+        assert torch.equal(once, as_before)
 
 
 def terms_of(method: Any, images: Tensor, probabilities: Tensor, ranks: Ranks) -> Tensor:

@@ -71,6 +71,13 @@ class Method(nn.Module):
         # Every step has the same shapes, and a graph for any shape is a slower one.
         self.model.compile(dynamic=False)
 
+    def refresh(self, target_probabilities: Tensor) -> None:
+        """Told of every scoring of the target. What a method keeps of it is a buffer, so that checkpoints hold it.
+
+        Args:
+            target_probabilities: (n_t, r) float32 on the CPU, all samples of the target, the same on every rank.
+        """
+
     def moves(self, inputs: StepInputs) -> Iterator[Move]:
         """The moves of a step, in order. The caller takes each optimizer step before it asks for the next move."""
         raise NotImplementedError

@@ -239,7 +239,9 @@ def sweep_tables(variants: Mapping[str, Sequence[RunResult]], layout: Layout) ->
                 continue
             rows = [Row(name, table.rows[0].cells) for name, table in by_variant.items()]
             first = next(iter(by_variant.values()))
-            made.append(replace(first, rows=tuple(rows), subject=method, rows_are="setting"))
+            # What holds for some settings alone is told by their names.
+            notes = tuple(note for note in first.notes if all(note in table.notes for table in by_variant.values()))
+            made.append(replace(first, rows=tuple(rows), subject=method, rows_are="setting", notes=notes))
     return made
 
 

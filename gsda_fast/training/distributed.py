@@ -21,9 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gsda_fast.errors import TrainingError, UsageError
+from gsda_fast.errors import Stopped, TrainingError, UsageError
 
 T = TypeVar("T")
+Shared = UsageError | TrainingError | Stopped
+_SHARED = (UsageError, TrainingError, Stopped)
+"""What ends all ranks alike, once one of them has found it."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ class Ranks:
         """What `make` returns on the first rank, the only one that calls it.
 
         Raises:
-            UsageError: raised by `make`; every rank raises it, the first one tells of it.
+            UsageError, TrainingError, Stopped: raised by `make`; every rank raises it, the first one tells of it.
         """
         if not self.several:
             return make()
@@ -161,7 +164,7 @@ class Ranks:
         if self.first:
             try:
                 result[0] = make()
-            except UsageError as error:
+            except _SHARED as error:
                 result[1] = error
         dist.broadcast_object_list(result, src=0)
         if result[1] is not None:
@@ -173,13 +176,13 @@ class Ranks:
         """What `make` returns here, if no rank fails: a mistake that one rank finds ends all of them, told once.
 
         Raises:
-            UsageError: the one of the lowest rank.
+            UsageError, TrainingError, Stopped: the one of the lowest rank.
         """
         value: T | None = None
-        failure: UsageError | None = None
+        failure: Shared | None = None
         try:
             value = make()
-        except UsageError as error:
+        except _SHARED as error:
             failure = error
         failures = [each for each in self.gather_objects(failure) if each is not None]
         if failures:
@@ -209,7 +212,7 @@ class Ranks:
                         )
                     )
 
-    def _told(self, error: UsageError) -> UsageError:
+    def _told(self, error: Shared) -> Shared:
         error.told = not self.first
         return error
 
@@ -267,6 +270,14 @@ def join(device_type: str, timeout: int) -> Iterator[Ranks]:
 def rank_of_environment() -> int:
     """The number that torchrun gave this process; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))
+
+
+def mean_of_buffers(of_ranks: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """What `Ranks.mean_buffers` would come to, from the buffers of all ranks."""
+    first, *others = of_ranks
+    if all(torch.equal(first[name], each[name]) for each in others for name in first):
+        return dict(first)
+    return {name: torch.stack([each[name] for each in of_ranks]).mean(dim=0) for name in first}
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

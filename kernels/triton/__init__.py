@@ -14,6 +14,22 @@ _INSTALLED = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+# Triton's own bound, and the least that has tensor cores for bfloat16.
+_LEAST_CAPABILITY = (8, 0)
+
+
+@torch.compiler.assume_constant_result
+def _why_not(kind: str, index: int | None) -> str | None:
+    if kind != "cuda" or not torch.cuda.is_available():
+        return "no CUDA device"
+    if torch.version.hip is not None:
+        return "AMD GPUs are not supported"
+    found = torch.cuda.get_device_capability(index)
+    if found < _LEAST_CAPABILITY:
+        return "compute capability {}.{}; expected {}.{} or newer".format(*found, *_LEAST_CAPABILITY)
+    return None
+
+
 class TritonBackend:
     """float32, bfloat16 and float16 on a CUDA device, float32 parameters beside half-precision features included."""
 
@@ -22,9 +38,7 @@ class TritonBackend:
             return "triton is not installed"
         if _INTERPRETED and device.type == "cpu":
             return None
-        if device.type != "cuda" or not torch.cuda.is_available():
-            return "no CUDA device"
-        return None
+        return _why_not(device.type, device.index)
 
     def unsupported(self, dtype: torch.dtype) -> str | None:
         return "no float64" if dtype == torch.float64 else None
