@@ -346,16 +346,26 @@ def _write_sweep(
     console.print(f"sweep: {suite.sweep_path('md')}, and as .csv and .json; {plotted}", soft_wrap=True)
 
 
-def main() -> None:
+def parse_suite(arguments: list[str]) -> tuple[SuiteSettings, dict[str, Config]]:
+    """What a command line asks for: which runs, and what applies to all of them, as `run_suite` takes it.
+
+    Raises:
+        UsageError, SystemExit: a mistake in the options.
+    """
     settings, rest = parse_command_line(
-        lambda: tyro.cli(SuiteSettings, args=sys.argv[1:], prog=PROGRAM, return_unknown_args=True)
+        lambda: tyro.cli(SuiteSettings, args=arguments, prog=PROGRAM, return_unknown_args=True)
     )
-    if "--methods" in sys.argv and not settings.methods:
+    if "--methods" in arguments and not settings.methods:
         raise UsageError("--methods", found="none", expected=f"one or more of {', '.join(METHODS)}")
     for option, instead in _OF_ONE_RUN.items():
         if option in (argument.partition("=")[0] for argument in rest):
             raise UsageError(option, found="an option of a single run", expected=instead)
-    run_suite(settings, sweep_variants(settings.sweep, [settings.task, *rest]), Console())
+    return settings, sweep_variants(settings.sweep, [settings.task, *rest])
+
+
+def main() -> None:
+    settings, variants = parse_suite(sys.argv[1:])
+    run_suite(settings, variants, Console())
 
 
 if __name__ == "__main__":

@@ -378,6 +378,8 @@ def test_an_interrupted_suite_goes_on_as_if_it_had_not_been(
         [sys.executable, "-m", "gsda_fast.suite", *arguments],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
         env={**os.environ, "PYTHONWARNINGS": "ignore"},  # of the few digits
+        # In the background of a shell, where these tests may run, Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     try:
         while not (second.metrics_path.is_file() and second.read_metrics()):
