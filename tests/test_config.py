@@ -118,6 +118,31 @@ def test_presets_hold_the_papers_settings(task: str) -> None:
         assert config.run.warmup == 0
 
 
+@pytest.mark.parametrize("task", PRESETS)
+def test_help_prints_the_preset(task: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        parse(task, "--help")
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    blocks: list[str] = []
+    for line in lines:
+        text = line.strip("│ ")
+        if re.match(r". --[a-z]", line):
+            blocks.append(text)
+        elif blocks:
+            blocks[-1] += f" {text}"
+    settings = {
+        name: value
+        for table in PRESETS[task].to_dict().values()
+        if isinstance(table, dict)
+        for name, value in table.items()
+    }
+    for name, value in settings.items():
+        option = name.replace("_", "-")
+        (block,) = (block for block in blocks if re.match(rf"--{option}[ ,]", block))
+        assert f"(default: {value})" in block
+
+
 def test_every_benchmark_has_a_preset() -> None:
     assert set(PRESETS) == set(BENCHMARKS) == set(HYPERPARAMETERS)
 
