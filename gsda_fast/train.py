@@ -19,6 +19,7 @@ from gsda_fast.config import Config, parse_config
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.verify import progress_bars, require_readable
 from gsda_fast.errors import UsageError
+from gsda_fast.model import fetch_weights
 from gsda_fast.results.metrics import evaluation_figures
 from gsda_fast.results.run_folder import RunFolder, RunResult
 from gsda_fast.training.assemble import build_trainer, choose_device, resolve
@@ -66,6 +67,7 @@ def _train(config: Config, console: Console, ranks: Ranks) -> RunResult:
             ranks.from_first(
                 lambda: require_readable(config.task, source, target, workers=config.data.workers, progress=progress)
             )
+    ranks.one_after_another(lambda: fetch_weights(config.model))
     trainer = ranks.together(lambda: build_trainer(config, source, target, ranks))
     ranks.from_first(folder.prepare)
     checkpoints = CheckpointFolder(folder.checkpoints)
