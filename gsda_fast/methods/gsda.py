@@ -103,10 +103,10 @@ class GSDA(Method):
             return super().players()
         return {**super().players(), "discriminators": self.discriminators}
 
-    def compile_parts(self) -> None:
-        super().compile_parts()
+    def compile_parts(self, mode: str | None = None) -> None:
+        super().compile_parts(mode)
         if self.discriminators is not None:
-            self.discriminators.compile(dynamic=False)
+            self.discriminators.compile(dynamic=False, mode=mode)
 
     def moves(self, inputs: StepInputs) -> Iterator[Move]:
         if inputs.warming_up or self.target_samples == "none":
