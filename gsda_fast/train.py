@@ -20,6 +20,7 @@ from gsda_fast.config import Config, parse_config
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.verify import progress_bars, require_readable
 from gsda_fast.errors import Stopped, TrainingError, UsageError
+from gsda_fast.model import fetch_weights
 from gsda_fast.results.metrics import evaluation_figures
 from gsda_fast.results.run_folder import RunFolder, RunResult
 from gsda_fast.training.assemble import build_trainer, choose_device, resolve
@@ -150,6 +151,8 @@ def _set_up(
                     lambda: require_readable(config.task, source, target, workers=workers, progress=progress)
                 )
             )
+
+    ranks.one_after_another(lambda: fetch_weights(config.model))
 
     def build() -> Trainer:
         return build_trainer(config, source, target, ranks, stop)
@@ -455,6 +458,8 @@ def _report_line(report: Report) -> str:
         value = report.values.get(name)
         if value is not None:
             parts.append(f"{names.get(name, name)} {value:.4g}" if name != "accuracy" else f"accuracy {value:.2f} %")
+    shares = {name: report.values.get(f"{name}_share") for name in ("matrix", "bandwidth")}
+    parts += [f"{name} {share:.0%} of its peak" for name, share in shares.items() if share is not None]
     parts += [f"data wait {report.values['data_wait']:.0%}", f"memory {report.peak_memory / 2**30:.2f} GiB"]
     return "  ".join(parts)
 

@@ -59,6 +59,7 @@ OPTIONS = """
 --weight-decay FLOAT
 --precision {auto,fp32,bf16,fp16}
 --compile {auto,on,off}
+--cuda-graphs, --no-cuda-graphs
 --scale-learning-rate, --no-scale-learning-rate
 --sync-batchnorm, --no-sync-batchnorm
 --timeout INT

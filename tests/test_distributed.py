@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -24,7 +25,7 @@ from gsda_fast.errors import TrainingError, UsageError
 from gsda_fast.methods import Move, StepInputs, build_method
 from gsda_fast.methods.gsda import AdversarialSettings
 from gsda_fast.methods.objective import Objective, target_class_weights
-from gsda_fast.model import AdaptationModel, ModelSettings
+from gsda_fast.model import AdaptationModel, ModelSettings, fetch_weights
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.training.assemble import build_trainer, resolve
 from gsda_fast.training.distributed import Ranks, digest, join
@@ -347,6 +348,52 @@ def test_one_process_needs_no_group() -> None:
         assert not dist.is_initialized()
         assert ranks.shard(3) == [0, 1, 2]
         assert ranks.gather_objects("one") == ["one"]
+
+
+# -------------------------------------------------------------------------------------------------- pretrained weights
+
+
+def fetch(rank: int, port: int, folder: str) -> None:
+    """Two processes on one machine, on two with a disk in common, on two with disks of their own, on one offline."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    fetched: list[str] = []
+
+    def download(url: str, path: str, *_: object, **__: object) -> None:
+        if "offline" in path:
+            raise OSError("no route to host")
+        time.sleep(0.3)  # long enough for another process to see no file yet
+        fetched.append(url)
+        torch.save({}, path)
+
+    torch.hub.download_url_to_file = download
+    found: dict[str, Any] = {}
+    with join("cpu", timeout=60) as ranks:
+        for name, local_rank, disk in (
+            ("one machine", rank, "one"),
+            ("disk in common", 0, "common"),
+            ("own disks", 0, f"own {rank}"),
+            ("offline", rank, "offline"),
+        ):
+            os.environ["TORCH_HOME"] = str(Path(folder) / disk)
+            fetched.clear()
+            here, settings = replace(ranks, local_rank=local_rank), ModelSettings("resnet18")
+            failure = failure_of(lambda: here.one_after_another(lambda: fetch_weights(settings)))  # noqa: B023
+            found[name] = len(fetched), failure, list((Path(folder) / disk).rglob("resnet18-*.pth")) != []
+    torch.save(found, Path(folder) / f"{rank}.pt")
+
+
+def test_pretrained_weights_are_fetched_once_for_each_disk(tmp_path: Path) -> None:
+    start_processes(fetch, (free_port(), str(tmp_path)), nprocs=2, start_method="spawn")
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
+    good = ("", False)
+    assert first["one machine"] == first["disk in common"] == first["own disks"] == (1, good, True)
+    assert second["one machine"] == second["disk in common"] == (0, good, True)
+    assert second["own disks"] == (1, good, True)
+    for rank, found in enumerate((first, second)):
+        fetched, (message, of_another), there = found["offline"]
+        assert (fetched, of_another, there) == (0, rank > 0, False)
+        assert message.startswith("--weights: found IMAGENET1K_V1, which could not be fetched (no route to host)")
+        assert re.search(r"fetch https://\S+/resnet18-\w+\.pth elsewhere and give --weights PATH, or", message)
 
 
 # ---------------------------------------------------------------------------------------------------------- whole runs

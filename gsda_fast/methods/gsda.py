@@ -115,10 +115,10 @@ class GSDA(Method):
             return super().players()
         return {**super().players(), "discriminators": self.discriminators}
 
-    def compile_parts(self) -> None:
-        super().compile_parts()
+    def compile_parts(self, mode: str | None = None) -> None:
+        super().compile_parts(mode)
         if self.discriminators is not None:
-            self.discriminators.compile(dynamic=False)
+            self.discriminators.compile(dynamic=False, mode=mode)
 
     def refresh(self, target_probabilities: Tensor) -> None:
         if self.source_class_weights is not None:

@@ -22,6 +22,7 @@ from gsda_fast.methods import build_method
 from gsda_fast.model import LENET, build_model
 from gsda_fast.results.run_folder import RunFolder, flat_settings
 from gsda_fast.training.distributed import Ranks, digest
+from gsda_fast.training.figures import device_floors
 from gsda_fast.training.generators import seed_generators
 from gsda_fast.training.precision import AUTOCAST_DTYPES
 from gsda_fast.training.resume import summary
@@ -123,11 +124,14 @@ def build_trainer(
             raise UsageError(
                 "--sync-batchnorm", found=f"device {device.type}", expected="GPUs, the only ones it runs on"
             )
+        if config.precision.cuda_graphs:
+            # Processes that wait for each other inside a graph wait for ever where one of them records anew.
+            raise UsageError("--cuda-graphs", found="--sync-batchnorm", expected="one of the two")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     method = build_method(config.run.method, model, config.adversarial, source.num_classes, config.run.seed)
     method.to(device)
     if config.precision.compile == "on":
-        method.compile_parts()
+        method.compile_parts("reduce-overhead" if config.precision.cuda_graphs else None)
     ranks.require_equal(
         {
             **flat_settings(config.to_dict()),
@@ -176,4 +180,13 @@ def build_trainer(
         scale_losses=config.precision.precision == "fp16",
         test_crops=config.data.test_crops,
         stop=stop,
+        cuda_graphs=config.precision.cuda_graphs,
+        floors=device_floors(
+            device,
+            config.precision.precision,
+            config.model,
+            recipe,
+            num_classes=source.num_classes,
+            images=2 * config.run.batch_size,
+        ),
     )

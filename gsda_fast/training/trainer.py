@@ -19,7 +19,7 @@ from gsda_fast.methods import Method, StepInputs
 from gsda_fast.model import ModelOutput
 from gsda_fast.results.metrics import AccuracyHistory, EvaluationFigures, evaluation_figures
 from gsda_fast.training.distributed import Ranks, mean_of_buffers
-from gsda_fast.training.figures import peak_memory
+from gsda_fast.training.figures import Floors, peak_memory
 from gsda_fast.training.generators import generator_states, set_generator_states
 from gsda_fast.training.optim import OptimizerSettings, build_optimizers, set_learning_rate
 from gsda_fast.training.pseudo_labels import confident_labels
@@ -58,6 +58,8 @@ class Trainer:
         test_crops: crops of a target image over which the figures average its probabilities. Nothing that trains
             depends on it: pseudo-labels and what the method refreshes come from the centre crop.
         stop: whether this process has been asked to stop, looked at in each step.
+        cuda_graphs: whether compiled parts are replayed as CUDA graphs.
+        floors: what the network costs at least here, for figures; None where that is not known.
 
     Attributes:
         profiler: told of each step, if there is one.
@@ -80,13 +82,15 @@ class Trainer:
         scale_losses: bool = False,
         test_crops: Crops = 1,
         stop: Callable[[], bool] = lambda: False,
+        cuda_graphs: bool = False,
+        floors: Floors | None = None,
     ) -> None:
         self.method, self.loader, self.plan, self.schedule = method, loader, plan, schedule
         self.target_labels, self.classes = torch.from_numpy(target.labels), target.classes
         self.confidence_threshold, self.device, self.log_every = confidence_threshold, device, log_every
         self.test_crops: Crops = test_crops
         self.optimizers = build_optimizers(method.players(), optimizer)
-        self.ranks = ranks or Ranks()
+        self.ranks, self.floors, self.cuda_graphs = ranks or Ranks(), floors, cuda_graphs
         self.updater = Updater(method.players(), self.optimizers, self.ranks, device, scale_losses)
         self._stop = stop
         self.profiler: torch.profiler.profile | None = None
@@ -154,6 +158,7 @@ class Trainer:
             clock.waiting += time.perf_counter() - before
             terms = self._train_step(step, batch)
             clock.images += len(batch.source_images) + len(batch.target_images)
+            clock.computed += len(batch.source_images) * (1 if self._source_alone(step) else 2)
             self.step = step + 1
             if self.profiler is not None:
                 self.profiler.step()
@@ -178,6 +183,7 @@ class Trainer:
             "adversarial_ramp": self.schedule.adversarial_ramp(step),
             "images_per_second": images / seconds,
             "data_wait": float(waited),
+            **({} if self.floors is None else self.floors.shares(clock.computed, seconds)),
         }
 
     def _note(self, clock: _Clock) -> tuple[float, int]:
@@ -187,10 +193,17 @@ class Trainer:
         self.training_seconds += seconds
         return seconds, images
 
+    def _source_alone(self, step: int) -> bool:
+        return self.schedule.warming_up(step) or self.method.target_samples == "none"
+
     def _train_step(self, step: int, batch: Batch) -> dict[str, Tensor]:
         sizes = len(batch.source_images), len(batch.target_images)
         # The mean over ranks of local means is the global mean for equal parts alone.
         assert sizes == (self.plan.batch_size, self.plan.batch_size), f"a batch of {sizes}, {self.plan.batch_size} each"
+        if self.cuda_graphs:
+            # Without it, the discriminators' backward pass would end the step for the graphs, and their second forward
+            # pass take over the memory of the features that the encoder's backward pass still needs.
+            torch.compiler.cudagraph_mark_step_begin()
         set_learning_rate(self.optimizers, self.schedule.learning_rate_factor(step))
         inputs = StepInputs(
             source_images=batch.source_images,
@@ -305,10 +318,10 @@ class Trainer:
 
 
 class _Clock:
-    """Seconds and images since the last report."""
+    """Seconds and images of this rank since the last report; `computed`: images that went through the network."""
 
     def __init__(self) -> None:
-        self.start, self.waiting, self.images = time.perf_counter(), 0.0, 0
+        self.start, self.waiting, self.images, self.computed = time.perf_counter(), 0.0, 0, 0
 
     def seconds(self) -> float:
         return time.perf_counter() - self.start
