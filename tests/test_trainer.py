@@ -22,6 +22,7 @@ from gsda_fast.methods import build_method
 from gsda_fast.methods.gsda import GSDA, AdversarialSettings
 from gsda_fast.methods.objective import class_probabilities
 from gsda_fast.model import AdaptationModel, ModelSettings
+from gsda_fast.training.distributed import Ranks
 from gsda_fast.training.optim import OptimizerSettings, build_optimizers, set_learning_rate
 from gsda_fast.training.pseudo_labels import confident_labels
 from gsda_fast.training.schedules import Schedule
@@ -83,6 +84,7 @@ def build(
     log_every: int = 2,
     seed: int = 0,
     stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks | None = None,
 ) -> Trainer:
     torch.manual_seed(seed)
     backbone = nn.Sequential(nn.Linear(DIM, 10), nn.BatchNorm1d(10), nn.ReLU(), nn.Dropout(dropout))
@@ -93,7 +95,10 @@ def build(
     paths = [f"{number}.png" for number in range(NUM_TARGET)]
     target = ImageDomain("target", Path("nowhere"), paths, loader.labels["target"].numpy(), tuple("abcd"))
     recipe = find_benchmark("digits").recipe
-    plan = SamplingPlan(loader.labels["source"].numpy(), NUM_TARGET, recipe=recipe, batch_size=BATCH_SIZE, seed=0)
+    ranks = ranks or Ranks()
+    torch.manual_seed(seed + ranks.rank)
+    labels, sizes = loader.labels["source"].numpy(), {"batch_size": BATCH_SIZE, "world_size": ranks.world_size}
+    plan = SamplingPlan(labels, NUM_TARGET, recipe=recipe, seed=0, **sizes)
     return Trainer(
         built,
         loader,
@@ -105,6 +110,7 @@ def build(
         device=torch.device("cpu"),
         log_every=log_every,
         stop=stop,
+        ranks=ranks,
     )
 
 
