@@ -37,7 +37,7 @@ FEATURE_SAMPLES = 2000
 """Samples of each domain whose features are kept for plots."""
 
 _MOST_FAILURES = 3
-"""Checkpoints in a row that may fail to be written before the run ends."""
+"""Failures to write a checkpoint, in a row, that end the run."""
 
 _BEFORE_PROFILE = 5
 """Steps before a trace: compilation, the choice of algorithms and the first allocations belong to no trace."""
@@ -227,7 +227,7 @@ class _Saver:
         self._failures += 1
         if self._failures == _MOST_FAILURES:
             error = TrainingError(
-                f"step {step}: {problem}, for the {_MOST_FAILURES}rd time in a row; free some space, "
+                f"step {step}: {problem}, for the third time in a row; free some space, "
                 "then the same command goes on from there"
             )
             error.told = not self._trainer.ranks.first
