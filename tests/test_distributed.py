@@ -472,8 +472,7 @@ def torchrun_command(*arguments: str, script: Path | None = None, restarts: int 
 
 def torchrun(*arguments: str, script: Path | None = None, restarts: int = 0) -> subprocess.CompletedProcess[str]:
     command = torchrun_command(*arguments, script=script, restarts=restarts)
-    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 def one_process(*arguments: str) -> subprocess.CompletedProcess[str]:
