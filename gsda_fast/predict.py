@@ -49,16 +49,18 @@ class PredictSettings:
 def predict(trained: TrainedModel, images: ImageDomain, batch_size: int = 256) -> Iterator[tuple[str, Tensor]]:
     """(path below the folder, class probabilities (r,) float32 on the CPU) for each image, in order.
 
-    An image is read, resized, cropped and normalised as for the run's own evaluation.
+    An image is read, resized, cropped (ten times where the run is tested so) and normalised as for the run's own
+    evaluation.
 
     Raises:
         UsageError: while iterating, if a file cannot be read; the message names the file.
     """
     loader = TorchLoader(images, images, trained.recipe, batch_size=batch_size, device=trained.device)
     try:
-        for batch, index in loader.evaluate("target"):
+        crops = trained.config.data.test_crops
+        for batch, index in loader.evaluate("target", crops=crops):
             with torch.no_grad():
-                probabilities = trained.model(batch).logits.softmax(1).cpu()
+                probabilities = trained.model(batch).logits.softmax(1).unflatten(0, (-1, crops)).mean(1).cpu()
             yield from zip((images.paths[i] for i in index.tolist()), probabilities)
     finally:
         loader.close()

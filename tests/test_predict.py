@@ -3,20 +3,27 @@ import io
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from image_trees import class_tree, save
 from PIL import Image
 from rich.console import Console
 from saved_run import saved_run
+from torchvision.transforms.v2 import functional as transforms
 
 from gsda_fast import predict as command
 from gsda_fast.commands import run_command
 from gsda_fast.config import parse_config
+from gsda_fast.data.domains import open_images
+from gsda_fast.data.torch_loader import read_frame
+from gsda_fast.predict import predict
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.train import train
+from gsda_fast.training.trained import load_trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:domain .* found .* images")
 
@@ -106,6 +113,22 @@ def test_any_size_and_format_anywhere_below_the_folder_without_the_data_set(
     assert [row["file"] for row in rows] == names
     assert list(rows[0]) == ["file", "predicted_class", "confidence", "bicycle", "old town"]
     np.testing.assert_allclose(probabilities(rows, ["bicycle", "old town"]).sum(1), 1, rtol=1e-5)
+
+
+def test_ten_crops_where_the_run_is_tested_so(own_classes: Path, tmp_path: Path) -> None:
+    save(tmp_path / "images" / "wide.jpg", width=90, height=20)
+    trained = load_trained(own_classes)
+    images = open_images(tmp_path / "images", trained.classes)
+    ((_, centre),) = predict(trained, images)
+    frame = read_frame(images, 0, trained.recipe)
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (trained.recipe.mean, trained.recipe.std))
+    batch = torch.stack([(crop / 255 - mean) / std for crop in transforms.ten_crop(frame, [224, 224])])
+    with torch.no_grad():
+        expected = trained.model(batch).logits.softmax(1).mean(0)
+    config = replace(trained.config, data=replace(trained.config.data, test_crops=10))
+    ((_, ten),) = predict(replace(trained, config=config), images)
+    torch.testing.assert_close(ten, expected, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(centre, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_colour_images_of_any_size_go_into_a_run_of_grey_ones(
