@@ -27,6 +27,7 @@ from gsda_fast.training.assemble import build_trainer, choose_device, resolve
 from gsda_fast.training.checkpoint import CheckpointFolder
 from gsda_fast.training.distributed import Ranks, join
 from gsda_fast.training.resume import Start, find_start, run_identity, versions
+from gsda_fast.training.saver import Saver, reason
 from gsda_fast.training.stopping import StopRequest
 from gsda_fast.training.trainer import Report, Trainer
 
@@ -35,9 +36,6 @@ _FREE_TO_CHANGE = ("run.output", "data.verify")
 
 FEATURE_SAMPLES = 2000
 """Samples of each domain whose features are kept for plots."""
-
-_MOST_FAILURES = 3
-"""Checkpoints in a row that may fail to be written before the run ends."""
 
 _BEFORE_PROFILE = 5
 """Steps before a trace: compilation, the choice of algorithms and the first allocations belong to no trace."""
@@ -87,7 +85,7 @@ def _train(
     )
     console.print(_processes_line(config, trainer), soft_wrap=True)
     constants = {"identity": identity, "versions": versions()}
-    saver = _Saver(folder, CheckpointFolder(folder.checkpoints), trainer, constants, console)
+    saver = Saver(folder, CheckpointFolder(folder.checkpoints), trainer, constants, console)
 
     if trainer.step == config.run.warmup == 0:
         saver.also(_features(folder, "warmup", trainer, source, target))
@@ -173,95 +171,6 @@ def _stopped(told: str, ranks: Ranks) -> Stopped:
     stopped = Stopped(f"{told}; the same command goes on from there")
     stopped.told = not ranks.first
     return stopped
-
-
-class _Saver:
-    """Saves what a resumed run does not make again, in an order that a kill cannot upset, and bears with a full disk.
-
-    Args:
-        constants: what each checkpoint holds beside the trainer's state.
-
-    Attributes:
-        due: calls that write files which have to be there before the next checkpoint.
-    """
-
-    def __init__(
-        self,
-        folder: RunFolder,
-        checkpoints: CheckpointFolder,
-        trainer: Trainer,
-        constants: dict[str, Any],
-        console: Console,
-    ) -> None:
-        self._folder, self._checkpoints, self._trainer = folder, checkpoints, trainer
-        self._constants, self._console = constants, console
-        self.due: list[Callable[[], None]] = []
-        self._failures, self._warned = 0, False
-
-    def also(self, write: Callable[[], None]) -> None:
-        """Lets `write` come before the next checkpoint, on the first rank."""
-        self.due.append(write)
-
-    def append(self, report: Report) -> None:
-        """Adds a line of metrics. One that cannot be written waits for the next, at most until the next checkpoint."""
-        try:
-            self._folder.append_metrics(report.step, report.values)
-            self._warned = False
-        except OSError as error:
-            if not self._warned:
-                self._warn(f"{self._folder.metrics_path}: {_reason(error)}; trying again with the next line")
-            self._warned = True
-
-    def save(self) -> str:
-        """Saves the trainer's state; on all ranks. Returns what went wrong, empty if nothing did.
-
-        Raises:
-            TrainingError: for the third time in a row.
-        """
-        step, state = self._trainer.step, {**self._trainer.state_dict(), **self._constants}
-        problem = self._trainer.ranks.from_first(lambda: self._write(step, state))
-        if not problem:
-            self._failures = 0
-            self.due.clear()
-            return ""
-        self._failures += 1
-        if self._failures == _MOST_FAILURES:
-            error = TrainingError(
-                f"step {step}: {problem}, for the {_MOST_FAILURES}rd time in a row; free some space, "
-                "then the same command goes on from there"
-            )
-            error.told = not self._trainer.ranks.first
-            raise error
-        return problem
-
-    def save_or_warn(self) -> None:
-        """Saves; a failure is told and borne with.
-
-        Raises:
-            TrainingError: see `save`.
-        """
-        problem = self.save()
-        if problem:
-            self._warn(f"step {self._trainer.step}: {problem}; training goes on")
-
-    def _write(self, step: int, state: dict[str, Any]) -> str:
-        try:
-            for write in self.due:
-                write()
-            self._folder.sync_metrics()
-            self._checkpoints.save(step, state)
-        except OSError as error:
-            steps = self._checkpoints.steps()
-            kept = f"the checkpoint of step {steps[-1]} stays the last one" if steps else "there is none before it"
-            return f"no checkpoint could be written to {self._checkpoints.path} ({_reason(error)}), {kept}"
-        return ""
-
-    def _warn(self, line: str) -> None:
-        self._console.print(f"warning: {line}", style="yellow", soft_wrap=True)
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)
 
 
 def _processes_line(config: Config, trainer: Trainer) -> str:
@@ -395,7 +304,7 @@ def _written(folder: RunFolder) -> Iterator[None]:
         yield
     except OSError as error:
         raise TrainingError(
-            f"{error.filename or folder.path} cannot be written ({_reason(error)}); free some space, then the same "
+            f"{error.filename or folder.path} cannot be written ({reason(error)}); free some space, then the same "
             "command goes on from the last checkpoint"
         ) from error
 

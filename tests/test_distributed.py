@@ -1,5 +1,6 @@
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -7,27 +8,32 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from same_state import differences
+from test_kill import outcome
 from test_trainer import NUM_TARGET, build, run
 from torch import Tensor, nn
 from torch.multiprocessing import start_processes
 from torch.testing import assert_close
 
 from gsda_fast.config import parse_config
-from gsda_fast.errors import TrainingError, UsageError
+from gsda_fast.errors import Stopped, TrainingError, UsageError
 from gsda_fast.methods import Move, StepInputs, build_method
 from gsda_fast.methods.gsda import AdversarialSettings
 from gsda_fast.methods.objective import Objective, target_class_weights
 from gsda_fast.model import AdaptationModel, ModelSettings, fetch_weights
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.training.assemble import build_trainer, resolve
+from gsda_fast.training.checkpoint import CheckpointFolder
 from gsda_fast.training.distributed import Ranks, digest, join
 from gsda_fast.training.optim import OptimizerSettings, build_optimizers
 from gsda_fast.training.update import Updater
@@ -163,10 +169,14 @@ def digest_of(optimizer: torch.optim.Optimizer) -> str:
     return digest({str(number): state["momentum_buffer"] for number, state in enumerate(optimizer.state.values())})
 
 
+def fail(error: type[TrainingError | Stopped]) -> None:
+    raise error("not here")
+
+
 def failure_of(call: Callable[[], Any]) -> tuple[str, bool]:
     try:
         call()
-    except UsageError as error:
+    except (UsageError, TrainingError, Stopped) as error:
         return str(error), error.told
     return "", False
 
@@ -175,6 +185,45 @@ def raising(message: str, here: bool) -> str:
     if here:
         raise UsageError(message, found="a mistake", expected="none")
     return "well"
+
+
+def stopped_and_resumed(ranks: Ranks) -> dict[str, Any]:
+    """Runs that one rank is asked to stop, and that go on from the state that they left; what differs in the end."""
+    import test_trainer
+
+    def whole() -> dict[str, Any]:
+        trainer = test_trainer.build(ranks=ranks)
+        list(trainer.run(lambda: None))
+        return test_trainer.without_times(trainer.state_dict())
+
+    def in_two_parts(look: int, incomplete: Callable[[dict[str, Any]], None] = lambda state: None) -> dict[str, Any]:
+        asked = test_trainer.StopAt(look) if ranks.rank == ranks.world_size - 1 else lambda: False
+        trainer = test_trainer.build(ranks=ranks, stop=asked)
+        list(trainer.run(lambda: None))
+        assert not trainer.finished
+        assert len(set(ranks.gather_objects((trainer.step, trainer.unscored is None)))) == 1
+        state = deepcopy(trainer.state_dict())
+        incomplete(state)
+        resumed = test_trainer.build(seed=1, ranks=ranks)
+        resumed.load_state_dict(state)
+        list(resumed.run(lambda: None))
+        return test_trainer.without_times(resumed.state_dict())
+
+    def without_buffers(state: dict[str, Any]) -> None:
+        for own in state["ranks"]:
+            own["buffers"] = {}
+
+    def with_the_first_ranks_generators(state: dict[str, Any]) -> None:
+        for own in state["ranks"]:
+            own["random"] = state["ranks"][0]["random"]
+
+    np.random.seed(0)  # noqa: NPY002
+    random.seed(0)
+    expected = whole()
+    found = {f"look {look}": differences(in_two_parts(look), expected) for look in (0, 2, 5, 11)}
+    found["without buffers"] = differences(in_two_parts(2, without_buffers), expected)
+    found["generators"] = differences(in_two_parts(2, with_the_first_ranks_generators), expected)
+    return found
 
 
 def work(rank: int, world_size: int, port: int, folder: str) -> None:
@@ -208,6 +257,8 @@ def work(rank: int, world_size: int, port: int, folder: str) -> None:
             setup, inputs = fresh()
             found[f"stop {player}"] = stops(setup, ranks, inputs, player)
 
+        found["stopped and resumed"] = stopped_and_resumed(ranks)
+
         count = 4 * world_size + 1
         rows = torch.tensor(ranks.shard(count)).unsqueeze(1) * torch.tensor([1.0, 10.0])
         found["gathered"] = ranks.gather(rows, count)
@@ -218,6 +269,8 @@ def work(rank: int, world_size: int, port: int, folder: str) -> None:
         found["max"] = ranks.max(float(rank), torch.device("cpu"))
         found["from first"] = ranks.from_first(lambda: f"made by {rank}")
         found["from first fails"] = failure_of(lambda: ranks.from_first(lambda: raising("first", True)))
+        for error in (TrainingError, Stopped):
+            found[f"from first {error.__name__}"] = failure_of(partial(ranks.from_first, partial(fail, error)))
         found["together"] = ranks.together(lambda: f"made by {rank}")
         found["together fails"] = failure_of(lambda: ranks.together(lambda: raising("last", rank == world_size - 1)))
         found["equal"] = failure_of(lambda: ranks.require_equal({"--seed": 0}))
@@ -317,6 +370,14 @@ def test_a_bad_gradient_of_either_player_moves_neither(world: list[dict[str, Any
         assert found[f"stop {player}"]["untouched"]
 
 
+def test_a_run_that_one_rank_is_asked_to_stop_goes_on_bit_for_bit(world: list[dict[str, Any]]) -> None:
+    for found in world:
+        different = found["stopped and resumed"]
+        assert different.pop("without buffers") != []
+        assert different.pop("generators") != []
+        assert different == {f"look {look}": [] for look in (0, 2, 5, 11)}
+
+
 def test_rows_are_gathered_in_the_order_of_the_samples(world: list[dict[str, Any]]) -> None:
     expected = torch.arange(4 * len(world) + 1).unsqueeze(1) * torch.tensor([1.0, 10.0])
     for found in world:
@@ -334,6 +395,7 @@ def test_the_first_rank_decides_and_all_fail_together(world: list[dict[str, Any]
         told = rank > 0
         assert found["from first"] == "made by 0"
         assert found["together"] == f"made by {rank}"
+        assert found["from first TrainingError"] == found["from first Stopped"] == ("not here", told)
         assert found["from first fails"] == ("first: found a mistake; expected none", told)
         assert found["together fails"] == ("last: found a mistake; expected none", told)
         assert found["equal"] == ("", False)
@@ -402,9 +464,14 @@ def test_pretrained_weights_are_fetched_once_for_each_disk(tmp_path: Path) -> No
 STEPS = ("--steps", "40", "--warmup", "20", "--refresh-every", "10", "--log-every", "10", "--threads", "1")
 
 
-def torchrun(*arguments: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port"]
-    command += [str(free_port()), "-m", "gsda_fast.train", *arguments]
+def torchrun_command(*arguments: str, script: Path | None = None, restarts: int = 0) -> list[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--max-restarts={restarts}"]
+    what = ["-m", "gsda_fast.train"] if script is None else [str(script)]
+    return [*command, "--master_port", str(free_port()), *what, *arguments]
+
+
+def torchrun(*arguments: str, script: Path | None = None, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+    command = torchrun_command(*arguments, script=script, restarts=restarts)
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
@@ -413,15 +480,24 @@ def one_process(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
-def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
-    both = ("digits", *STEPS)
-    done = torchrun(*both, "--batch-size", "16", "--output", str(tmp_path / "two"))
+TWO = ("digits", *STEPS, "--batch-size", "16")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two processes."""
+    folder = tmp_path_factory.mktemp("two") / "run"
+    done = torchrun(*TWO, "--output", str(folder))
     assert done.returncode == 0, done.stderr
     # One process speaks.
     assert done.stdout.count("2 processes on cpu, 32 + 32 images a step, learning rate 0.05 (not scaled") == 1
-    alone = one_process(*both, "--batch-size", "32", "--output", str(tmp_path / "one"))
+    return folder
+
+
+def test_two_processes_train_as_one_does(two: Path, tmp_path: Path) -> None:
+    alone = one_process("digits", *STEPS, "--batch-size", "32", "--output", str(tmp_path / "one"))
     assert alone.returncode == 0, alone.stderr
-    runs = [RunFolder(tmp_path / name) for name in ("two", "one")]
+    runs = [RunFolder(two), RunFolder(tmp_path / "one")]
     metrics = [run.read_metrics() for run in runs]
     assert [line["step"] for line in metrics[0]] == [line["step"] for line in metrics[1]] == [10, 20, 30, 40]
     first, last = [{**each[0]} for each in metrics], [{**each[-1]} for each in metrics]
@@ -432,6 +508,71 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     results = [run.read_result() for run in runs]
     accuracy = [result.accuracy.last for result in results if result is not None]
     assert accuracy[0] == pytest.approx(accuracy[1], abs=3)
+
+
+# A worker that something happens to in step 26, which is in the middle between two scorings.
+INCIDENT = """
+import os, signal, time
+from gsda_fast.commands import run_command
+from gsda_fast.train import main
+from gsda_fast.training.trainer import Trainer
+
+step = Trainer._train_step
+def with_incident(self, number, batch):
+    if number == 25 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        {incident}
+    return step(self, number, batch)
+Trainer._train_step = with_incident
+run_command(main)
+"""
+WAITS = """print("in step 26", flush=True)
+        while not self._stop():
+            time.sleep(0.02)"""
+IS_KILLED = """if self.ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)"""
+
+
+def script_with(incident: str, folder: Path) -> Path:
+    script = folder / "worker.py"
+    script.write_text(INCIDENT.format(incident=incident))
+    return script
+
+
+def test_a_signal_to_torchrun_stops_all_processes_in_good_order(two: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = torchrun_command(*TWO, "--output", str(folder), script=script_with(WAITS, tmp_path))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for _ in range(2):
+            assert any("in step 26" in line for line in iter(process.stdout.readline, ""))
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=100)
+    assert process.returncode == 1  # torchrun's own
+    assert out.splitlines()[-1].startswith("stopped after step 27 of 40, saved in ")
+    assert "error: " not in err
+    assert CheckpointFolder(folder / "checkpoints").steps() == [20, 27]
+    done = torchrun(*TWO, "--output", str(folder))
+    assert "resuming after step 27" in done.stdout
+    assert differences(outcome(folder), outcome(two)) == []
+
+
+def test_torchrun_starts_all_processes_again_where_one_is_killed(two: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = torchrun(*TWO, "--output", str(folder), script=script_with(IS_KILLED, tmp_path), restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("resuming after step 20") == 1
+    assert differences(outcome(folder), outcome(two)) == []
+
+
+def test_another_number_of_processes_is_refused(two: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in two.rglob("*")}
+    (two / "result.json").rename(two / "kept")
+    done = one_process(*TWO, "--output", str(two))
+    (two / "kept").rename(two / "result.json")
+    assert done.returncode == 2
+    assert "error: --nproc_per_node: found 1 process; expected 2 processes, as in " in done.stderr
+    after = {path: path.stat().st_mtime_ns for path in two.rglob("*") if path.name != ".lock"}
+    assert after == {path: time for path, time in before.items() if path in after}
 
 
 @pytest.mark.slow

@@ -1,7 +1,11 @@
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -99,3 +103,47 @@ def test_a_thread_leaves_signals_alone() -> None:
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+# A suite whose one run waits in its sixth step until it is asked to stop.
+SUITE = """
+import sys, time
+from gsda_fast.commands import run_command
+from gsda_fast.training.trainer import Trainer
+
+step = Trainer._train_step
+def waiting(self, number, batch):
+    if number == 5:
+        print("in step 6", flush=True)
+        while not self._stop():
+            time.sleep(0.02)
+    return step(self, number, batch)
+Trainer._train_step = waiting
+
+if __name__ == "__main__":
+    from gsda_fast.suite import main
+    run_command(main)
+"""
+
+
+def test_an_interrupted_suite_lets_its_runs_stop_in_good_order(few_digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "suite.py").write_text(SUITE)
+    options = ["--steps", "12", "--warmup", "4", "--refresh-every", "3", "--batch-size", "8", "--jobs", "1"]
+    options += ["--tasks", "F->O", "--seeds", "0", "--methods", "dann", "gsda"]
+    command = [sys.executable, str(tmp_path / "suite.py"), "digits", *options, "--data-root", str(few_digits)]
+    with subprocess.Popen(
+        [*command, "--output", str(tmp_path / "suite")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
+        assert process.stdout is not None
+        assert any("in step 6" in line for line in iter(process.stdout.readline, ""))
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "interrupted: 0 of 2 runs have finished; the same command goes on with the others"
+    # The second run has not begun.
+    (run,) = (path for path in (tmp_path / "suite").iterdir() if path.is_dir())
+    assert sorted(file.name for file in (run / "checkpoints").iterdir()) == ["step-00000004.pt", "step-00000007.pt"]

@@ -381,64 +381,67 @@ def test_a_signal_while_the_last_files_are_written_is_too_late_to_stop(
     assert outcome(tmp_path / "run") == quick.outcome
 
 
-# A process that takes its time for a step, and says so.
-SLOW = """
+# A process that says when it is in a step, and stays there until it is asked to stop, or for good.
+WAITING = """
 import time
 from gsda_fast.commands import run_command
 from gsda_fast.train import main
 from gsda_fast.training.trainer import Trainer
 
 step = Trainer._train_step
-def slow(self, number, batch):
+def waiting(self, number, batch):
     if number == 5:
         print("in step 6", flush=True)
-        time.sleep({seconds})
+        while {for_good} or not self._stop():
+            time.sleep(0.02)
     return step(self, number, batch)
-Trainer._train_step = slow
+Trainer._train_step = waiting
 run_command(main)
 """
+TERM, INT = signal.SIGTERM, signal.SIGINT
+# What is sent (None: some time passes), and the code that the process ends with.
+SIGNALS = {
+    "term": ((TERM,), 0),
+    "interrupts at once": ((INT, INT), 0),
+    "a second term": ((TERM, None, TERM), -TERM),
+    "a second interrupt": ((INT, None, INT), 130),
+}
 
 
-@pytest.mark.parametrize(
-    ("signals", "seconds", "code"),
-    [
-        ((signal.SIGTERM,), 0.5, 0),
-        ((signal.SIGINT, signal.SIGINT), 0.5, 0),  # at once: one request
-        ((signal.SIGTERM, None, signal.SIGTERM), 100, -signal.SIGTERM),
-        ((signal.SIGINT, None, signal.SIGINT), 100, 130),
-    ],
-    ids=["term", "int-int", "term-wait-term", "int-wait-int"],
-)
-def test_the_command_ends_with_code_0_or_at_a_second_signal_at_once(
-    signals: tuple[signal.Signals | None, ...], seconds: float, code: int, quick: Quick, tmp_path: Path
-) -> None:
-    arguments = [*quick.settings, "--output", str(tmp_path / "run")]
-    with subprocess.Popen(
-        [sys.executable, "-c", SLOW.format(seconds=seconds), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    ) as process:
-        assert process.stdout is not None
-        assert any("in step 6" in line for line in iter(process.stdout.readline, ""))
-        for number in signals:
-            if number is None:
-                time.sleep(stopping.SAME_REQUEST + 0.2)
-            else:
-                process.send_signal(number)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert "Traceback" not in err
-    steps = CheckpointFolder(tmp_path / "run" / "checkpoints").steps()
-    if code == 0:
-        assert out.splitlines()[-1].startswith("stopped after step 7 of 12, saved in ")
-        assert err == ""
-        assert steps == [4, 7]
-    else:
-        assert steps == [4]
-    run(*arguments)
-    assert outcome(tmp_path / "run") == quick.outcome
+def test_the_command_ends_with_code_0_or_at_a_second_signal_at_once(quick: Quick, tmp_path: Path) -> None:
+    def start(name: str, code: int) -> subprocess.Popen[str]:
+        script = WAITING.format(for_good=code != 0)
+        return subprocess.Popen(
+            [sys.executable, "-c", script, *quick.settings, "--output", str(tmp_path / name)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    processes = {name: start(name, code) for name, (_, code) in SIGNALS.items()}
+    try:
+        for name, (signals, code) in SIGNALS.items():
+            process = processes[name]
+            assert process.stdout is not None
+            assert any("in step 6" in line for line in iter(process.stdout.readline, ""))
+            for number in signals:
+                if number is None:
+                    time.sleep(stopping.SAME_REQUEST + 0.2)
+                else:
+                    process.send_signal(number)
+            out, err = process.communicate(timeout=60)
+            assert process.returncode == code, name
+            assert "Traceback" not in err
+            steps = CheckpointFolder(tmp_path / name / "checkpoints").steps()
+            if code == 0:
+                assert out.splitlines()[-1].startswith("stopped after step 7 of 12, saved in ")
+            assert steps == ([4, 7] if code == 0 else [4])
+            run(*quick.settings, "--output", str(tmp_path / name))
+            assert outcome(tmp_path / name) == quick.outcome
+    finally:
+        for process in processes.values():
+            process.kill()
 
 
 # ------------------------------------------------------------------------------------------- folders of one's own

@@ -104,14 +104,10 @@ def build(
     paths = [f"{number}.png" for number in range(NUM_TARGET)]
     target = ImageDomain("target", Path("nowhere"), paths, loader.labels["target"].numpy(), tuple("abcd"))
     recipe = find_benchmark("digits").recipe
-    plan = SamplingPlan(
-        loader.labels["source"].numpy(),
-        NUM_TARGET,
-        recipe=recipe,
-        batch_size=BATCH_SIZE,
-        seed=0,
-        world_size=ranks.world_size if ranks else 1,
-    )
+    ranks = ranks or Ranks()
+    torch.manual_seed(seed + ranks.rank)
+    labels, sizes = loader.labels["source"].numpy(), {"batch_size": BATCH_SIZE, "world_size": ranks.world_size}
+    plan = SamplingPlan(labels, NUM_TARGET, recipe=recipe, seed=0, **sizes)
     return Trainer(
         built,
         loader,

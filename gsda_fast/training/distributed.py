@@ -20,6 +20,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from gsda_fast.errors import Stopped, TrainingError, UsageError
 
@@ -262,6 +263,9 @@ def join(device_type: str, timeout: int) -> Iterator[Ranks]:
         dist.init_process_group(
             "nccl" if device_type == "cuda" else "gloo",
             timeout=timedelta(seconds=timeout),
+            store=_store(rank, world_size, timedelta(seconds=timeout)),
+            rank=rank,
+            world_size=world_size,
             device_id=torch.device("cuda", ranks.local_rank) if device_type == "cuda" else None,
         )
         yield ranks
@@ -276,6 +280,18 @@ def join(device_type: str, timeout: int) -> Iterator[Ranks]:
         raise lost from error
     # Not after a failure: taking a group apart waits for all of its processes.
     dist.destroy_process_group()
+
+
+def _store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """The store through which the processes find each other, of this attempt alone.
+
+    torchrun's own store outlives the processes. Where torchrun starts them again, the addresses of the dead ones are in
+    it still, and would be taken for those of the living. Machines can count their attempts differently; one cannot.
+    """
+    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        return store
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def rank_of_environment() -> int:

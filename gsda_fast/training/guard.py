@@ -108,7 +108,7 @@ class Guard:
         Raises:
             TrainingError: naming the first such step and what was not finite in it.
         """
-        self.stop = bool(self._wishes)
+        self.stop = self.stop or bool(self._wishes)
         if not bool(self._stopped):
             return
         assert self._bad is not None
@@ -147,6 +147,6 @@ class Guard:
         if event is not None:
             event.synchronize()
         stopped, wishes = copy.tolist()
-        self.stop = wishes > 0
+        self.stop = self.stop or wishes > 0
         if stopped:
             self.require_finite()
