@@ -57,6 +57,7 @@ class Step:
 
     def measure(self, benchmark: BenchmarkFixture, config: pytest.Config) -> None:
         benchmark.pedantic(self, rounds=config.getoption("--steps"), warmup_rounds=3)
+        assert benchmark.stats is not None
         images = 2 * config.getoption("--batch-size")
         benchmark.extra_info |= {
             "images_per_second": images / benchmark.stats["median"],
@@ -106,6 +107,7 @@ def test_saving_a_checkpoint(benchmark: BenchmarkFixture, pytestconfig: pytest.C
     for _ in range(3):
         step()
     seconds, every = (time.perf_counter() - started) / 3, steps_between_scorings(pytestconfig)
+    assert benchmark.stats is not None
     saving = benchmark.stats["median"]
     benchmark.extra_info |= {
         "bytes": checkpoints.file(0).stat().st_size,
