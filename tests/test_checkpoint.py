@@ -136,6 +136,17 @@ def test_tidying_removes_what_is_half_written_and_nothing_else(folder: Checkpoin
     assert sorted(file.name for file in folder.path.iterdir()) == expected
 
 
+def test_tidying_removes_what_a_kill_in_the_middle_of_a_save_has_left(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointFolder, "_drop_old", lambda self: None)
+        folder.save(150, state(150))
+    assert folder.steps() == [50, 100, 150]
+    folder.tidy(newest=150)
+    assert folder.steps() == [100, 150]
+
+
 def test_two_are_there_at_every_moment_of_a_save(folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[int]] = []
 
