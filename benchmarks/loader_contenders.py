@@ -1,18 +1,20 @@
 """What decodes the images in the loader benchmark: each contender yields batches of 36 + 36 images, without end.
 
-All read, decode, crop at random, resize to 224, flip and normalise the same tree. The usual DataLoader is the code that
-the literature shares (CDAN, MADA, tllib): a resize to 256x256 first, then the random resized crop, on Pillow images.
-The lean one and the plain loop leave that first resize out, as this package's loaders do.
+All read, decode, crop at random, resize to 224, flip and normalise the same tree. `DESCRIPTIONS` says how. The usual
+DataLoader is the code that the literature shares (CDAN, MADA, tllib), so it does the job that a loader here replaces.
+The lean one and the plain loop leave its first resize out, as this package's loaders do.
 """
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import multiprocessing
 import os
 import time
 from collections.abc import Iterator
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +35,15 @@ BATCH = 36
 WORKERS = 2
 CLASSES, PER_CLASS = 12, 40
 USUAL, LEAN, LOOP = "usual DataLoader", "lean DataLoader", "plain Pillow loop"
-CONTENDERS = ("DALI", "torch loader", "pack", USUAL, LEAN, LOOP)
+DESCRIPTIONS = {
+    "DALI": "`--loader dali`: one resample, in DALI's threads",
+    "torch loader": "`--loader torch`: one resample, in a pool of threads",
+    "pack": "`--loader torch` from a pack of 256x256 frames",
+    USUAL: "usual DataLoader, worker processes: Pillow, resize to 256x256, random resized crop",
+    LEAN: "lean DataLoader, worker processes: Pillow, random resized crop alone",
+    LOOP: "plain loop, one thread: Pillow, random resized crop alone",
+}
+CONTENDERS = tuple(DESCRIPTIONS)
 
 
 @lru_cache(maxsize=1)
@@ -103,6 +113,23 @@ def batches(contender: str, root: Path) -> Iterator[int]:
 def _endless_order(count: int) -> Iterator[int]:
     generator = np.random.default_rng(0)
     return (int(index) for _ in itertools.count() for index in generator.permutation(count))
+
+
+def has_dali() -> bool:
+    """Whether DALI can be imported."""
+    try:
+        importlib.import_module("nvidia.dali")
+    except ImportError:
+        return False
+    return True
+
+
+def package_versions() -> dict[str, str]:
+    """Of what decodes and resamples."""
+    versions = {name: version(name) for name in ("torch", "torchvision", "pillow", "numpy")}
+    if has_dali():
+        versions["DALI"] = importlib.import_module("nvidia.dali").__version__
+    return versions
 
 
 def cpu_seconds() -> float:

@@ -9,34 +9,23 @@ that what was prepared while the others ran is used up.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.loader_contenders import CONTENDERS, WORKERS, batches, cpu_seconds
+from benchmarks.loader_contenders import CONTENDERS, WORKERS, batches, cpu_seconds, has_dali, package_versions
 
 VISITS = 5
 BATCHES = 16
 NOT_TIMED = 5  # more than any contender prepares ahead
-PACKAGES = ("torch", "torchvision", "pillow", "numpy")
-
-
-def _has_dali() -> bool:
-    try:
-        importlib.import_module("nvidia.dali")
-    except ImportError:
-        return False
-    return True
 
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Iterator[int]]]:
     root: Path = tmp_path_factory.mktemp("loaders")
-    opened = {name: batches(name, root) for name in CONTENDERS if name != "DALI" or _has_dali()}
+    opened = {name: batches(name, root) for name in CONTENDERS if name != "DALI" or has_dali()}
     yield opened
     for generator in opened.values():
         generator.close()  # type: ignore[attr-defined]
@@ -57,14 +46,11 @@ def test_loaders(benchmark: BenchmarkFixture, running: dict[str, Iterator[int]],
             images += next(running[contender])
 
     benchmark.pedantic(timed, rounds=1)
-    versions = {name: version(name) for name in PACKAGES}
-    if _has_dali():
-        versions["DALI"] = importlib.import_module("nvidia.dali").__version__
     benchmark.extra_info.update(
         contender=contender,
         visit=visit,
         workers=WORKERS,
         images=images,
         cpu_seconds=cpu_seconds() - cpu,
-        versions=versions,
+        versions=package_versions(),
     )

@@ -27,14 +27,15 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
 
     A `UsageError` becomes one line on standard error and exit code 2, a `TrainingError` one line and exit code 1, a
     `Stopped` one line on standard output and exit code 0; an interrupt from the keyboard one line (with what the
-    `KeyboardInterrupt` says, if anything) and exit code 130, as in a shell. Any other exception is a defect and keeps
-    its traceback.
+    `KeyboardInterrupt` says, if anything) and exit code 130, as in a shell; standard output that nobody reads any more
+    (`| head`) ends the command quietly, with a shell's 141. Any other exception is a defect and keeps its traceback.
 
     Args:
         main: the command; returns its exit code, None for 0.
     """
     try:
         code = main()
+        sys.stdout.flush()
     except (UsageError, TrainingError) as error:
         if not error.told:
             print(f"error: {_one_line(str(error))}", file=sys.stderr)
@@ -46,6 +47,10 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt as interrupt:
         print(": ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         code = 130
+    except BrokenPipeError:
+        # The reader, `| head` for one, has seen enough; the interpreter would complain again when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
     sys.exit(code or 0)
 
 

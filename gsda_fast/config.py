@@ -126,7 +126,7 @@ class Config:
         return dataclasses.asdict(self)
 
 
-def _preset(task: str, steps: int, **changes: Any) -> Config:
+def _preset(task: str, steps: int, refresh_every: int = 0, **changes: Any) -> Config:
     benchmark = find_benchmark(task)
     paper = benchmark.paper
     adversarial = AdversarialSettings(groups=0)
@@ -137,23 +137,23 @@ def _preset(task: str, steps: int, **changes: Any) -> Config:
         run=RunSettings(steps=steps),
         adversarial=adversarial,
         # Balancing over pseudo-classes would revive the classes that a partial task's target lacks.
-        pseudo_labels=PseudoLabelSettings(balance_target=benchmark.target_classes is None),
+        pseudo_labels=PseudoLabelSettings(refresh_every=refresh_every, balance_target=benchmark.target_classes is None),
     )
     return replace(config, **changes)
 
 
+# The settings under which the figures of the README were obtained.
+_DIGITS: dict[str, Any] = {
+    "run": RunSettings(steps=800, warmup=300, batch_size=64, threads=1),
+    "data": DataSettings(cache_on_device=True),
+    "model": ModelSettings(backbone="lenet", weights="none", bottleneck_dim=128, bottleneck_activation="relu"),
+    "adversarial": AdversarialSettings(alpha=0.1, beta=1.0, groups=3, hidden_dim=32),
+    "optimizer": OptimizerSettings(learning_rate=0.05, backbone_learning_rate=0.05, weight_decay=5e-4),
+}
+
 PRESETS: dict[str, Config] = {
-    # The settings under which the figures of the README were obtained.
-    "digits": _preset(
-        "digits",
-        steps=800,
-        run=RunSettings(steps=800, warmup=300, batch_size=64, threads=1),
-        data=DataSettings(cache_on_device=True),
-        model=ModelSettings(backbone="lenet", weights="none", bottleneck_dim=128, bottleneck_activation="relu"),
-        adversarial=AdversarialSettings(alpha=0.1, beta=1.0, groups=3, hidden_dim=32),
-        pseudo_labels=PseudoLabelSettings(refresh_every=50),
-        optimizer=OptimizerSettings(learning_rate=0.05, backbone_learning_rate=0.05, weight_decay=5e-4),
-    ),
+    "digits": _preset("digits", steps=800, refresh_every=50, **_DIGITS),
+    "digits-partial": _preset("digits-partial", steps=800, refresh_every=50, **_DIGITS),
     "visda": _preset("visda", steps=30_000),
     "office31": _preset("office31", steps=20_000),
     "office31-partial": _preset("office31-partial", steps=20_000),
@@ -233,9 +233,9 @@ def _as_type_of(settings: type, key: str, value: Any, origin: str) -> Any:
     annotation = get_type_hints(settings)[key]
     kinds = get_args(annotation) or (annotation,)
     if get_origin(annotation) is Literal:
-        if value in kinds:
+        if (type(value), value) in [(type(kind), kind) for kind in kinds]:
             return value
-        expected = ", ".join(kinds)
+        expected = ", ".join(map(str, kinds))
     else:
         if type(value) in kinds:
             return value

@@ -20,6 +20,7 @@ from gsda_fast.config import Config, parse_config
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.verify import progress_bars, require_readable
 from gsda_fast.errors import Stopped, TrainingError, UsageError
+from gsda_fast.model import fetch_weights
 from gsda_fast.results.metrics import evaluation_figures
 from gsda_fast.results.run_folder import RunFolder, RunResult
 from gsda_fast.training.assemble import build_trainer, choose_device, resolve
@@ -148,6 +149,8 @@ def _set_up(
                     lambda: require_readable(config.task, source, target, workers=workers, progress=progress)
                 )
             )
+
+    ranks.one_after_another(lambda: fetch_weights(config.model))
 
     def build() -> Trainer:
         return build_trainer(config, source, target, ranks, stop)
@@ -323,7 +326,7 @@ def _spread(count: int, at_most: int) -> np.ndarray:
 
 def _result(config: Config, trainer: Trainer, source: ImageDomain, target: ImageDomain) -> RunResult:
     if trainer.probabilities is None:
-        trainer.probabilities = trainer.predict("target")
+        trainer.probabilities = trainer.predict("target", trainer.test_crops)
     figures = evaluation_figures(torch.from_numpy(target.labels), trainer.probabilities)
     return RunResult(
         task=config.task,
@@ -338,6 +341,7 @@ def _result(config: Config, trainer: Trainer, source: ImageDomain, target: Image
         classes=target.classes,
         images_per_second=trainer.images_seen / trainer.training_seconds if trainer.training_seconds else None,
         seconds=trainer.seconds,
+        test_crops=trainer.test_crops,
     )
 
 
@@ -363,6 +367,8 @@ def _report_line(report: Report) -> str:
         value = report.values.get(name)
         if value is not None:
             parts.append(f"{names.get(name, name)} {value:.4g}" if name != "accuracy" else f"accuracy {value:.2f} %")
+    shares = {name: report.values.get(f"{name}_share") for name in ("matrix", "bandwidth")}
+    parts += [f"{name} {share:.0%} of its peak" for name, share in shares.items() if share is not None]
     parts += [f"data wait {report.values['data_wait']:.0%}", f"memory {report.peak_memory / 2**30:.2f} GiB"]
     return "  ".join(parts)
 

@@ -42,6 +42,7 @@ from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.data.domains import ImageDomain, open_pair
 from gsda_fast.data.sampling import SamplingPlan, source_window
 from gsda_fast.data.torch_loader import TorchLoader
+from gsda_fast.data.verify import file_problem
 from gsda_fast.errors import UsageError
 
 dali_loader = pytest.importorskip("gsda_fast.data.dali_loader", reason="DALI is not installed")
@@ -286,8 +287,10 @@ def test_batches_that_are_kept_do_not_change(pair: Pair, loader: DaliLoader) -> 
     assert all(map(torch.equal, kept, copies))
 
 
-def test_memory_stays_flat_over_50_epochs(pair: Pair, loader: DaliLoader) -> None:
+@pytest.mark.parametrize("kind", [DaliLoader, TorchLoader])
+def test_memory_stays_flat_over_50_epochs(pair: Pair, kind: type[DaliLoader] | type[TorchLoader]) -> None:
     plan = plan_for(pair, batch_size=7)
+    loader = kind(*pair, PHOTOS, batch_size=4, device=CPU, workers=1)
 
     def epoch(number: int) -> int:
         for _ in loader.train(plan, range(2 * number, 2 * number + 2)):
@@ -299,6 +302,7 @@ def test_memory_stays_flat_over_50_epochs(pair: Pair, loader: DaliLoader) -> Non
     resident = [epoch(number) for number in range(60)]
     # A batch is 97 kB an image, 1.3 MB: keeping one an epoch would add 65 MB.
     assert max(resident[50:]) - max(resident[5:15]) < 8 * 2**20
+    loader.close()
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
@@ -330,6 +334,25 @@ def test_evaluation_pixels(pair: Pair, loader: DaliLoader) -> None:
     reference.close()
 
 
+def test_ten_crops_are_those_of_the_torch_loader(pair: Pair) -> None:
+    reference = TorchLoader(*pair, PHOTOS, batch_size=45, device=CPU, workers=1)
+    loader = DaliLoader(*pair, PHOTOS, batch_size=45, device=CPU, workers=1)
+    for _ in range(2):  # as in training, by turns with the centre crop
+        ours, theirs = (list(each.evaluate("target", crops=10)) for each in (loader, reference))
+        assert [index.tolist() for _, index in ours] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13]]
+        for (images, index), (expected, other) in zip(ours, theirs, strict=True):
+            assert torch.equal(index, other)
+            assert images.shape == expected.shape
+            assert images.is_contiguous(memory_format=torch.channels_last)
+            difference = ((images - expected) * LEVELS).abs()
+            assert difference.mean() < 0.25
+            assert difference.max() < 1.01
+        (images, _) = next(iter(loader.evaluate("target")))
+        assert ((images[0] - ours[0][0][4]) * LEVELS).abs().max() < 1.01
+    reference.close()
+    loader.close()
+
+
 # --------------------------------------------------------------------------------------------------------- bad files
 
 
@@ -359,6 +382,21 @@ def test_image_that_dali_alone_refuses_is_named(tmp_path: Path) -> None:
     opened = DaliLoader(*pair, PHOTOS, batch_size=4, device=CPU, workers=1)
     with pytest.raises(UsageError, match=rf"{odd}: found an image that DALI refuses \(.+\); .*--loader torch"):
         list(opened.train(plan_for(pair), range(3)))
+
+
+def test_jpeg_that_is_damaged_inside_is_read_by_both_loaders(tmp_path: Path) -> None:
+    """Its decoder gives pixels without an error, so `verify` passes it too: what cannot be read is the same to all."""
+    class_tree(tmp_path / "photos", ["cat", "dog"], per_class=3)
+    damaged = tmp_path / "photos" / "dog" / "frame_0002.jpg"
+    natural_image(1, 400, 300).save(damaged)
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[: len(content) // 2] + bytes(500) + content[len(content) // 2 + 500 :])
+    assert file_problem(str(damaged)) == ""
+    pair = open_pair("folder", "photos", "photos", tmp_path)
+    for kind in (DaliLoader, TorchLoader):
+        opened = kind(*pair, PHOTOS, batch_size=4, device=CPU, workers=1)
+        assert len(list(opened.train(plan_for(pair), range(3)))) == 3
+        opened.close()
 
 
 def test_folder_that_vanishes_in_mid_run(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import torch
 import torch.distributed as dist
 from same_state import differences
 from test_kill import outcome
+from test_trainer import NUM_TARGET, build, run
 from torch import Tensor, nn
 from torch.multiprocessing import start_processes
 from torch.testing import assert_close
@@ -26,8 +29,8 @@ from gsda_fast.config import parse_config
 from gsda_fast.errors import Stopped, TrainingError, UsageError
 from gsda_fast.methods import Move, StepInputs, build_method
 from gsda_fast.methods.gsda import AdversarialSettings
-from gsda_fast.methods.objective import Objective
-from gsda_fast.model import AdaptationModel, ModelSettings
+from gsda_fast.methods.objective import Objective, target_class_weights
+from gsda_fast.model import AdaptationModel, ModelSettings, fetch_weights
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.training.assemble import build_trainer, resolve
 from gsda_fast.training.checkpoint import CheckpointFolder
@@ -53,14 +56,16 @@ def free_port() -> int:
 class Setup:
     """A method in float64 with frozen BatchNorm, and a batch of `world_size` equal parts."""
 
-    def __init__(self, world_size: int, update: str = "alternating") -> None:
+    def __init__(self, world_size: int, update: str = "alternating", class_weights: str = "none") -> None:
         torch.manual_seed(0)
         backbone = nn.Sequential(nn.Linear(DIM, 9), nn.BatchNorm1d(9), nn.ReLU())
         # In channels_last, a parameter's elements do not lie in the order of its shape.
         backbone.append(nn.Unflatten(1, (9, 1, 1))).append(nn.Conv2d(9, 7, 3, padding=1)).append(nn.Flatten())
         model = AdaptationModel(backbone, 7, NUM_CLASSES, ModelSettings(bottleneck_dim=8))
-        settings = AdversarialSettings(alpha=0.3, beta=5.0, groups=2, hidden_dim=7, update=update)  # type: ignore[arg-type]
+        settings = AdversarialSettings(alpha=0.3, beta=5.0, groups=2, hidden_dim=7)
+        settings = replace(settings, update=update, class_weights=class_weights)  # type: ignore[arg-type]
         self.method = build_method("gsda", model, settings, NUM_CLASSES, seed=0).double()
+        self.method.refresh(torch.tensor([[0.9, 0.1, 0.0, 0.0], [0.1, 0.3, 0.6, 0.0]]))
         self.method.to(memory_format=torch.channels_last).eval()
         generator = torch.Generator().manual_seed(DATA_SEED)
         shape = (world_size, 2, BATCH, DIM)
@@ -237,6 +242,12 @@ def work(rank: int, world_size: int, port: int, folder: str) -> None:
         for update in ("alternating", "reversal"):
             setup, inputs = fresh(update)
             found[update] = setup.step(ranks, inputs)
+            setup = Setup(world_size, update, "pada")
+            found[f"{update} with class weights"] = setup.step(ranks, inputs)
+        trainer = build(class_weights="pada", ranks=ranks)
+        run(trainer)
+        found["class weights"] = trainer.method.state_dict()["source_class_weights"]
+        found["probabilities"] = trainer.probabilities
         setup, inputs = fresh()
         found["second gradient not averaged"] = setup.step(WithoutSecondMean(rank, world_size, rank), inputs)
         setup, _ = fresh()
@@ -275,8 +286,8 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
-def alone(world_size: int, update: str = "alternating") -> dict[str, Any]:
-    setup = Setup(world_size, update)
+def alone(world_size: int, update: str = "alternating", class_weights: str = "none") -> dict[str, Any]:
+    setup = Setup(world_size, update, class_weights)
     return setup.step(Ranks(), setup.inputs(slice(None), None))
 
 
@@ -296,6 +307,26 @@ def test_gradients_are_those_of_one_process_with_the_whole_batch(
     for found in world:
         assert largest_error(found[update]["gradients"], expected["gradients"], part) < 1e-12
         assert largest_error(found[update]["parameters"], expected["parameters"], part) < 1e-12
+
+
+@pytest.mark.parametrize("update", ["alternating", "reversal"])
+@pytest.mark.parametrize("part", ["model", "discriminators"])
+def test_class_weights_are_those_of_the_whole_batch(world: list[dict[str, Any]], update: str, part: str) -> None:
+    expected = alone(len(world), update, "pada")
+    plain = alone(len(world), update)
+    for found in world:
+        weighted = found[f"{update} with class weights"]
+        assert largest_error(weighted["gradients"], expected["gradients"], part) < 1e-12
+        assert largest_error(weighted["parameters"], expected["parameters"], part) < 1e-12
+    assert largest_error(plain["gradients"], expected["gradients"], part) > 1e-2
+
+
+def test_all_ranks_have_the_class_weights_of_the_whole_target(world: list[dict[str, Any]]) -> None:
+    for found in world:
+        assert torch.equal(found["probabilities"], world[0]["probabilities"])
+        assert torch.equal(found["class weights"], world[0]["class weights"])
+        assert torch.equal(found["class weights"], target_class_weights(found["probabilities"]))
+        assert len(found["probabilities"]) == NUM_TARGET
 
 
 def test_the_means_of_the_terms_are_those_of_the_whole_batch(world: list[dict[str, Any]]) -> None:
@@ -379,6 +410,52 @@ def test_one_process_needs_no_group() -> None:
         assert not dist.is_initialized()
         assert ranks.shard(3) == [0, 1, 2]
         assert ranks.gather_objects("one") == ["one"]
+
+
+# -------------------------------------------------------------------------------------------------- pretrained weights
+
+
+def fetch(rank: int, port: int, folder: str) -> None:
+    """Two processes on one machine, on two with a disk in common, on two with disks of their own, on one offline."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    fetched: list[str] = []
+
+    def download(url: str, path: str, *_: object, **__: object) -> None:
+        if "offline" in path:
+            raise OSError("no route to host")
+        time.sleep(0.3)  # long enough for another process to see no file yet
+        fetched.append(url)
+        torch.save({}, path)
+
+    torch.hub.download_url_to_file = download
+    found: dict[str, Any] = {}
+    with join("cpu", timeout=60) as ranks:
+        for name, local_rank, disk in (
+            ("one machine", rank, "one"),
+            ("disk in common", 0, "common"),
+            ("own disks", 0, f"own {rank}"),
+            ("offline", rank, "offline"),
+        ):
+            os.environ["TORCH_HOME"] = str(Path(folder) / disk)
+            fetched.clear()
+            here, settings = replace(ranks, local_rank=local_rank), ModelSettings("resnet18")
+            failure = failure_of(lambda: here.one_after_another(lambda: fetch_weights(settings)))  # noqa: B023
+            found[name] = len(fetched), failure, list((Path(folder) / disk).rglob("resnet18-*.pth")) != []
+    torch.save(found, Path(folder) / f"{rank}.pt")
+
+
+def test_pretrained_weights_are_fetched_once_for_each_disk(tmp_path: Path) -> None:
+    start_processes(fetch, (free_port(), str(tmp_path)), nprocs=2, start_method="spawn")
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
+    good = ("", False)
+    assert first["one machine"] == first["disk in common"] == first["own disks"] == (1, good, True)
+    assert second["one machine"] == second["disk in common"] == (0, good, True)
+    assert second["own disks"] == (1, good, True)
+    for rank, found in enumerate((first, second)):
+        fetched, (message, of_another), there = found["offline"]
+        assert (fetched, of_another, there) == (0, rank > 0, False)
+        assert message.startswith("--weights: found IMAGENET1K_V1, which could not be fetched (no route to host)")
+        assert re.search(r"fetch https://\S+/resnet18-\w+\.pth elsewhere and give --weights PATH, or", message)
 
 
 # ---------------------------------------------------------------------------------------------------------- whole runs

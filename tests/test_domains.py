@@ -105,6 +105,17 @@ def test_unlabelled_list_and_unlabelled_folders_of_the_visda_test_domain(tmp_pat
     assert not listed.labelled
 
 
+def test_labels_of_the_visda_test_domain_as_published_beside_the_domains(tmp_path: Path) -> None:
+    touch_tree(visda(tmp_path) / "test", ["trunk01", "trunk20"], per_class=6)
+    images = sorted((tmp_path / "test").glob("*/*.jpg"))
+    lines = [f"{image.relative_to(tmp_path / 'test')} {11 - label}" for label, image in enumerate(images)]
+    (tmp_path / "image_list.txt").write_text("\n".join(reversed(lines)) + "\n")
+    _, target = open_pair("visda", target="test", data_root=tmp_path)
+    assert target.labels.tolist() == list(range(11, -1, -1))
+    assert [target.file(i) for i in range(12)] == [str(image) for image in images]
+    assert open_pair("visda", data_root=tmp_path)[1].labels.tolist() == sorted(range(12))
+
+
 def test_count_that_differs_is_a_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"amazon: found 31 images in .*, published 2817"):
         open_pair("office31", data_root=office31(tmp_path))
@@ -118,13 +129,29 @@ def test_data_root_from_the_environment(tmp_path: Path, monkeypatch: pytest.Monk
         open_pair("office31")
 
 
+def test_the_target_of_partial_digits_lacks_half_of_the_classes(few_digits: Path) -> None:
+    source, target = open_pair("digits-partial", data_root=few_digits)
+    whole_source, whole_target = open_pair("digits", data_root=few_digits)
+    assert source.paths == whole_source.paths
+    assert target.classes == source.classes == tuple("0123456789")
+    assert target.paths == [path for path in whole_target.paths if path[0] in "01234"]
+    assert set(target.labels.tolist()) == set(range(5))
+
+
+@pytest.mark.parametrize("domain", ["mnist", "optdigits"])
+def test_partial_digits_have_the_published_number_of_images(domain: str) -> None:
+    _, target = open_pair("digits-partial", "fonts", domain)
+    assert len(target) == BENCHMARKS["digits-partial"].domain(domain).expected_target_images
+
+
 def test_digits_need_no_data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("GSDA_DATA", str(tmp_path / "other data"))
     for domain in digits.DOMAINS:
         touch_tree(tmp_path / "gsda_fast" / "digits-v1" / domain, list("0123456789"), suffix=".png")
-    source, target = open_pair("digits")
-    assert (source.name, target.name) == ("fonts", "optdigits")
+    for task in ("digits", "digits-partial"):
+        source, target = open_pair(task)
+        assert (source.name, target.name) == ("fonts", "optdigits")
     assert source.classes == tuple("0123456789")
     assert source.labels.tolist() == list(range(10))
 
@@ -208,6 +235,16 @@ def test_class_folders_that_differ_in_case_alone(tmp_path: Path) -> None:
     touch_tree(office31(tmp_path) / "amazon" / "images", ["Mug"])
     with pytest.raises(UsageError, match="the folders 'Mug' and 'mug'"):
         open_pair("office31", data_root=tmp_path)
+
+
+def test_files_whose_names_differ_in_case_alone_are_all_there(tmp_path: Path) -> None:
+    for name in ("frame.jpg", "Frame.jpg", "frame.JPG"):
+        (office31(tmp_path) / "webcam" / "images" / "mug" / name).touch()
+    if len(list((tmp_path / "webcam" / "images" / "mug").iterdir())) < 4:
+        pytest.skip("a file system that holds no such names")
+    _, target = open_pair("office31", data_root=tmp_path)
+    names = [path for path in target.paths if path.startswith("mug/")]
+    assert names == ["mug/0000.jpg", "mug/Frame.jpg", "mug/frame.JPG", "mug/frame.jpg"]
 
 
 @pytest.mark.parametrize("label", [12, -1])

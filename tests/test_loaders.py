@@ -8,7 +8,7 @@ from image_trees import class_tree, save
 
 from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.data.domains import ImageDomain, open_pair
-from gsda_fast.data.loaders import DataSettings, Loader, open_loader, resolve_loader
+from gsda_fast.data.loaders import DataSettings, Loader, open_loader, require_room, resolve_loader
 from gsda_fast.data.sampling import SamplingPlan
 from gsda_fast.data.torch_loader import TorchLoader
 from gsda_fast.errors import UsageError
@@ -38,6 +38,29 @@ def test_from_settings_to_batches(settings: DataSettings, pair: tuple[ImageDomai
     ((images, index),) = loader.evaluate("target")
     assert (images.shape, index.tolist()) == ((2, 3, 224, 224), [0, 1])
     loader.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["torch", "cached", "dali"])
+def test_images_of_less_precision_are_the_float32_ones_rounded_once(
+    pair: tuple[ImageDomain, ImageDomain], name: str, dtype: torch.dtype
+) -> None:
+    if name == "dali":
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    settings = DataSettings(loader="dali" if name == "dali" else "torch", cache_on_device=name == "cached", workers=1)
+    plan = SamplingPlan(pair[0].labels, len(pair[1]), recipe=RECIPE, batch_size=4, seed=0)
+    found = []
+    for each in (torch.float32, dtype):
+        loader = open_loader(settings, *pair, RECIPE, batch_size=4, device=torch.device("cpu"), dtype=each)
+        batches = list(loader.train(plan, range(2)))
+        images = [image for batch in batches for image in (batch.source_images, batch.target_images)]
+        images += [part for part, _ in loader.evaluate("target")]
+        assert all(image.is_contiguous(memory_format=torch.channels_last) for image in images)
+        found.append(images)
+        loader.close()
+    for exact, rounded in zip(*found, strict=True):
+        assert rounded.dtype == dtype
+        assert torch.equal(exact.to(dtype), rounded)
 
 
 def test_loader_that_does_not_exist(pair: tuple[ImageDomain, ImageDomain]) -> None:
@@ -86,6 +109,15 @@ def test_dali_with_what_it_cannot_do(
     assert resolve_loader(DataSettings(), *with_gif, torch.device("cuda")) == "torch"
     with pytest.raises(UsageError, match=r"drawing.gif among the images; .* DALI reads no GIF"):
         opened(DataSettings(loader="dali"), with_gif)
+
+
+def test_ten_crops_need_room(pair: tuple[ImageDomain, ImageDomain]) -> None:
+    require_room(10, RECIPE)
+    require_room(1, BENCHMARKS["digits"].recipe)
+    with pytest.raises(
+        UsageError, match="--test-crops: found 10, for images that are used whole, 16x16 pixels; expect"
+    ):
+        require_room(10, BENCHMARKS["digits"].recipe)
 
 
 def test_negative_workers(pair: tuple[ImageDomain, ImageDomain]) -> None:

@@ -3,7 +3,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from gsda_fast import discriminator_objective, encoder_objective
-from gsda_fast.data.batches import Batch, Role
+from gsda_fast.data.batches import Batch, Crops, Role
 from gsda_fast.data.benchmarks import find_benchmark
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.sampling import IntArray, SamplingPlan
 from gsda_fast.methods import build_method
 from gsda_fast.methods.gsda import GSDA, AdversarialSettings
-from gsda_fast.methods.objective import class_probabilities
+from gsda_fast.methods.objective import class_probabilities, target_class_weights
 from gsda_fast.model import AdaptationModel, ModelSettings
 from gsda_fast.training.distributed import Ranks
 from gsda_fast.training.optim import OptimizerSettings, build_optimizers, set_learning_rate
@@ -68,10 +68,17 @@ class TensorLoader:
                 target,
             )
 
-    def evaluate(self, domain: Role, samples: IntArray | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def evaluate(
+        self, domain: Role, samples: IntArray | None = None, crops: Crops = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         index = torch.arange(len(self.images[domain])) if samples is None else torch.from_numpy(samples)
         for part in index.split(5):
-            yield self.images[domain][part], part
+            yield self.crops(domain, part, crops).flatten(0, 1), part
+
+    def crops(self, domain: Role, index: Tensor, crops: Crops) -> Tensor:
+        """(n, crops, DIM): what ten crops are to an image, a vector and its neighbours are here."""
+        shifts = torch.linspace(-1, 1, crops).unsqueeze(1) if crops > 1 else torch.zeros(1, 1)
+        return self.images[domain][index].unsqueeze(1) + shifts
 
     def close(self) -> None: ...
 
@@ -83,14 +90,16 @@ def build(
     schedule: Schedule = SCHEDULE,
     log_every: int = 2,
     seed: int = 0,
-    stop: Callable[[], bool] = lambda: False,
+    class_weights: Literal["none", "pada"] = "none",
     ranks: Ranks | None = None,
+    test_crops: Crops = 1,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Trainer:
     torch.manual_seed(seed)
     backbone = nn.Sequential(nn.Linear(DIM, 10), nn.BatchNorm1d(10), nn.ReLU(), nn.Dropout(dropout))
     model = AdaptationModel(backbone, 10, NUM_CLASSES, ModelSettings(bottleneck_dim=5))
     loader = TensorLoader()
-    settings = AdversarialSettings(alpha=0.1, groups=2, hidden_dim=8)
+    settings = AdversarialSettings(alpha=0.1, groups=2, hidden_dim=8, class_weights=class_weights)
     built = loader.method = build_method(method, model, settings, NUM_CLASSES, seed=0)
     paths = [f"{number}.png" for number in range(NUM_TARGET)]
     target = ImageDomain("target", Path("nowhere"), paths, loader.labels["target"].numpy(), tuple("abcd"))
@@ -109,8 +118,9 @@ def build(
         confidence_threshold=THRESHOLD,
         device=torch.device("cpu"),
         log_every=log_every,
-        stop=stop,
         ranks=ranks,
+        test_crops=test_crops,
+        stop=stop,
     )
 
 
@@ -144,7 +154,13 @@ COMPONENTS = (
     "ranks.0.random.python",
     "images_seen",
 )
-CONSTANT = ("scaler", "unscored", "optimizers.encoder.param_groups", "optimizers.discriminators.param_groups")
+CONSTANT = (
+    "classes",
+    "scaler",
+    "unscored",
+    "optimizers.encoder.param_groups",
+    "optimizers.discriminators.param_groups",
+)
 """Of which a new trainer has the same at a scoring: the rates are the schedule's, and set in each step."""
 ELSEWHERE = ("ranks.0.random.cuda", "ranks.0.buffers", *TIMES)
 
@@ -327,6 +343,19 @@ def test_the_same_seed_gives_the_same_run(uninterrupted: list[dict[str, Any]]) -
     assert differences(without_times(other), without_times(uninterrupted[-1])) != []
 
 
+def test_a_run_with_class_weights_resumes_in_the_same_state() -> None:
+    _, states = run(build(class_weights="pada"))
+    for weights_left_out in (False, True):
+        resumed = build(seed=1, class_weights="pada")
+        fresh = deepcopy(resumed.state_dict())
+        state = deepcopy(states[1])
+        if weights_left_out:
+            state = left_out(state, "method.source_class_weights", fresh)
+        resumed.load_state_dict(state)
+        found = run(resumed)[1][-1]
+        assert (differences(without_times(found), without_times(states[-1])) != []) == weights_left_out
+
+
 # --------------------------------------------------------------------------------------------- what happens when
 
 
@@ -366,6 +395,27 @@ def test_accuracy_is_that_of_the_target() -> None:
     assert torch.equal(trainer.probabilities, trainer.predict("target"))
 
 
+def test_ten_crops_are_what_the_figures_average_and_nothing_that_trains() -> None:
+    reports, states = run(build(class_weights="pada"))
+    ten = build(class_weights="pada", test_crops=10)
+    reports_of_ten, states_of_ten = run(ten)
+    without = {"history", *TIMES}
+    for state, of_ten in zip(states, states_of_ten, strict=True):
+        kept, kept_of_ten = ({k: v for k, v in each.items() if k not in without} for each in (state, of_ten))
+        assert differences(kept, kept_of_ten) == []
+    assert reports[-1].values["mutual_information"] != reports_of_ten[-1].values["mutual_information"]
+
+    loader, model = loader_of(ten), ten.method.model.eval()
+    with torch.no_grad():
+        crops = loader.crops("target", torch.arange(NUM_TARGET), 10)
+        expected = torch.stack([model(crops[:, place]).logits.softmax(1) for place in range(10)]).mean(0)
+    assert ten.probabilities is not None
+    assert_close(ten.probabilities, expected)
+    assert_close(ten.predict("target", 10), expected)
+    correct = expected.argmax(1) == loader.labels["target"]
+    assert ten.history.accuracy.last == pytest.approx(100 * correct.double().mean().item())
+
+
 def test_the_plan_follows_every_scoring() -> None:
     trainer = build()
     tables = []
@@ -389,6 +439,26 @@ def test_only_methods_that_want_confident_samples_renew_the_plan(method: str, re
     trainer = build(method)
     run(trainer)
     assert (trainer.plan.target_table is not None) == renewed
+
+
+@pytest.mark.parametrize("method", ["source-only", "gsda"])
+def test_class_weights_follow_every_scoring(method: str) -> None:
+    trainer = build(method, class_weights="pada")
+    assert isinstance(trainer.method, GSDA)
+    kept = []
+    for report in trainer.run(lambda: None):
+        weights = trainer.method.source_class_weights
+        assert weights is not None
+        if report.step < SCHEDULE.warmup:
+            assert torch.equal(weights, torch.ones(NUM_CLASSES))
+        elif report.figures is not None:
+            assert trainer.probabilities is not None
+            assert torch.equal(weights, target_class_weights(trainer.probabilities))
+            kept.append(weights.tolist())
+    assert len({tuple(each) for each in kept}) == len(SCORED)
+    other = build(method)
+    run(other)
+    assert not torch.equal(other.method.model.classifier.weight, trainer.method.model.classifier.weight)
 
 
 def test_discriminators_rest_during_warm_up() -> None:

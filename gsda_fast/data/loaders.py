@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from gsda_fast.data.batches import Batch, Loader, Role
+from gsda_fast.data.batches import Batch, Crops, Loader, Role
 from gsda_fast.data.benchmarks import ImageRecipe
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.synthetic_loader import SyntheticLoader
@@ -42,6 +42,8 @@ class DataSettings:
     """Threads that decode images, in each process; 0: the usable cores, shared by the processes of a machine."""
     cache_on_device: bool = False
     """Decode every image once and keep all of them on the training device as 8-bit pixels."""
+    test_crops: Crops = 1
+    """Test images: the centre of each frame, or four corners, centre and their mirror images, as older papers test."""
     synthetic: bool = False
     """Random images instead of data: a dry run, for what a machine can do."""
 
@@ -92,6 +94,19 @@ def _obstacle_to_dali(settings: DataSettings, source: ImageDomain, target: Image
     return None
 
 
+def require_room(crops: Crops, recipe: ImageRecipe) -> None:
+    """Whether test images can be cropped in several ways.
+
+    Raises:
+        UsageError: ten crops of images that are as small as a crop.
+    """
+    if crops > 1 and recipe.crop == recipe.resize:
+        side = f"{recipe.resize}x{recipe.resize}"
+        raise UsageError(
+            "--test-crops", found=f"{crops}, for images that are used whole, {side} pixels", expected="1 for this task"
+        )
+
+
 def open_loader(
     settings: DataSettings,
     source: ImageDomain,
@@ -110,14 +125,14 @@ def open_loader(
         recipe: sizes, augmentation and normalisation; of the task's entry in `BENCHMARKS`.
         batch_size: images in a batch of `evaluate`; a training batch has the plan's size.
         device: where batches are wanted.
-        dtype: of the images: float32 or float16.
+        dtype: of the images: float32, or what the network's first product runs in.
 
     Raises:
         UsageError: the loader does not exist here, `workers` is negative, or (`cache_on_device`) an image cannot be
             read or the images do not fit.
     """
     if settings.synthetic:
-        return SyntheticLoader(source, target, recipe, batch_size=batch_size, device=device)
+        return SyntheticLoader(source, target, recipe, batch_size=batch_size, device=device, dtype=dtype)
     if settings.workers < 0:
         raise UsageError("--workers", found=str(settings.workers), expected="0 (automatic) or more")
     name = resolve_loader(settings, source, target, device)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gsda_fast.data.batches import Batch, Role
+from gsda_fast.data.batches import Batch, Crops, Role, samples_in_batch
 from gsda_fast.data.benchmarks import Benchmark, ImageRecipe
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.sampling import IntArray, SamplingPlan
@@ -34,14 +34,23 @@ class SyntheticLoader:
         recipe: channels and size of the images.
         batch_size: images in a batch of `evaluate`.
         device: where the images are.
+        dtype: of the images.
     """
 
     def __init__(
-        self, source: ImageDomain, target: ImageDomain, recipe: ImageRecipe, *, batch_size: int, device: torch.device
+        self,
+        source: ImageDomain,
+        target: ImageDomain,
+        recipe: ImageRecipe,
+        *,
+        batch_size: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self._labels = torch.from_numpy(source.labels).to(device)
         self._sizes: dict[Role, int] = {"source": len(source), "target": len(target)}
-        self._shape, self._device, self._batch_size = (recipe.channels, recipe.crop, recipe.crop), device, batch_size
+        self._shape, self._batch_size = (recipe.channels, recipe.crop, recipe.crop), batch_size
+        self._device, self._dtype = device, dtype
         self._made: dict[tuple[Role | None, int], Tensor] = {}
 
     def train(self, plan: SamplingPlan, steps: range, rank: int = 0) -> Iterator[Batch]:
@@ -60,11 +69,13 @@ class SyntheticLoader:
                 target_index=target,
             )
 
-    def evaluate(self, domain: Role, samples: IntArray | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def evaluate(
+        self, domain: Role, samples: IntArray | None = None, crops: Crops = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """See `Loader.evaluate`."""
         chosen = np.arange(self._sizes[domain]) if samples is None else samples
-        for part in torch.from_numpy(chosen).to(self._device).split(self._batch_size):
-            yield self._images(None, len(part)), part
+        for part in torch.from_numpy(chosen).to(self._device).split(samples_in_batch(self._batch_size, crops)):
+            yield self._images(None, len(part) * crops), part
 
     def close(self) -> None:
         """See `Loader.close`."""
@@ -72,6 +83,6 @@ class SyntheticLoader:
 
     def _images(self, role: Role | None, count: int) -> Tensor:
         if (role, count) not in self._made:
-            images = torch.randn((count, *self._shape), device=self._device)
+            images = torch.randn((count, *self._shape), device=self._device).to(self._dtype)
             self._made[role, count] = images.contiguous(memory_format=torch.channels_last)
         return self._made[role, count]

@@ -68,6 +68,7 @@ class RunResult:
         images_per_second: training throughput, both domains and all ranks; None if no step was timed.
         seconds: wall-clock time of the run, with that before an interruption.
         label_free_criterion: what chose the `label_free` figures.
+        test_crops: crops of an image over which its probabilities were averaged, for all figures.
     """
 
     task: str
@@ -83,15 +84,19 @@ class RunResult:
     images_per_second: float | None
     seconds: float
     label_free_criterion: str = LABEL_FREE_CRITERION
+    test_crops: int = 1
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> RunResult:
-        """The inverse of `dataclasses.asdict`; keys that a later version added are ignored.
+        """The inverse of `dataclasses.asdict`; keys that an earlier version lacked have their defaults, those that a
+        later one added are ignored.
 
         Raises:
             KeyError, TypeError: a key is missing or of another kind.
         """
-        values = {field.name: stored[field.name] for field in dataclasses.fields(cls)}
+        fields = dataclasses.fields(cls)
+        needed = [field.name for field in fields if field.default is dataclasses.MISSING or field.name in stored]
+        values = {name: stored[name] for name in needed}
         for name in ("accuracy", "mean_per_class"):
             values[name] = Selection(**values[name])
         for name in ("per_class", "classes"):
@@ -146,7 +151,7 @@ class RunFolder:
     @staticmethod
     def default_name(task: str, source: str, target: str, method: str, seed: int) -> str:
         """`TASK-SOURCE-TARGET-METHOD-seedN`, with `_` for characters that do not belong into a folder's name."""
-        return "-".join(re.sub(r"[^\w.+-]+", "_", part) for part in (task, source, target, method, f"seed{seed}"))
+        return "-".join(map(file_name, (task, source, target, method, f"seed{seed}")))
 
     @classmethod
     def existing(cls, path: Path | str) -> RunFolder:
@@ -230,7 +235,7 @@ class RunFolder:
             file.unlink(missing_ok=True)
         for file in (self.predictions_path, self.features_path, self.trace_path, *self.path.glob("*.png")):
             file.unlink(missing_ok=True)
-        for folder in (self.checkpoints, self.tensorboard):
+        for folder in (self.checkpoints, self.tensorboard, self.exported):
             shutil.rmtree(folder, ignore_errors=True)
         self._last_step, self._unwritten = None, b""
 
@@ -255,6 +260,11 @@ class RunFolder:
     def tensorboard(self) -> Path:
         """Folder of the TensorBoard event files."""
         return self.path / "tensorboard"
+
+    @property
+    def exported(self) -> Path:
+        """Folder of the network as other projects read it."""
+        return self.path / "export"
 
     @property
     def result_path(self) -> Path:
@@ -517,6 +527,11 @@ class RunFolder:
         if not isinstance(stored, dict):
             raise UsageError(str(path), found=type(stored).__name__, expected="a JSON object")
         return stored
+
+
+def file_name(text: str) -> str:
+    """The text with `_` for characters that do not belong into a file's or a folder's name."""
+    return re.sub(r"[^\w.+-]+", "_", text)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import gsda_kernels
 from gsda_fast.config import Config
 from gsda_fast.data.benchmarks import ImageRecipe, find_benchmark
 from gsda_fast.data.domains import ImageDomain, open_pair
-from gsda_fast.data.loaders import open_loader, resolve_loader
+from gsda_fast.data.loaders import open_loader, require_room, resolve_loader
 from gsda_fast.data.sampling import SamplingPlan
 from gsda_fast.data.synthetic_loader import synthetic_pair
 from gsda_fast.errors import UsageError
@@ -22,6 +22,7 @@ from gsda_fast.methods import build_method
 from gsda_fast.model import LENET, build_model
 from gsda_fast.results.run_folder import RunFolder, flat_settings
 from gsda_fast.training.distributed import Ranks, digest
+from gsda_fast.training.figures import device_floors
 from gsda_fast.training.generators import seed_generators
 from gsda_fast.training.precision import AUTOCAST_DTYPES
 from gsda_fast.training.resume import summary
@@ -41,6 +42,7 @@ def resolve(config: Config, world_size: int = 1) -> tuple[Config, ImageDomain, I
         UsageError: data, a device or a backend that is not there.
     """
     data = config.data
+    require_room(data.test_crops, find_benchmark(config.task).recipe)
     if data.synthetic:
         source, target = synthetic_pair(find_benchmark(config.task))
     else:
@@ -122,11 +124,14 @@ def build_trainer(
             raise UsageError(
                 "--sync-batchnorm", found=f"device {device.type}", expected="GPUs, the only ones it runs on"
             )
+        if config.precision.cuda_graphs:
+            # Processes that wait for each other inside a graph wait for ever where one of them records anew.
+            raise UsageError("--cuda-graphs", found="--sync-batchnorm", expected="one of the two")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     method = build_method(config.run.method, model, config.adversarial, source.num_classes, config.run.seed)
     method.to(device)
     if config.precision.compile == "on":
-        method.compile_parts()
+        method.compile_parts("reduce-overhead" if config.precision.cuda_graphs else None)
     ranks.require_equal(
         {
             **flat_settings(config.to_dict()),
@@ -155,7 +160,15 @@ def build_trainer(
     )
     return Trainer(
         method,
-        open_loader(config.data, source, target, recipe, batch_size=_EVALUATION_BATCH, device=device),
+        open_loader(
+            config.data,
+            source,
+            target,
+            recipe,
+            batch_size=_EVALUATION_BATCH,
+            device=device,
+            dtype=model.autocast_dtype or torch.float32,
+        ),
         plan,
         target,
         Schedule(config.run.steps, config.run.warmup, config.pseudo_labels.refresh_every),
@@ -165,5 +178,15 @@ def build_trainer(
         log_every=config.run.log_every,
         ranks=ranks,
         scale_losses=config.precision.precision == "fp16",
+        test_crops=config.data.test_crops,
         stop=stop,
+        cuda_graphs=config.precision.cuda_graphs,
+        floors=device_floors(
+            device,
+            config.precision.precision,
+            config.model,
+            recipe,
+            num_classes=source.num_classes,
+            images=2 * config.run.batch_size,
+        ),
     )

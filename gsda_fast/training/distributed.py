@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -188,8 +188,19 @@ class Ranks:
         failures = [each for each in self.gather_objects(failure) if each is not None]
         if failures:
             raise self._told(failures[0])
-        assert value is not None
-        return value
+        return cast(T, value)
+
+    def one_after_another(self, make: Callable[[], object]) -> None:
+        """Calls `make` on one rank of each machine, on the first machine before all others; every rank waits for it.
+
+        For what lands in a cache: on a disk that all machines share it is found there after the first call, on disks
+        of their own each machine has it once.
+
+        Raises:
+            UsageError: raised by `make`; every rank raises it, the first one tells of it.
+        """
+        for mine in (self.first, self.local_rank == 0 and not self.first):
+            self.together(lambda mine=mine: make() if mine else None)  # type: ignore[misc]
 
     def require_equal(self, values: Mapping[str, Any]) -> None:
         """Checks that all ranks train the same thing.

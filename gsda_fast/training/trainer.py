@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gsda_fast.data.batches import Batch, Loader, Role
+from gsda_fast.data.batches import Batch, Crops, Loader, Role
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.sampling import SamplingPlan
 from gsda_fast.errors import Stopped
@@ -19,7 +19,7 @@ from gsda_fast.methods import Method, StepInputs
 from gsda_fast.model import ModelOutput
 from gsda_fast.results.metrics import AccuracyHistory, EvaluationFigures, evaluation_figures
 from gsda_fast.training.distributed import Ranks, mean_of_buffers
-from gsda_fast.training.figures import peak_memory
+from gsda_fast.training.figures import Floors, peak_memory
 from gsda_fast.training.generators import generator_states, set_generator_states
 from gsda_fast.training.optim import OptimizerSettings, build_optimizers, set_learning_rate
 from gsda_fast.training.pseudo_labels import confident_labels
@@ -55,7 +55,11 @@ class Trainer:
         ranks: the processes of the run. Its calls are made by all of them, at the same steps: nearly every method of
             this class is one for all ranks together.
         scale_losses: for fp16.
+        test_crops: crops of a target image over which the figures average its probabilities. Nothing that trains
+            depends on it: pseudo-labels and what the method refreshes come from the centre crop.
         stop: whether this process has been asked to stop, looked at in each step.
+        cuda_graphs: whether compiled parts are replayed as CUDA graphs.
+        floors: what the network costs at least here, for figures; None where that is not known.
 
     Attributes:
         profiler: told of each step, if there is one.
@@ -76,13 +80,17 @@ class Trainer:
         log_every: int,
         ranks: Ranks | None = None,
         scale_losses: bool = False,
+        test_crops: Crops = 1,
         stop: Callable[[], bool] = lambda: False,
+        cuda_graphs: bool = False,
+        floors: Floors | None = None,
     ) -> None:
         self.method, self.loader, self.plan, self.schedule = method, loader, plan, schedule
-        self.target_labels = torch.from_numpy(target.labels)
+        self.target_labels, self.classes = torch.from_numpy(target.labels), target.classes
         self.confidence_threshold, self.device, self.log_every = confidence_threshold, device, log_every
+        self.test_crops: Crops = test_crops
         self.optimizers = build_optimizers(method.players(), optimizer)
-        self.ranks = ranks or Ranks()
+        self.ranks, self.floors, self.cuda_graphs = ranks or Ranks(), floors, cuda_graphs
         self.updater = Updater(method.players(), self.optimizers, self.ranks, device, scale_losses)
         self._stop = stop
         self.profiler: torch.profiler.profile | None = None
@@ -150,6 +158,7 @@ class Trainer:
             clock.waiting += time.perf_counter() - before
             terms = self._train_step(step, batch)
             clock.images += len(batch.source_images) + len(batch.target_images)
+            clock.computed += len(batch.source_images) * (1 if self._source_alone(step) else 2)
             self.step = step + 1
             if self.profiler is not None:
                 self.profiler.step()
@@ -174,6 +183,7 @@ class Trainer:
             "adversarial_ramp": self.schedule.adversarial_ramp(step),
             "images_per_second": images / seconds,
             "data_wait": float(waited),
+            **({} if self.floors is None else self.floors.shares(clock.computed, seconds)),
         }
 
     def _note(self, clock: _Clock) -> tuple[float, int]:
@@ -183,10 +193,17 @@ class Trainer:
         self.training_seconds += seconds
         return seconds, images
 
+    def _source_alone(self, step: int) -> bool:
+        return self.schedule.warming_up(step) or self.method.target_samples == "none"
+
     def _train_step(self, step: int, batch: Batch) -> dict[str, Tensor]:
         sizes = len(batch.source_images), len(batch.target_images)
         # The mean over ranks of local means is the global mean for equal parts alone.
         assert sizes == (self.plan.batch_size, self.plan.batch_size), f"a batch of {sizes}, {self.plan.batch_size} each"
+        if self.cuda_graphs:
+            # Without it, the discriminators' backward pass would end the step for the graphs, and their second forward
+            # pass take over the memory of the features that the encoder's backward pass still needs.
+            torch.compiler.cudagraph_mark_step_begin()
         set_learning_rate(self.optimizers, self.schedule.learning_rate_factor(step))
         inputs = StepInputs(
             source_images=batch.source_images,
@@ -200,16 +217,28 @@ class Trainer:
 
     def _score_target(self) -> EvaluationFigures:
         """Scores the target, notes the figures, and renews the choice of the target samples that train."""
-        self.probabilities = self._evaluate("target", None, _probabilities, stoppable=True)
+        of_centre = self.predict("target", 1, stoppable=True)
+        self.probabilities = of_centre
+        if self.test_crops != 1:
+            self.probabilities = self.predict("target", self.test_crops, stoppable=True)
         figures = evaluation_figures(self.target_labels, self.probabilities)
         self.history.add(self.step, figures)
+        self.method.refresh(of_centre)
         if self.method.target_samples == "confident":
-            self.plan = self.plan.with_target(confident_labels(self.probabilities, self.confidence_threshold))
+            self.plan = self.plan.with_target(confident_labels(of_centre, self.confidence_threshold))
         return figures
 
-    def predict(self, domain: Role) -> Tensor:
-        """(n, r) float32 class probabilities of a domain, in its order, on the CPU."""
-        return self._evaluate(domain, None, _probabilities)
+    def predict(self, domain: Role, crops: Crops = 1, *, stoppable: bool = False) -> Tensor:
+        """(n, r) float32 class probabilities of a domain, means over the crops, in its order, on the CPU.
+
+        Raises:
+            Stopped: a rank has been asked to stop, and this is `stoppable`.
+        """
+
+        def probabilities(output: ModelOutput) -> Tensor:
+            return output.logits.float().softmax(1).unflatten(0, (-1, crops)).mean(1)
+
+        return self._evaluate(domain, None, probabilities, crops, stoppable=stoppable)
 
     def features(self, domain: Role, index: np.ndarray) -> np.ndarray:
         """(len(index), D) float32 features of the samples `index` of a domain."""
@@ -217,20 +246,22 @@ class Trainer:
 
     @torch.no_grad()
     def _evaluate(
-        self, domain: Role, index: np.ndarray | None, of: Callable[[ModelOutput], Tensor], *, stoppable: bool = False
+        self,
+        domain: Role,
+        index: np.ndarray | None,
+        of: Callable[[ModelOutput], Tensor],
+        crops: Crops = 1,
+        *,
+        stoppable: bool = False,
     ) -> Tensor:
-        """Rows for the samples `index`, or for all of a domain, each rank computing its share, on the CPU.
-
-        Raises:
-            Stopped: a rank has been asked to stop, and this is `stoppable`.
-        """
+        """Rows for the samples `index`, or for all of a domain, each rank computing its share, on the CPU."""
         self.ranks.mean_buffers(self.method)
         self.method.eval()
         count = len(self.plan.source_labels) if domain == "source" else self.plan.num_target
         samples = np.arange(count) if index is None else index
         share = samples[self.ranks.shard(len(samples))]
         rows = []
-        for images, _ in self.loader.evaluate(domain, share):
+        for images, _ in self.loader.evaluate(domain, share, crops):
             if stoppable and self.ranks.max(self._stop(), self.device):
                 raise Stopped
             # Not the compiled network: it would be compiled anew for the shapes of evaluation.
@@ -248,6 +279,7 @@ class Trainer:
         of_ranks = self.ranks.gather_objects(own)
         return {
             "step": self.step,
+            "classes": list(self.classes),
             "method": {**self.method.state_dict(), **mean_of_buffers([each["buffers"] for each in of_ranks])},
             **self.updater.state_dict(),
             "target_table": None if table is None else torch.from_numpy(table),
@@ -285,15 +317,11 @@ class Trainer:
         self._earlier_seconds, self._started = state["seconds"], time.perf_counter()
 
 
-def _probabilities(output: ModelOutput) -> Tensor:
-    return output.logits.float().softmax(1)
-
-
 class _Clock:
-    """Seconds and images since the last report."""
+    """Seconds and images of this rank since the last report; `computed`: images that went through the network."""
 
     def __init__(self) -> None:
-        self.start, self.waiting, self.images = time.perf_counter(), 0.0, 0
+        self.start, self.waiting, self.images, self.computed = time.perf_counter(), 0.0, 0, 0
 
     def seconds(self) -> float:
         return time.perf_counter() - self.start
