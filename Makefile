@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 # A process in which Triton interprets its kernels cannot compile any: those tests run apart.
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton_interpreter.py
+OLDEST := .venv-oldest
+KERNEL_TESTS := $(patsubst %,tests/test_%.py,buffers closed_form functional native ops reference triton_compile triton_configs \
+	tune_triton)
 BUILT_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/native/*)
 
-.PHONY: help demo test test-all lint types clean
+.PHONY: help demo test test-all test-oldest lint types clean
 
 help:
 	@echo "make demo      train on the built-in digits and show what adaptation gained (a few minutes on a CPU)"
 	@echo "make test      run the tests; make test-all adds the exhaustive sweeps"
+	@echo "make test-oldest  run the kernels' tests with the oldest PyTorch and Triton that are supported"
 	@echo "make lint      style and types"
 	@echo "make clean     remove the environment and everything built"
 
@@ -29,6 +33,14 @@ test-all: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
 	$(INTERPRETED)
 
+# An environment of its own. That Triton's interpreter needs a NumPy before 2.4.
+test-oldest:
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet "torch==2.11.*" "torchvision==0.26.*" "triton==3.6.*" "numpy<2.4" \
+		--editable ".[dev]"
+	$(OLDEST)/bin/python -m pytest -m "not slow and not gpu" $(KERNEL_TESTS)
+	TRITON_INTERPRET=1 $(OLDEST)/bin/python -m pytest tests/test_triton_interpreter.py -m "not slow"
+
 lint: $(VENV)/installed-dev types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
@@ -39,7 +51,7 @@ types: $(VENV)/installed-dev
 	MYPYPATH=build/types $(BIN)/python -m mypy -p gsda_fast -p gsda_kernels
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) $(OLDEST) build
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \

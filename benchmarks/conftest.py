@@ -28,5 +28,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         torch=torch.__version__,
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
         threads=torch.get_num_threads(),
+        task=config.getoption("--task"),
+        batch_size=config.getoption("--batch-size"),
         backends=gk.available_backends(device),
     )

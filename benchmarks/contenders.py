@@ -15,14 +15,38 @@ Terms = tuple[Tensor, Tensor]
 Contender = Callable[[HeadInputs], Terms]
 
 REFERENCE = "reference loop"
+INDEXING = "indexing loop"
 BASELINE = "strong autograd baseline"
 
 
 def reference_loop(inputs: HeadInputs) -> Terms:
-    """A loop over discriminators with autograd's double backward: the paper read literally."""
+    """A loop over discriminators with autograd's double backward: the paper read literally.
+
+    It takes the stacked parameters apart once, so that each gradient is written where it belongs.
+    """
     return gk.adversarial_terms(
         inputs.features, inputs.disc, inputs.sample_weight, inputs.domain, backend="reference", validate=False
     )
+
+
+def indexing_loop(inputs: HeadInputs) -> Terms:
+    """The loop as it is first written, which indexes the stacked parameters: `w1[k]`, `b1[k]` and so on.
+
+    The backward of every such slice makes a gradient as large as the whole stack, zero but for the slice, and adds it.
+    """
+    losses, gradient_norms = [], []
+    for k in range(len(inputs.disc.b3)):
+        out = gk.adversarial_terms(
+            inputs.features,
+            gk.DiscriminatorWeights(*(tensor[k : k + 1] for tensor in inputs.disc)),
+            inputs.sample_weight[:, k : k + 1],
+            inputs.domain,
+            backend="reference",
+            validate=False,
+        )
+        losses.append(out.loss)
+        gradient_norms.append(out.gradient_norm)
+    return torch.cat(losses), torch.cat(gradient_norms)
 
 
 def strong_autograd_baseline(inputs: HeadInputs) -> Terms:
@@ -65,6 +89,7 @@ def contenders(device: torch.device | str) -> dict[str, Contender]:
     usable = [name for name, why in gk.available_backends(device).items() if why is None and name != "reference"]
     return {
         REFERENCE: reference_loop,
+        INDEXING: indexing_loop,
         BASELINE: strong_autograd_baseline,
         **{name: closed_form(name) for name in usable},
     }

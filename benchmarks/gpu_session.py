@@ -1,28 +1,36 @@
-"""Everything that only a GPU can tell, in one command: the tests marked `gpu`, then the head's times.
+"""Everything that only a GPU can tell, in one command: the tests marked `gpu`, the head's times, the training step's.
 
-    python benchmarks/gpu_session.py --output results/gpu
+    python benchmarks/gpu_session.py --output results/gpu            # about a quarter of an hour
+    python benchmarks/gpu_session.py --output results/gpu --only tune      # as long again: the table of configurations
 
-Needs PyTorch with CUDA, Triton and pytest, nothing installed from this repository and no network. Writes
-`tests.txt` (pytest's own report) and `head.json`: device, versions, revision, and for every shape, dtype, player and
-contender the median milliseconds of a forward and backward in eager mode and as a CUDA graph, the peak memory, and for
-the Triton backend the time of each kernel.
+Needs PyTorch with CUDA, Triton and pytest, nothing installed from this repository and no network; the training step
+needs what gsda_fast imports (pyproject.toml), too. Writes, each part as soon as it is known:
+
+- `tests.txt`: pytest's own report;
+- `head.json`: device, versions, revision, and for every shape, dtype, player and contender the median milliseconds of a
+  forward and backward in eager mode and as a CUDA graph, and the peak memory; for the Triton backend also the time of
+  each kernel, the time under `torch.compile`, and whether the host ever waits for the device (it must not);
+- `step.json`: pytest-benchmark's results of the whole training step, `source-only` beside `gsda` (ResNet-50, bfloat16,
+  random images), eager and compiled, with device, versions and revision; `step.txt`: its report;
+- `table.py`: the tuned configurations of this chip (`--only tune`), to go into kernels/triton/.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -35,40 +43,55 @@ DTYPES = {
 }
 SHAPES = ("visda", "office31", "office-home", "visda-128", "office31-128", "office-home-128")
 PLAYERS = {"discriminator step": (False, True), "encoder step": (True, False), "both players": (True, True)}
-REFERENCE_SHAPES = ("visda",)  # the loop has seconds to a step
+FEW_SHAPES = ("visda",)  # for the loop, which takes seconds to a step, and for compilation, which does, too
+PARTS = ("tests", "head", "step")
+STEP_OPTIONS = (
+    "--device=cuda", "--task=visda", "--batch-size=36", "-k", "test_step and bf16 and (source-only or gsda)"
+)  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("gpu_session"), help="folder for tests.txt and head.json")
+    parser.add_argument("--output", type=Path, default=Path("gpu_session"), help="folder for all results")
+    parser.add_argument("--only", nargs="+", choices=[*PARTS, "tune"], default=PARTS, help="default: all but tune")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, choices=SHAPES)
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
-    parser.add_argument("--no-tests", action="store_true", help="measure only")
-    parser.add_argument("--no-times", action="store_true", help="test only")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("error: found no CUDA device; expected one, since nothing here is about a CPU", file=sys.stderr)
+        return 2
     options.output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        _make_importable(Path(folder))
-        failed = 0 if options.no_tests else run_tests(options.output / "tests.txt")
-        if not options.no_times:
-            measure(options.output / "head.json", options.shapes, options.dtypes, tests_passed=failed == 0)
-    return failed
+    sys.path.insert(0, str(REPOSITORY))
+    import benchmarks  # noqa: F401  puts the checkout's packages on the import path, for what is started here as well
 
+    failed = run_tests(options.output / "tests.txt") if "tests" in options.only else None
+    if "head" in options.only:
+        passed = None if failed is None else failed == 0
+        measure(options.output / "head.json", options.shapes, options.dtypes, tests_passed=passed)
+    if "step" in options.only:
+        failed = time_training_steps(options.output, STEP_OPTIONS) or failed
+    if "tune" in options.only:
+        from benchmarks import tune_triton
 
-def _make_importable(folder: Path) -> None:
-    """The package of kernels/ is called gsda_kernels: a link of that name does where nothing is installed."""
-    (folder / "gsda_kernels").symlink_to(REPOSITORY / "kernels")
-    paths = [str(folder), str(REPOSITORY)]
-    sys.path[:0] = paths
-    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
+        failed = tune_triton.main(["--output", str(options.output / "table.py")]) or failed
+    return failed or 0
 
 
 def run_tests(report: Path) -> int:
     """pytest's exit status; its output goes to `report` as well as to the terminal."""
     # Only these: the others' imports may ask for packages that such a machine does not have.
     files = [str(path) for path in sorted((REPOSITORY / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *files]
-    command += ["--continue-on-collection-errors"]
+    return _pytest(["-m", "gpu", "-q", "--continue-on-collection-errors", *files], report)
+
+
+def time_training_steps(output: Path, options: Sequence[str]) -> int:
+    """pytest's exit status for the benchmark of the training step, of which it writes step.json and step.txt."""
+    suite = str(REPOSITORY / "benchmarks" / "test_training_step.py")
+    return _pytest([suite, "-q", f"--benchmark-json={output / 'step.json'}", *options], output / "step.txt")
+
+
+def _pytest(arguments: Sequence[str], report: Path) -> int:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
     with report.open("w") as file:
         process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert process.stdout is not None
@@ -78,9 +101,8 @@ def run_tests(report: Path) -> int:
     return process.wait()
 
 
-def measure(path: Path, shapes: list[str], dtypes: list[str], tests_passed: bool) -> None:
+def measure(path: Path, shapes: Sequence[str], dtypes: Sequence[str], tests_passed: bool | None) -> None:
     """Writes `path` after every row, so that what was measured survives a session that is cut off."""
-    import torch
     import triton
 
     properties = torch.cuda.get_device_properties(0)
@@ -105,10 +127,8 @@ def measure(path: Path, shapes: list[str], dtypes: list[str], tests_passed: bool
         print({key: value for key, value in row.items() if key != "kernels"}, flush=True)
 
 
-def _rows(shapes: list[str], dtypes: list[str]) -> Iterator[dict[str, Any]]:
-    import torch
-
-    from benchmarks.contenders import BASELINE, REFERENCE, contenders, step
+def _rows(shapes: Sequence[str], dtypes: Sequence[str], device: str = "cuda") -> Iterator[dict[str, Any]]:
+    from benchmarks.contenders import BASELINE, INDEXING, REFERENCE, contenders, step
     from benchmarks.shapes import SHAPES as HEADS
     from benchmarks.shapes import make_inputs
 
@@ -116,18 +136,18 @@ def _rows(shapes: list[str], dtypes: list[str]) -> Iterator[dict[str, Any]]:
         features, parameters, tf32 = DTYPES[dtype]
         torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
         for shape in shapes:
-            inputs = make_inputs(HEADS[shape], dtype=getattr(torch, parameters), device="cuda")
+            inputs = make_inputs(HEADS[shape], dtype=getattr(torch, parameters), device=device)
             inputs = replace(inputs, features=inputs.features.to(getattr(torch, features)))
             for player, wanted in PLAYERS.items():
                 inputs.requires_grad_(*wanted)
                 expected = None
-                for name, contender in contenders("cuda").items():
-                    if name in (BASELINE, REFERENCE) and features != parameters:
+                for name, contender in contenders(device).items():
+                    if name == INDEXING or (name in (BASELINE, REFERENCE) and features != parameters):
                         continue
-                    if name == REFERENCE and shape not in REFERENCE_SHAPES:
+                    if name == REFERENCE and shape not in FEW_SHAPES:
                         continue
                     row: dict[str, Any] = {"dtype": dtype, "shape": shape, "player": player, "contender": name}
-                    run = lambda contender=contender, inputs=inputs: step(contender, inputs)  # noqa: E731
+                    run = partial(step, contender, inputs)
                     try:
                         found = run()
                         expected = found if expected is None else expected
@@ -141,17 +161,21 @@ def _rows(shapes: list[str], dtypes: list[str]) -> Iterator[dict[str, Any]]:
                         row |= _timed(run, graph=name != REFERENCE)
                         if name == "triton":
                             row["kernels"] = _kernel_times(run)
+                            row["host_waits"] = _host_waits(run)
+                            if shape in FEW_SHAPES:
+                                torch.compiler.reset()
+                                compiled = torch.compile(contender, fullgraph=True)
+                                row["compiled_ms"] = _median_ms(partial(step, compiled, inputs))
                     except Exception:
                         row["failed"] = traceback.format_exc()
                     yield row
                 del expected
-                torch.cuda.empty_cache()
+                if device == "cuda":
+                    torch.cuda.empty_cache()
 
 
 def _timed(run: Callable[[], object], graph: bool) -> dict[str, float]:
     """Median milliseconds, from the host's call to the device's end, and the peak of what a step allocates."""
-    import torch
-
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -173,8 +197,6 @@ def _timed(run: Callable[[], object], graph: bool) -> dict[str, float]:
 
 def _median_ms(run: Callable[[], object]) -> float:
     """Over batches of calls that follow each other as training steps do, after a warm-up."""
-    import torch
-
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     times = []
     calls = 1
@@ -195,7 +217,6 @@ def _median_ms(run: Callable[[], object]) -> float:
 
 def _kernel_times(run: Callable[[], object], calls: int = 10) -> dict[str, float]:
     """Microseconds on the device in one step, by kernel."""
-    import torch
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -208,9 +229,20 @@ def _kernel_times(run: Callable[[], object], calls: int = 10) -> dict[str, float
     return dict(sorted(times.items(), key=lambda item: -item[1]))
 
 
-def _copied_bytes_per_second() -> float:
-    import torch
+def _host_waits(run: Callable[[], object]) -> str | None:
+    """Where the host waited for the device in one call; None where it never did."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return None
 
+
+def _copied_bytes_per_second() -> float:
     source = torch.empty(1 << 28, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.numel() * source.element_size() / (_median_ms(lambda: target.copy_(source)) / 1000)

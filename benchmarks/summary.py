@@ -19,7 +19,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from benchmarks.contenders import BASELINE, REFERENCE
+from benchmarks.contenders import BASELINE, INDEXING, REFERENCE
 
 
 @dataclass
@@ -58,15 +58,16 @@ def table(results: dict[str, Any]) -> str:
         f"{machine['device']}, {machine['threads']} thread(s), torch {machine['torch']}, "
         f"Python {machine['python_version']}, revision {results['commit_info']['id'][:10]}",
         "",
-        "| shape | step | contender | time | vs baseline | vs loop | multiply-adds | units | peak memory | floor |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| shape | step | contender | time | vs baseline | vs loop | vs indexing loop | multiply-adds | units "
+        "| peak memory | floor |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for (shape, player), contenders in read_groups(results).items():
         for name, measured in contenders.items():
             facts = measured.facts
             ratios = [
                 f"{measured.times_faster_than(contenders[other]):.1f}x" if other in contenders else ""
-                for other in (BASELINE, REFERENCE)
+                for other in (BASELINE, REFERENCE, INDEXING)
             ]
             cells = [
                 shape, player, name, f"{1e3 * measured.median:.1f} ms", *ratios,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.contenders import BASELINE, REFERENCE, contenders, step
+from benchmarks.contenders import BASELINE, INDEXING, REFERENCE, contenders, step
 from benchmarks.shapes import SHAPES, HeadInputs, HeadShape, make_inputs
 from gsda_kernels import backends
 
@@ -33,7 +33,7 @@ def counted_multiply_adds(name: str, shape: HeadShape, discriminators: bool) -> 
     Backends with products of their own (native, triton) run the needed ones: no pair without weight, no padded row.
     """
     with FlopCounterMode(display=False) as counter:
-        if name in (REFERENCE, BASELINE):
+        if name in (REFERENCE, INDEXING, BASELINE):
             with FakeTensorMode():
                 step(contenders("cpu")[name], make_inputs(shape).requires_grad_(True, discriminators))
         elif name == "torch":

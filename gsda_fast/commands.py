@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn, TypeVar
 
-from gsda_fast.errors import TrainingError, UsageError
+from gsda_fast.errors import Stopped, TrainingError, UsageError
 
 T = TypeVar("T")
 
@@ -25,22 +25,32 @@ _RULE = re.compile(r"[─-]{3,}")
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Runs a command and ends the process with its exit code.
 
-    A `UsageError` becomes one line on standard error and exit code 2, a `TrainingError` one line and exit code 1; an
-    interrupt from the keyboard one line (with what the `KeyboardInterrupt` says, if anything) and exit code 130, as in
-    a shell. Any other exception is a defect and keeps its traceback.
+    A `UsageError` becomes one line on standard error and exit code 2, a `TrainingError` one line and exit code 1, a
+    `Stopped` one line on standard output and exit code 0; an interrupt from the keyboard one line (with what the
+    `KeyboardInterrupt` says, if anything) and exit code 130, as in a shell; standard output that nobody reads any more
+    (`| head`) ends the command quietly, with a shell's 141. Any other exception is a defect and keeps its traceback.
 
     Args:
         main: the command; returns its exit code, None for 0.
     """
     try:
         code = main()
+        sys.stdout.flush()
     except (UsageError, TrainingError) as error:
         if not error.told:
             print(f"error: {_one_line(str(error))}", file=sys.stderr)
         code = 2 if isinstance(error, UsageError) else 1
+    except Stopped as stopped:
+        if not stopped.told:
+            print(stopped, flush=True)
+        code = 0
     except KeyboardInterrupt as interrupt:
         print(": ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         code = 130
+    except BrokenPipeError:
+        # The reader, `| head` for one, has seen enough; the interpreter would complain again when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
     sys.exit(code or 0)
 
 

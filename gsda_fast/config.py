@@ -49,8 +49,11 @@ class RunSettings:
     """Write a trace of that many steps, of the first process, into the run's folder, to be opened with Perfetto."""
     output: Path | None = None
     """The run's folder; runs/TASK-SOURCE-TARGET-METHOD-seedN if not given."""
-    resume: Literal["auto", "never"] = "auto"
-    """Go on from the newest checkpoint of the output folder, or start it afresh."""
+    resume: Annotated[str, tyro.conf.arg(metavar="auto|never|PATH")] = "auto"
+    """Go on from the newest checkpoint of the output folder, or start it afresh; PATH: begin with a checkpoint, or the
+    newest one of another run's folder, and go on in the output folder once that has a checkpoint of its own."""
+    weights_alone: bool = False
+    """Take no more than the weights from --resume PATH, and start at step 0: data, processes and method may differ."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,8 @@ class Config:
         }.items():
             if not 0 <= share <= 1:
                 raise UsageError(option, found=str(share), expected="a number from 0 to 1")
+        if self.run.weights_alone and self.run.resume in ("auto", "never"):
+            raise UsageError("--weights-alone", found=f"--resume {self.run.resume}", expected="--resume PATH")
         if self.run.warmup > self.run.steps:
             raise UsageError("--warmup", found=str(self.run.warmup), expected=f"at most --steps, {self.run.steps}")
 
@@ -121,7 +126,7 @@ class Config:
         return dataclasses.asdict(self)
 
 
-def _preset(task: str, steps: int, **changes: Any) -> Config:
+def _preset(task: str, steps: int, refresh_every: int = 0, **changes: Any) -> Config:
     benchmark = find_benchmark(task)
     paper = benchmark.paper
     adversarial = AdversarialSettings(groups=0)
@@ -132,23 +137,23 @@ def _preset(task: str, steps: int, **changes: Any) -> Config:
         run=RunSettings(steps=steps),
         adversarial=adversarial,
         # Balancing over pseudo-classes would revive the classes that a partial task's target lacks.
-        pseudo_labels=PseudoLabelSettings(balance_target=benchmark.target_classes is None),
+        pseudo_labels=PseudoLabelSettings(refresh_every=refresh_every, balance_target=benchmark.target_classes is None),
     )
     return replace(config, **changes)
 
 
+# The settings under which the figures of the README were obtained.
+_DIGITS: dict[str, Any] = {
+    "run": RunSettings(steps=800, warmup=300, batch_size=64, threads=1),
+    "data": DataSettings(cache_on_device=True),
+    "model": ModelSettings(backbone="lenet", weights="none", bottleneck_dim=128, bottleneck_activation="relu"),
+    "adversarial": AdversarialSettings(alpha=0.1, beta=1.0, groups=3, hidden_dim=32),
+    "optimizer": OptimizerSettings(learning_rate=0.05, backbone_learning_rate=0.05, weight_decay=5e-4),
+}
+
 PRESETS: dict[str, Config] = {
-    # The settings under which the figures of the README were obtained.
-    "digits": _preset(
-        "digits",
-        steps=800,
-        run=RunSettings(steps=800, warmup=300, batch_size=64, threads=1),
-        data=DataSettings(cache_on_device=True),
-        model=ModelSettings(backbone="lenet", weights="none", bottleneck_dim=128, bottleneck_activation="relu"),
-        adversarial=AdversarialSettings(alpha=0.1, beta=1.0, groups=3, hidden_dim=32),
-        pseudo_labels=PseudoLabelSettings(refresh_every=50),
-        optimizer=OptimizerSettings(learning_rate=0.05, backbone_learning_rate=0.05, weight_decay=5e-4),
-    ),
+    "digits": _preset("digits", steps=800, refresh_every=50, **_DIGITS),
+    "digits-partial": _preset("digits-partial", steps=800, refresh_every=50, **_DIGITS),
     "visda": _preset("visda", steps=30_000),
     "office31": _preset("office31", steps=20_000),
     "office31-partial": _preset("office31-partial", steps=20_000),
@@ -228,9 +233,9 @@ def _as_type_of(settings: type, key: str, value: Any, origin: str) -> Any:
     annotation = get_type_hints(settings)[key]
     kinds = get_args(annotation) or (annotation,)
     if get_origin(annotation) is Literal:
-        if value in kinds:
+        if (type(value), value) in [(type(kind), kind) for kind in kinds]:
             return value
-        expected = ", ".join(kinds)
+        expected = ", ".join(map(str, kinds))
     else:
         if type(value) in kinds:
             return value

@@ -1,4 +1,4 @@
-"""The exceptions that commands turn into a single line: a mistake of the user, and a run that cannot go on."""
+"""The exceptions that commands turn into a single line: a mistake of the user, a run that fails or was stopped."""
 
 from functools import partial
 from typing import Any
@@ -31,6 +31,18 @@ class UsageError(ValueError):
 
 class TrainingError(RuntimeError):
     """A run that cannot go on, for a reason that lies in its numbers or its processes: one line, exit code 1.
+
+    Attributes:
+        told: another process of the run tells the user, so that this one need not.
+    """
+
+    told = False
+
+
+class Stopped(BaseException):
+    """A run that was asked to stop and has done so in good order: one line on standard output, exit code 0.
+
+    No `Exception`, like `KeyboardInterrupt`, so that nothing on its way takes it for a failure to deal with.
 
     Attributes:
         told: another process of the run tells the user, so that this one need not.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -12,12 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from gsda_fast.commands import parse_command_line, run_command
-from gsda_fast.config import config_from_dict
-from gsda_fast.errors import UsageError
+from gsda_fast.data.batches import Crops
 from gsda_fast.results.metrics import EvaluationFigures, evaluation_figures
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.training.assemble import build_trainer, resolve
-from gsda_fast.training.checkpoint import CheckpointFolder, DamagedCheckpoint
+from gsda_fast.training.trained import for_scoring, read_checkpoint, read_settings
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,12 @@ class EvaluateSettings:
     """Folder of a finished or interrupted run."""
     checkpoint: int | None = None
     """Step of the checkpoint; the newest one if not given."""
+    test_crops: Crops | None = None
+    """Crops of each image over which to average; as many as in the run if not given."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto: the GPU if there is one."""
+    data_root: Path | None = None
+    """Folder of the data set or of a pack; that of the run if not given."""
 
 
 def evaluate(settings: EvaluateSettings) -> tuple[int, EvaluationFigures, tuple[str, ...]]:
@@ -40,21 +46,14 @@ def evaluate(settings: EvaluateSettings) -> tuple[int, EvaluationFigures, tuple[
         UsageError: no run, no such checkpoint, or a damaged one.
     """
     folder = RunFolder.existing(settings.run)
-    checkpoints = CheckpointFolder(folder.checkpoints)
-    steps = checkpoints.steps()
-    if not steps:
-        raise UsageError(str(settings.run), found="no checkpoint", expected="a run that was scored at least once")
-    step = steps[-1] if settings.checkpoint is None else settings.checkpoint
-    if step not in steps:
-        raise UsageError("--checkpoint", found=str(step), expected=f"one of {', '.join(map(str, steps))}")
-    try:
-        state = checkpoints.load(step)
-    except DamagedCheckpoint as error:
-        raise UsageError("--checkpoint", found=str(error), expected="an undamaged file") from error
-    config, source, target = resolve(config_from_dict(folder.read_config(), str(folder.config_path)))
+    step, state = read_checkpoint(folder, settings.checkpoint)
+    config = for_scoring(read_settings(folder), settings.device)
+    root, crops = settings.data_root or config.data.data_root, settings.test_crops or config.data.test_crops
+    config, source, target = resolve(replace(config, data=replace(config.data, data_root=root, test_crops=crops)))
     trainer = build_trainer(config, source, target)
-    trainer.load_state_dict(state)
-    figures = evaluation_figures(torch.from_numpy(target.labels), trainer.predict("target"))
+    trainer.method.load_state_dict(state["method"])
+    probabilities = trainer.predict("target", trainer.test_crops)
+    figures = evaluation_figures(torch.from_numpy(target.labels), probabilities)
     trainer.loader.close()
     return step, figures, target.classes
 
@@ -68,8 +67,10 @@ def main() -> None:
         lambda: tyro.cli(EvaluateSettings, args=sys.argv[1:], prog="python -m gsda_fast.evaluate")
     )
     step, figures, classes = evaluate(settings)
+    crops = settings.test_crops or RunFolder(settings.run).setting("test_crops")
     console = Console()
-    console.print(f"{settings.run}, after step {step}", highlight=False, soft_wrap=True)
+    told = f"{settings.run}, after step {step}{', ten-crop test' if crops == 10 else ''}"
+    console.print(told, highlight=False, soft_wrap=True)
     table = Table()
     table.add_column("target")
     table.add_column("accuracy", justify="right")

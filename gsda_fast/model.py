@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -85,6 +87,38 @@ def build_model(settings: ModelSettings, num_classes: int) -> AdaptationModel:
     return model.to(memory_format=torch.channels_last)
 
 
+def fetch_weights(settings: ModelSettings) -> None:
+    """Puts the backbone's pretrained weights, where it starts from such, into PyTorch's cache, unless they are there.
+
+    Raises:
+        UsageError: they can neither be found nor fetched.
+    """
+    weights = _known_weights(settings.backbone).get(settings.weights)
+    if weights is not None:
+        with _fetching(weights):
+            weights.get_state_dict(progress=True, check_hash=True)
+
+
+def _known_weights(backbone: str) -> dict[str, torchvision.models.WeightsEnum]:
+    """The weights that torchvision has for a backbone, by name."""
+    if backbone not in torchvision.models.list_models(module=torchvision.models):
+        return {}
+    return {entry.name: entry for entry in torchvision.models.get_model_weights(backbone)}
+
+
+@contextmanager
+def _fetching(weights: torchvision.models.WeightsEnum) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # the second one for a file with another digest
+        raise UsageError(
+            "--weights",
+            found=f"{weights.name}, which could not be fetched ({shorten(str(error), 160, placeholder=' ...')})",
+            expected="a connection, or weights on this machine",
+            remedy=f"fetch {weights.url} elsewhere and give --weights PATH, or --weights none for a random start",
+        ) from error
+
+
 def _lenet() -> tuple[nn.Module, int]:
     """LeNet's convolutions for 16x16 grey images: (N, 1, 16, 16) -> (N, 512)."""
     layers = [
@@ -102,28 +136,37 @@ def _torchvision_backbone(name: str, weights: str) -> tuple[nn.Module, int]:
             "--backbone", found=name, expected=f"{LENET} or a torchvision model such as resnet50, resnet101, vit_b_16"
         )
     path = Path(weights)
-    known = [entry.name for entry in torchvision.models.get_model_weights(name)]
-    if weights != "none" and weights not in known and not path.is_file():
-        raise UsageError("--weights", found=weights, expected=f"none, an existing file, or one of {', '.join(known)}")
-    try:
-        network = torchvision.models.get_model(name, weights=weights if weights in known else None)
-    except OSError as error:
-        raise UsageError(
-            "--weights",
-            found=f"{weights}, which could not be fetched ({error})",
-            expected="a connection, or weights on this machine",
-            remedy="give --weights PATH with the file fetched elsewhere, or --weights none for a random start",
-        ) from error
-    if path.is_file():
+    known = _known_weights(name)
+    if weights in known:
+        with _fetching(known[weights]):
+            network = torchvision.models.get_model(name, weights=known[weights])
+    elif weights == "none":
+        network = torchvision.models.get_model(name)
+    elif path.is_file():
+        network = torchvision.models.get_model(name)
         _load(network, path)
-    head = [(where, module) for where, module in network.named_modules() if isinstance(module, nn.Linear)]
-    if not head or getattr(network, "aux_logits", False):
+    else:
+        raise UsageError("--weights", found=weights, expected=f"none, an existing file, or one of {', '.join(known)}")
+    where, last = _last_linear(network)
+    if last is None or getattr(network, "aux_logits", False):
         raise UsageError(
             "--backbone", found=name, expected="a model with one output, a linear classifier, such as resnet50"
         )
-    where, last = head[-1]
     network.set_submodule(where, nn.Identity())
     return network, last.in_features
+
+
+def output_layer(backbone: str) -> str:
+    """Name of the layer of a torchvision model whose place the bottleneck takes; "" for lenet."""
+    if backbone == LENET:
+        return ""
+    with torch.device("meta"):
+        return _last_linear(torchvision.models.get_model(backbone))[0]
+
+
+def _last_linear(network: nn.Module) -> tuple[str, nn.Linear | None]:
+    linear = [(where, module) for where, module in network.named_modules() if isinstance(module, nn.Linear)]
+    return linear[-1] if linear else ("", None)
 
 
 def _load(network: nn.Module, path: Path) -> None:

@@ -60,9 +60,12 @@ def suite_layout(benchmark: Benchmark) -> Layout:
     )
 
 
-def _report_on_suite(suite: SuiteFolder, options: ReportOptions) -> Path:
-    if options.output is not None:
-        raise UsageError("--output", found=f"{options.output} for a suite", expected="none: its page is in its folder")
+def report_on_suite(suite: SuiteFolder, *, points: int = ReportOptions.points) -> Path:
+    """Writes the page about all runs in a suite's folder that have finished, and returns its path.
+
+    Raises:
+        UsageError: no run has finished, runs of several tasks, or a folder that cannot be written.
+    """
     everything = [*suite.runs, *(run for variant in suite.variants.values() for run in variant.runs)]
     results = [result for run in everything if (result := run.read_result()) is not None]
     if not results:
@@ -71,7 +74,7 @@ def _report_on_suite(suite: SuiteFolder, options: ReportOptions) -> Path:
     # Transfer tasks beside the paper's: a suite may name any, and the task `folder` has none of its own.
     own = [(result.source, result.target) for result in results]
     layout = replace(layout, transfer_tasks=tuple(dict.fromkeys([*layout.transfer_tasks, *own])))
-    return write_suite_page(suite, layout, points=options.points)
+    return write_suite_page(suite, layout, points=points)
 
 
 def main() -> None:
@@ -79,7 +82,10 @@ def main() -> None:
     if len(options.runs) == 1 and not RunFolder(options.runs[0]).begun:
         suite = SuiteFolder.find(options.runs[0])
         if suite is not None:
-            print(f"report: {_report_on_suite(suite, options)}")
+            if options.output is not None:
+                found = f"{options.output} for a suite"
+                raise UsageError("--output", found=found, expected="none: its page is in its folder")
+            print(f"report: {report_on_suite(suite, points=options.points)}")
             return
     runs = [RunFolder.existing(path) for path in options.runs]
     print(f"report: {write_page(runs, options.folder, points=options.points)}")

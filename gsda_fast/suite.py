@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,13 +26,20 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeR
 from gsda_fast.commands import parse_command_line, run_command
 from gsda_fast.config import PRESETS, Config, parse_config
 from gsda_fast.data.benchmarks import Benchmark, find_benchmark
-from gsda_fast.errors import UsageError
+from gsda_fast.errors import Stopped, TrainingError, UsageError
 from gsda_fast.methods import METHODS
-from gsda_fast.report import suite_layout
+from gsda_fast.report import report_on_suite, suite_layout
 from gsda_fast.results import plots, tables
-from gsda_fast.results.run_folder import RunFolder, RunResult
-from gsda_fast.results.suite_folder import Layout, SuiteFolder, paired_tables, suite_tables, sweep_tables
-from gsda_fast.results.suite_page import sweep_plots, write_suite_page
+from gsda_fast.results.run_folder import RunFolder, RunResult, file_name
+from gsda_fast.results.suite_folder import (
+    Layout,
+    SuiteFolder,
+    paired_sweep_tables,
+    paired_tables,
+    suite_tables,
+    sweep_tables,
+)
+from gsda_fast.results.suite_page import sweep_plots
 from gsda_fast.train import train
 
 PROGRAM = "python -m gsda_fast.suite"
@@ -40,6 +48,7 @@ ABLATION = ("source-only", "entropy", "domain", "class", "group", "gsda")
 """The four rows of the paper's Table 1, and before them what they start from: each adds one part to the one before."""
 
 _OF_ONE_RUN = {"--method": "--methods", "--seed": "--seeds", "--source": "--tasks", "--target": "--tasks"}
+"""Options of a single run, and the suite's in their place."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +67,10 @@ class SuiteSettings:
     """Run the rows of the paper's Table 1: domain, class, group, gsda, with source-only and entropy before them."""
     paired: bool = False
     """Also tell the paired differences between the methods, of the accuracy and of the gradients' mismatch. Runs of
-    one transfer task and seed share initial weights, groups, samples and so the whole warm-up."""
+    one transfer task and seed share initial weights, groups, samples and so the whole warm-up. With --sweep also those
+    between the settings."""
     sweep: tuple[str, ...] = ()
-    """Options with several values each, NAME=VALUE,VALUE such as alpha=0.02,0.1: all runs with each combination."""
+    """Options with several values each, such as alpha=0.02,0.1 beta=0,1: all runs with each combination."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds to run each method with."""
     tasks: tuple[str, ...] = ()
@@ -77,6 +87,8 @@ class SuiteSettings:
             raise UsageError("--ablation", found="--methods beside it", expected="one of the two")
         if not self.seeds:
             raise UsageError("--seeds", found="none", expected="one or more")
+        if self.paired and len(self.chosen_methods) < 2 and not self.sweep:
+            raise UsageError("--paired", found="one method", expected="two or more of --methods")
         if self.jobs < 0:
             raise UsageError("--jobs", found=str(self.jobs), expected="a whole number >= 0")
 
@@ -100,6 +112,7 @@ def run_suite(settings: SuiteSettings, variants: Mapping[str, Config], console: 
 
     Raises:
         UsageError: a transfer task that the benchmark lacks, or what `gsda_fast.train.train` raises.
+        TrainingError: after all other runs and without the failed ones in the tables: some runs cannot go on.
         KeyboardInterrupt: the runs were stopped; everything is kept and the same call goes on.
     """
     benchmark = find_benchmark(settings.task)
@@ -125,22 +138,33 @@ def run_suite(settings: SuiteSettings, variants: Mapping[str, Config], console: 
         raise UsageError("--methods, --seeds, --tasks, --sweep", found=f"{repeated[0]} twice", expected="each run once")
 
     started = time.perf_counter()
-    results = iter(_run_all(everything, settings.jobs, console))
-    by_variant = {name: list(itertools.islice(results, len(of_variant))) for name, of_variant in configs.items()}
+    in_order = iter(_run_all(everything, settings.jobs, console))
+    outcomes = {name: list(itertools.islice(in_order, len(of_variant))) for name, of_variant in configs.items()}
     layout = replace(suite_layout(benchmark), methods=settings.chosen_methods, transfer_tasks=pairs)
-    for name, of_variant in by_variant.items():
+    failures = [
+        result for of_variant in outcomes.values() for result in of_variant if isinstance(result, TrainingError)
+    ]
+    finished = {
+        name: results
+        for name, of_variant in outcomes.items()
+        if (results := [result for result in of_variant if isinstance(result, RunResult)])
+    }
+    for name, results in finished.items():
         runs = [RunFolder(config.run.output or "") for config in configs[name]]
         # The tables of a sweep's settings are for looking up.
         shown = Console(quiet=True) if settings.sweep else console
-        _write_tables(SuiteFolder(folder / name), of_variant, runs, layout, settings.paired, shown)
-    if settings.sweep:
-        _write_sweep(SuiteFolder(folder), by_variant, layout, console)
-    if settings.report:
-        for name in dict.fromkeys(["", *variants]):
+        _write_tables(SuiteFolder(folder / name), results, runs, layout, settings.paired, shown)
+    if settings.sweep and finished:
+        _write_sweep(SuiteFolder(folder), finished, layout, settings.paired, console)
+    if settings.report and finished:
+        for name in dict.fromkeys(["", *finished]):
             with console.status("drawing the page"):
-                page = write_suite_page(SuiteFolder(folder / name), layout)
+                page = report_on_suite(SuiteFolder(folder / name))
             console.print(f"page of plots: {page.resolve()}", soft_wrap=True)
-    console.print(f"{len(everything)} runs in {time.perf_counter() - started:.0f} s")
+    console.print(f"{len(everything) - len(failures)} runs in {time.perf_counter() - started:.0f} s")
+    if failures:
+        told = f"{len(failures)} of {len(everything)} runs failed and are in no table; the first: {failures[0]}"
+        raise TrainingError(told)
     return folder
 
 
@@ -169,29 +193,47 @@ def sweep_variants(sweep: Sequence[str], arguments: list[str]) -> dict[str, Conf
     """The configuration of each combination of the swept options' values, by its name: `alpha=0.02,beta=1`.
 
     Args:
-        sweep: NAME=VALUE,VALUE for each swept option; none: one combination without a name.
+        sweep: NAME=VALUE,VALUE for each swept option; none: one combination with an empty name.
         arguments: the command line of the runs, the task first.
 
     Raises:
         UsageError: not of that form, or a value that does not fit the option.
     """
-    axes = []
-    for text in sweep:
-        name, equals, values = text.partition("=")
-        if not (name and equals and all(values.split(","))):
-            raise UsageError("--sweep", found=f"'{text}'", expected="NAME=VALUE,VALUE such as alpha=0.02,0.1")
-        axes.append([(name, value) for value in values.split(",")])
+    axes = _sweep_axes(sweep)
     variants: dict[str, Config] = {}
-    for combination in itertools.product(*axes):
-        options = [word for name, value in combination for word in (f"--{name.replace('_', '-')}", value)]
-        label = ",".join(f"{name}={value}" for name, value in combination)
-        if label in variants:
+    for combination in itertools.product(*([(name, value) for value in values] for name, values in axes.items())):
+        options = [word for name, value in combination for word in (f"--{name}", value)]
+        # It names a folder, and a value may be a path.
+        label = ",".join(f"{name}={file_name(value)}" for name, value in combination)
+        config = parse_config([*arguments, *options], PROGRAM)
+        if label in variants or config in variants.values():
             raise UsageError("--sweep", found=f"{label} twice", expected="each value once")
-        variants[label] = parse_config([*arguments, *options], PROGRAM)
+        variants[label] = config
     return variants
 
 
-def _run_all(configs: list[Config], jobs: int, console: Console) -> list[RunResult]:
+def _sweep_axes(sweep: Sequence[str]) -> dict[str, list[str]]:
+    """The values of each swept option: `alpha=0.02,0.1,beta=1` in one word or in several."""
+    axes: dict[str, list[str]] = {}
+    for text in sweep:
+        name = ""
+        for part in text.split(","):
+            before, equals, value = part.rpartition("=")
+            if equals:
+                name = before.replace("_", "-")
+                if name in axes:
+                    raise UsageError("--sweep", found=f"{name} twice", expected="each option once")
+                if f"--{name}" in (*_OF_ONE_RUN, "--output", "--resume"):
+                    instead = _OF_ONE_RUN.get(f"--{name}", "an option that changes the runs' figures")
+                    raise UsageError("--sweep", found=name, expected=instead)
+            if not (name and value):
+                raise UsageError("--sweep", found=f"'{text}'", expected="NAME=VALUE,VALUE such as alpha=0.02,0.1")
+            axes.setdefault(name, []).append(value)
+    return axes
+
+
+def _run_all(configs: list[Config], jobs: int, console: Console) -> list[RunResult | TrainingError]:
+    """The result of each run, or why it failed; a failed run leaves the others alone."""
     gpus = torch.cuda.device_count()
     workers = min(jobs or gpus or os.cpu_count() or 1, len(configs))
     # A fork would copy the threads' locks but not the threads.
@@ -200,7 +242,7 @@ def _run_all(configs: list[Config], jobs: int, console: Console) -> list[RunResu
     for worker in range(workers):
         places.put(worker % gpus if gpus else None)
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    done = 0
+    outcomes: dict[int, RunResult | TrainingError] = {}
     with (
         ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker, initargs=(places,)) as pool,
         Progress(*columns, console=console) as progress,
@@ -208,22 +250,34 @@ def _run_all(configs: list[Config], jobs: int, console: Console) -> list[RunResu
         bar = progress.add_task("runs", total=len(configs))
         try:
             with _interrupts_held_back():
-                futures: list[Future[RunResult]] = [pool.submit(_run_one, config) for config in configs]
+                futures: dict[Future[RunResult], int] = {
+                    pool.submit(_run_one, config): index for index, config in enumerate(configs)
+                }
             for future in as_completed(futures):
-                result = future.result()
-                done += 1
+                index = futures[future]
+                try:
+                    outcomes[index] = result = future.result()
+                    told = _line(result)
+                except TrainingError as error:
+                    outcomes[index] = TrainingError(f"{configs[index].run.output}: {error}")
+                    told = f"error: {outcomes[index]}"
                 progress.advance(bar)
-                console.print(_line(result), highlight=False, soft_wrap=True)
+                console.print(told, highlight=False, soft_wrap=True)
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
-            # A run can be killed at any moment and goes on from its last checkpoint.
+            # A run that is asked to stop saves a checkpoint first.
             for process in multiprocessing.active_children():
                 process.terminate()
             if isinstance(error, KeyboardInterrupt):
-                told = f"{done} of {len(configs)} runs have finished; the same command goes on with the others"
+                told = f"{len(outcomes)} of {len(configs)} runs have finished; the same command goes on with the others"
                 raise KeyboardInterrupt(told) from None
+            if isinstance(error, BrokenProcessPool):
+                raise TrainingError(
+                    f"the process of a run was killed (out of memory?) after {len(outcomes)} of {len(configs)} runs; "
+                    "the same command goes on with the others, --jobs 1 one at a time"
+                ) from None
             raise
-    return [future.result() for future in futures]
+    return [outcomes[index] for index in range(len(configs))]
 
 
 def _line(result: RunResult) -> str:
@@ -260,7 +314,11 @@ def _end_with_the_suite() -> None:
 
 
 def _run_one(config: Config) -> RunResult:
-    return train(config, Console(quiet=True))
+    try:
+        return train(config, Console(quiet=True))
+    except Stopped:
+        # The pool would hand this worker the next run.
+        os._exit(0)
 
 
 def _write_tables(
@@ -284,28 +342,43 @@ def _write_tables(
 
 
 def _write_sweep(
-    suite: SuiteFolder, results: Mapping[str, Sequence[RunResult]], layout: Layout, console: Console
+    suite: SuiteFolder, results: Mapping[str, Sequence[RunResult]], layout: Layout, paired: bool, console: Console
 ) -> None:
     made = sweep_tables(results, layout)
+    differences = paired_sweep_tables(results, layout) if paired else []
     for table in made:
         if table.choice == "last":
             console.print(tables.to_terminal(table))
+    if paired:
+        suite.write_paired(differences)
+        for difference in differences:
+            console.print(tables.to_terminal(difference))
     drawn = {method: plots.png(figure) for method, figure in sweep_plots(made).items()}
     suite.write_sweep(made, drawn)
     plotted = ", ".join(str(suite.sweep_plot_path(method)) for method in drawn)
     console.print(f"sweep: {suite.sweep_path('md')}, and as .csv and .json; {plotted}", soft_wrap=True)
 
 
-def main() -> None:
+def parse_suite(arguments: list[str]) -> tuple[SuiteSettings, dict[str, Config]]:
+    """What a command line asks for: which runs, and what applies to all of them, as `run_suite` takes it.
+
+    Raises:
+        UsageError, SystemExit: a mistake in the options.
+    """
     settings, rest = parse_command_line(
-        lambda: tyro.cli(SuiteSettings, args=sys.argv[1:], prog=PROGRAM, return_unknown_args=True)
+        lambda: tyro.cli(SuiteSettings, args=arguments, prog=PROGRAM, return_unknown_args=True)
     )
-    if "--methods" in sys.argv and not settings.methods:
+    if "--methods" in arguments and not settings.methods:
         raise UsageError("--methods", found="none", expected=f"one or more of {', '.join(METHODS)}")
     for option, instead in _OF_ONE_RUN.items():
         if option in (argument.partition("=")[0] for argument in rest):
             raise UsageError(option, found="an option of a single run", expected=instead)
-    run_suite(settings, sweep_variants(settings.sweep, [settings.task, *rest]), Console())
+    return settings, sweep_variants(settings.sweep, [settings.task, *rest])
+
+
+def main() -> None:
+    settings, variants = parse_suite(sys.argv[1:])
+    run_suite(settings, variants, Console())
 
 
 if __name__ == "__main__":

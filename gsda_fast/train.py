@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,16 +19,20 @@ from gsda_fast.commands import run_command, told_by_first_process
 from gsda_fast.config import Config, parse_config
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.verify import progress_bars, require_readable
-from gsda_fast.errors import UsageError
+from gsda_fast.errors import Stopped, TrainingError, UsageError
+from gsda_fast.model import fetch_weights
 from gsda_fast.results.metrics import evaluation_figures
 from gsda_fast.results.run_folder import RunFolder, RunResult
 from gsda_fast.training.assemble import build_trainer, choose_device, resolve
 from gsda_fast.training.checkpoint import CheckpointFolder
 from gsda_fast.training.distributed import Ranks, join
+from gsda_fast.training.resume import Start, find_start, run_identity, versions
+from gsda_fast.training.saver import Saver, reason
+from gsda_fast.training.stopping import StopRequest
 from gsda_fast.training.trainer import Report, Trainer
 
-_FREE_TO_CHANGE = ("run.output", "run.resume", "data.verify")
-"""Settings that have no influence on the figures of a run."""
+_FREE_TO_CHANGE = ("run.output", "data.verify")
+"""Settings that have no influence on the figures of a run. So has --resume, unless it names where the run begins."""
 
 FEATURE_SAMPLES = 2000
 """Samples of each domain whose features are kept for plots."""
@@ -43,65 +48,129 @@ def train(config: Config, console: Console) -> RunResult:
 
     Raises:
         UsageError: settings, data or a folder that do not fit; nothing has been written then.
-        TrainingError: numbers that are not finite, or a process that was lost.
+        TrainingError: numbers that are not finite, a process that was lost, or a disk that cannot be written.
+        Stopped: SIGTERM or SIGINT asked for it (in the main thread); the same call goes on.
     """
-    with join(choose_device(config), config.distributed.timeout) as ranks:
-        return _train(config, console if ranks.first else Console(quiet=True), ranks)
+    with join(choose_device(config), config.distributed.timeout) as ranks, StopRequest().listening() as stop:
+        own_console = console if ranks.first else Console(quiet=True)
+        resolved, source, target = ranks.together(lambda: resolve(config, ranks.world_size))
+        folder = RunFolder(resolved.run.output or "")
+        try:
+            return _train(resolved, source, target, folder, own_console, ranks, stop)
+        except Stopped as stopped:
+            if stopped.args:
+                raise
+            raise _stopped("stopped before a step was taken", ranks) from None
+        finally:
+            folder.release()
 
 
-def _train(config: Config, console: Console, ranks: Ranks) -> RunResult:
-    asked = config
-    config, source, target = ranks.together(lambda: resolve(asked, ranks.world_size))
-    folder = RunFolder(config.run.output or "")
-    finished = ranks.from_first(lambda: _earlier_result(folder, config))
-    if finished is not None:
-        console.print(
-            f"{folder.path}: finished already, {_accuracy_line(finished)}; remove the folder to run it again",
-            soft_wrap=True,
-        )
-        return finished
-
-    if config.data.verify and not config.data.synthetic:
-        with progress_bars(console) as progress:
-            ranks.from_first(
-                lambda: require_readable(config.task, source, target, workers=config.data.workers, progress=progress)
-            )
-    trainer = ranks.together(lambda: build_trainer(config, source, target, ranks))
-    ranks.from_first(folder.prepare)
-    checkpoints = CheckpointFolder(folder.checkpoints)
-    _resume(config, folder, checkpoints, trainer, console)
-    if ranks.first:
-        folder.write_config(config.to_dict())
-        folder.write_environment(_device_name(trainer.device))
+def _train(
+    config: Config,
+    source: ImageDomain,
+    target: ImageDomain,
+    folder: RunFolder,
+    console: Console,
+    ranks: Ranks,
+    stop: StopRequest,
+) -> RunResult:
+    identity = run_identity(config, source, target, ranks.world_size)
+    trainer = _set_up(config, source, target, folder, identity, console, ranks, stop)
+    if isinstance(trainer, RunResult):
+        told = f"{folder.path}: finished already, {_accuracy_line(trainer)}; remove the folder to run it again"
+        console.print(told, soft_wrap=True)
+        return trainer
     console.print(
         f"{config.task} {source.name} -> {target.name}, {config.run.method}: {len(source)} + {len(target)} images"
     )
     console.print(_processes_line(config, trainer), soft_wrap=True)
+    constants = {"identity": identity, "versions": versions()}
+    saver = Saver(folder, CheckpointFolder(folder.checkpoints), trainer, constants, console)
 
     if trainer.step == config.run.warmup == 0:
-        _write_features(folder, "warmup", trainer, source, target)
+        saver.also(_features(folder, "warmup", trainer, source, target))
 
     def on_scored() -> None:
         if trainer.step == config.run.warmup:
-            _write_features(folder, "warmup", trainer, source, target)
-        state = trainer.state_dict()
-        if ranks.first:
-            checkpoints.save(trainer.step, state)
+            saver.also(_features(folder, "warmup", trainer, source, target))
+        saver.save_or_warn()
 
     with _board(folder, trainer) as board, _progress(console, trainer) as show, _profile(config, folder, trainer):
         for report in trainer.run(on_scored):
-            if board is not None:
-                folder.append_metrics(report.step, report.values)
-                for name, value in {**report.values, "peak_memory": report.peak_memory}.items():
-                    if value is not None:
-                        board.add_scalar(name, value, report.step)
+            if ranks.first:
+                saver.append(report)
+                board(report)
             show(report)
 
-    _write_features(folder, "final", trainer, source, target)
-    result = _write_result(config, folder, trainer, source, target)
+    if not trainer.finished:
+        trainer.loader.close()
+        unsaved = saver.save()
+        if unsaved:
+            raise TrainingError(
+                f"stopped after step {trainer.step}, but {unsaved}; the same command goes on from there"
+            )
+        left = f"stopped after step {trainer.step} of {config.run.steps}, saved in {folder.path}"
+        raise _stopped(left, ranks)
+    final = _features(folder, "final", trainer, source, target)
+    result = _result(config, trainer, source, target)
+    ranks.from_first(lambda: _finish(folder, [*saver.due, final], target, trainer, result))
     trainer.loader.close()
     console.print(f"{folder.path}: {_accuracy_line(result)} in {result.seconds:.0f} s", soft_wrap=True)
     return result
+
+
+def _set_up(
+    config: Config,
+    source: ImageDomain,
+    target: ImageDomain,
+    folder: RunFolder,
+    identity: dict[str, Any],
+    console: Console,
+    ranks: Ranks,
+    stop: StopRequest,
+) -> Trainer | RunResult:
+    """The trainer at the step where the run begins or goes on, its folder brought there; the result of a finished run.
+
+    Nothing is written before everything has been checked.
+    """
+    finished = ranks.from_first(lambda: _earlier_result(folder, config))
+    if finished is not None:
+        return finished
+    # Read by one process and handed to the others, which may not see its disk.
+    start = ranks.from_first(lambda: find_start(config, folder, identity))
+    for line in start.warnings:
+        console.print(f"warning: {line}; passed over", style="yellow", soft_wrap=True)
+
+    if config.data.verify and not config.data.synthetic:
+        with progress_bars(console) as progress:
+            workers = config.data.workers
+            ranks.from_first(
+                stop.interruptible(
+                    lambda: require_readable(config.task, source, target, workers=workers, progress=progress)
+                )
+            )
+
+    ranks.one_after_another(lambda: fetch_weights(config.model))
+
+    def build() -> Trainer:
+        return build_trainer(config, source, target, ranks, stop)
+
+    # Several ranks talk to each other while they build: none of them must leave.
+    trainer = ranks.together(build if ranks.several else stop.interruptible(build))
+    told = ranks.together(lambda: start.load_into(trainer))
+    finished = ranks.from_first(lambda: _prepare(folder, config))
+    if finished is not None:
+        return finished
+    ranks.from_first(lambda: _begin(config, folder, start, trainer))
+    for line in told:
+        console.print(line, soft_wrap=True)
+    return trainer
+
+
+def _stopped(told: str, ranks: Ranks) -> Stopped:
+    stopped = Stopped(f"{told}; the same command goes on from there")
+    stopped.told = not ranks.first
+    return stopped
 
 
 def _processes_line(config: Config, trainer: Trainer) -> str:
@@ -117,13 +186,32 @@ def _processes_line(config: Config, trainer: Trainer) -> str:
 
 
 @contextmanager
-def _board(folder: RunFolder, trainer: Trainer) -> Iterator[SummaryWriter | None]:
-    """TensorBoard's files, on the rank that writes."""
+def _board(folder: RunFolder, trainer: Trainer) -> Iterator[Callable[[Report], None]]:
+    """TensorBoard's files, on the rank that writes. They are for looking at: a full disk ends them, not the run."""
     if not trainer.ranks.first:
-        yield None
+        yield lambda report: None
         return
-    with SummaryWriter(str(folder.tensorboard), purge_step=trainer.step) as board:
-        yield board
+    board: SummaryWriter | None = None
+    with contextlib.suppress(OSError):
+        board = SummaryWriter(str(folder.tensorboard), purge_step=trainer.step)
+
+    def add(report: Report) -> None:
+        nonlocal board
+        if board is None:
+            return
+        try:
+            for name, value in {**report.values, "peak_memory": report.peak_memory}.items():
+                if value is not None:
+                    board.add_scalar(name, value, report.step)
+        except OSError:
+            board = None
+
+    try:
+        yield add
+    finally:
+        if board is not None:
+            with contextlib.suppress(OSError):
+                board.close()
 
 
 @contextmanager
@@ -145,15 +233,28 @@ def _profile(config: Config, folder: RunFolder, trainer: Trainer) -> Iterator[No
 
 
 def _earlier_result(folder: RunFolder, config: Config) -> RunResult | None:
-    """The result of the same run, if it has finished already.
+    """The result of the same run, if it has finished already; if not, and there is a folder, it is held from now on.
 
     Raises:
-        UsageError: the folder holds a run with other settings.
+        UsageError: the folder holds a run with other settings, or another process writes into it.
     """
-    if config.run.resume == "never":
-        return None
+    result = None if config.run.resume == "never" else _result_of_same_settings(folder, config)
+    if result is None and folder.path.is_dir():
+        folder.hold()
+    return result
+
+
+def _prepare(folder: RunFolder, config: Config) -> RunResult | None:
+    """Makes the folder and holds it. The result, if another process has made the folder and finished the run since."""
+    folder.prepare()
+    return _earlier_result(folder, config)
+
+
+def _result_of_same_settings(folder: RunFolder, config: Config) -> RunResult | None:
     changed = folder.changed_settings(config.to_dict()) if folder.config_path.is_file() else {}
     differing = {name: pair for name, pair in changed.items() if name not in _FREE_TO_CHANGE}
+    if set(differing.get("run.resume", ())) <= {"auto", "never"}:
+        differing.pop("run.resume", None)
     if differing:
         told = ", ".join(f"{name} = {old} there and {new} here" for name, (old, new) in differing.items())
         raise UsageError(
@@ -165,32 +266,57 @@ def _earlier_result(folder: RunFolder, config: Config) -> RunResult | None:
     return folder.read_result()
 
 
-def _resume(
-    config: Config, folder: RunFolder, checkpoints: CheckpointFolder, trainer: Trainer, console: Console
-) -> None:
-    ranks = trainer.ranks
-    if config.run.resume == "never":
-        ranks.from_first(folder.clear)
-        return
-    # Read by one process and handed to the others, which may not see its disk.
-    state, damage = ranks.from_first(checkpoints.load_newest)
-    for line in damage:
-        console.print(f"warning: {line}; going back to the one before it", style="yellow", soft_wrap=True)
-    if state is not None:
-        trainer.load_state_dict(state)
-        console.print(f"resuming after step {trainer.step}")
-    if ranks.first:
+def _begin(config: Config, folder: RunFolder, start: Start, trainer: Trainer) -> None:
+    """Brings the folder to where the trainer is.
+
+    Raises:
+        TrainingError: it cannot be written.
+    """
+    with _written(folder):
+        if config.run.resume == "never":
+            folder.clear()
+        CheckpointFolder(folder.checkpoints).tidy(start.own_step)
         folder.truncate_metrics(trainer.step)
+        folder.write_config(config.to_dict())
+        folder.write_environment(_device_name(trainer.device))
 
 
-def _write_features(
-    folder: RunFolder, moment: Literal["warmup", "final"], trainer: Trainer, source: ImageDomain, target: ImageDomain
+def _finish(
+    folder: RunFolder, due: list[Callable[[], None]], target: ImageDomain, trainer: Trainer, result: RunResult
 ) -> None:
+    """Writes the last files, `result.json` at the very end.
+
+    Raises:
+        TrainingError: they cannot be written.
+    """
+    assert trainer.probabilities is not None
+    with _written(folder):
+        for write in due:
+            write()
+        folder.sync_metrics()
+        folder.write_predictions(target.labels, trainer.probabilities.numpy())
+        folder.write_result(result)
+
+
+@contextmanager
+def _written(folder: RunFolder) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"{error.filename or folder.path} cannot be written ({reason(error)}); free some space, then the same "
+            "command goes on from the last checkpoint"
+        ) from error
+
+
+def _features(
+    folder: RunFolder, moment: Literal["warmup", "final"], trainer: Trainer, source: ImageDomain, target: ImageDomain
+) -> Callable[[], None]:
+    """Computes the features of some samples, on all ranks; the call that writes them, for the first."""
     chosen = [_spread(len(domain), FEATURE_SAMPLES) for domain in (source, target)]
     features = trainer.features("source", chosen[0]), trainer.features("target", chosen[1])
-    if trainer.ranks.first:
-        labels = source.labels[chosen[0]], target.labels[chosen[1]]
-        folder.write_features(moment, *features, source_labels=labels[0], target_labels=labels[1])
+    labels = source.labels[chosen[0]], target.labels[chosen[1]]
+    return lambda: folder.write_features(moment, *features, source_labels=labels[0], target_labels=labels[1])
 
 
 def _spread(count: int, at_most: int) -> np.ndarray:
@@ -198,11 +324,11 @@ def _spread(count: int, at_most: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(count, at_most)).round().astype(np.int64))
 
 
-def _write_result(
-    config: Config, folder: RunFolder, trainer: Trainer, source: ImageDomain, target: ImageDomain
-) -> RunResult:
-    probabilities = trainer.probabilities if trainer.probabilities is not None else trainer.predict("target")
-    result = RunResult(
+def _result(config: Config, trainer: Trainer, source: ImageDomain, target: ImageDomain) -> RunResult:
+    if trainer.probabilities is None:
+        trainer.probabilities = trainer.predict("target", trainer.test_crops)
+    figures = evaluation_figures(torch.from_numpy(target.labels), trainer.probabilities)
+    return RunResult(
         task=config.task,
         source=source.name,
         target=target.name,
@@ -211,15 +337,12 @@ def _write_result(
         steps=trainer.step,
         accuracy=trainer.history.accuracy,
         mean_per_class=trainer.history.mean_per_class,
-        per_class=evaluation_figures(torch.from_numpy(target.labels), probabilities).per_class,
+        per_class=figures.per_class,
         classes=target.classes,
         images_per_second=trainer.images_seen / trainer.training_seconds if trainer.training_seconds else None,
         seconds=trainer.seconds,
+        test_crops=trainer.test_crops,
     )
-    if trainer.ranks.first:
-        folder.write_predictions(target.labels, probabilities.numpy())
-        folder.write_result(result)
-    return result
 
 
 @contextmanager
@@ -244,6 +367,8 @@ def _report_line(report: Report) -> str:
         value = report.values.get(name)
         if value is not None:
             parts.append(f"{names.get(name, name)} {value:.4g}" if name != "accuracy" else f"accuracy {value:.2f} %")
+    shares = {name: report.values.get(f"{name}_share") for name in ("matrix", "bandwidth")}
+    parts += [f"{name} {share:.0%} of its peak" for name, share in shares.items() if share is not None]
     parts += [f"data wait {report.values['data_wait']:.0%}", f"memory {report.peak_memory / 2**30:.2f} GiB"]
     return "  ".join(parts)
 

@@ -114,17 +114,24 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     ctx.num_tensors = len(tensors)
     ctx.needs_grad, ctx.backend = needs_grad, backend
     ctx.has_scale = loss_feature_scale is not None
+    # Otherwise every saved tensor, being an output, gets a gradient of as many zeros.
+    ctx.set_materialize_grads(False)
     scale = [loss_feature_scale] if ctx.has_scale else []
     ctx.save_for_backward(*tensors, *scale, *saved)
 
 
-def _backward(ctx: Any, grad_loss: Tensor, grad_gradient_norm: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, grad_loss: Tensor | None, grad_gradient_norm: Tensor | None, _: Any
+) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors[: ctx.num_tensors]
     rest = list(ctx.saved_tensors[ctx.num_tensors :])
     scale = rest.pop(0) if ctx.has_scale else None
-    found = iter(
-        adversarial_backward(*tensors, scale, rest, grad_loss, grad_gradient_norm, ctx.needs_grad, ctx.backend)
-    )
+    weight = tensors[_NUM_DIFFERENTIABLE]
+    upstream = [
+        weight.new_zeros(weight.shape[1]) if gradient is None else gradient
+        for gradient in (grad_loss, grad_gradient_norm)
+    ]
+    found = iter(adversarial_backward(*tensors, scale, rest, *upstream, ctx.needs_grad, ctx.backend))
     gradients = [next(found) if needed else None for needed in ctx.needs_grad]
     return (*gradients, *[None] * (ctx.num_inputs - _NUM_DIFFERENTIABLE))
 

@@ -7,6 +7,7 @@ from gsda_fast.errors import UsageError
 def test_tasks_of_the_command_line() -> None:
     assert list(BENCHMARKS) == [
         "digits",
+        "digits-partial",
         "visda",
         "office31",
         "office31-partial",
@@ -46,7 +47,8 @@ def test_label_order_of_office_home_is_not_that_of_cdan() -> None:
 
 def test_partial_tasks_keep_the_label_space() -> None:
     office31, office_home = BENCHMARKS["office31-partial"], BENCHMARKS["office-home-partial"]
-    for partial, labels in ((office31, [0, 1, 5, 10, 11, 12, 15, 16, 17, 22]), (office_home, list(range(25)))):
+    digits, of_office31 = BENCHMARKS["digits-partial"], [0, 1, 5, 10, 11, 12, 15, 16, 17, 22]
+    for partial, labels in ((office31, of_office31), (office_home, list(range(25))), (digits, list(range(5)))):
         assert partial.classes is not None
         assert partial.target_classes is not None
         assert partial.classes == BENCHMARKS[partial.name.removesuffix("-partial")].classes
@@ -89,7 +91,7 @@ def test_unknown_domain_lists_the_known_ones() -> None:
 
 
 def test_unknown_task_lists_the_known_ones() -> None:
-    with pytest.raises(UsageError, match="'office32'; expected one of digits, visda, office31"):
+    with pytest.raises(UsageError, match="'office32'; expected one of digits, digits-partial, visda, office31"):
         find_benchmark("office32")
 
 

@@ -23,7 +23,8 @@ OPTIONS = """
 --threads INT
 --profile INT
 --output {None}|PATH
---resume {auto,never}
+--resume auto|never|PATH
+--weights-alone, --no-weights-alone
 --source {None}|STR
 --target {None}|STR
 --data-root {None}|PATH
@@ -32,6 +33,7 @@ OPTIONS = """
 --loader {auto,dali,torch}
 --workers INT
 --cache-on-device, --no-cache-on-device
+--test-crops {1,10}
 --synthetic, --no-synthetic
 --backbone STR
 --weights STR
@@ -44,6 +46,7 @@ OPTIONS = """
 --sync-ramp, --no-sync-ramp
 --min-weight FLOAT
 --update {alternating,reversal}
+--class-weights {none,pada}
 --hidden-dim INT
 --backend STR
 --confidence-threshold FLOAT
@@ -56,6 +59,7 @@ OPTIONS = """
 --weight-decay FLOAT
 --precision {auto,fp32,bf16,fp16}
 --compile {auto,on,off}
+--cuda-graphs, --no-cuda-graphs
 --scale-learning-rate, --no-scale-learning-rate
 --sync-batchnorm, --no-sync-batchnorm
 --timeout INT
@@ -70,6 +74,7 @@ HYPERPARAMETERS = {
     "office-home-partial": (0.02, 1.0, 0, False),
     "folder": (0.02, 1.0, 0, True),
     "digits": (0.1, 1.0, 3, True),
+    "digits-partial": (0.1, 1.0, 3, False),
 }
 
 
@@ -103,7 +108,7 @@ def test_presets_hold_the_papers_settings(task: str) -> None:
     assert config.run.method == "gsda"
     assert config.adversarial.update == "alternating"
     assert config.adversarial.sync_ramp
-    if task != "digits":
+    if not task.startswith("digits"):
         assert (config.model.backbone, config.model.weights, config.model.bottleneck_dim) == (
             "resnet50",
             "IMAGENET1K_V1",
@@ -112,6 +117,31 @@ def test_presets_hold_the_papers_settings(task: str) -> None:
         assert config.adversarial.hidden_dim == 1024
         assert (config.optimizer.backbone_learning_rate, config.optimizer.learning_rate) == (1e-3, 1e-2)
         assert config.run.warmup == 0
+
+
+@pytest.mark.parametrize("task", PRESETS)
+def test_help_prints_the_preset(task: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        parse(task, "--help")
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    blocks: list[str] = []
+    for line in lines:
+        text = line.strip("│ ")
+        if re.match(r". --[a-z]", line):
+            blocks.append(text)
+        elif blocks:
+            blocks[-1] += f" {text}"
+    settings = {
+        name: value
+        for table in PRESETS[task].to_dict().values()
+        if isinstance(table, dict)
+        for name, value in table.items()
+    }
+    for name, value in settings.items():
+        option = name.replace("_", "-")
+        (block,) = (block for block in blocks if re.match(rf"--{option}[ ,]", block))
+        assert f"(default: {value})" in block
 
 
 def test_every_benchmark_has_a_preset() -> None:
@@ -124,6 +154,10 @@ def test_the_digits_are_those_of_the_published_figures() -> None:
     assert (config.model.backbone, config.model.bottleneck_dim, config.adversarial.hidden_dim) == ("lenet", 128, 32)
     assert (config.optimizer.learning_rate, config.optimizer.backbone_learning_rate) == (0.05, 0.05)
     assert config.pseudo_labels.refresh_every == 50
+    partial = PRESETS["digits-partial"]
+    # Balancing would revive the classes that the target lacks; all else is the same.
+    assert replace(partial, task="digits", pseudo_labels=config.pseudo_labels) == config
+    assert replace(partial.pseudo_labels, balance_target=True) == config.pseudo_labels
 
 
 def test_options_change_their_settings_alone() -> None:
@@ -145,7 +179,9 @@ def unusual(task: str) -> Config:
     return replace(
         config,
         run=replace(config.run, output=Path("a folder/ünd"), seed=2**63 - 1, resume="never", device="cpu"),
-        data=replace(config.data, data_root=Path("/data"), source='a "quoted" name', cache_on_device=True),
+        data=replace(
+            config.data, data_root=Path("/data"), source='a "quoted" name', cache_on_device=True, test_crops=10
+        ),
         adversarial=replace(config.adversarial, beta=3.0, alpha=1e-30, sync_ramp=False, update="reversal"),
     )
 
@@ -223,7 +259,7 @@ def test_a_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "TASK: found nothing; expected one of digits, visda"),
+        ((), "TASK: found nothing; expected one of digits, digits-partial, visda"),
         (("--steps", "5"), "TASK: found the option --steps first; expected one of digits"),
         (("digit",), "TASK: found 'digit'; expected one of digits"),
         (("digits", "--method", "gdsa"), "--method: found 'gdsa'; expected source-only, entropy"),

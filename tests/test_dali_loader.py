@@ -334,6 +334,25 @@ def test_evaluation_pixels(pair: Pair, loader: DaliLoader) -> None:
     reference.close()
 
 
+def test_ten_crops_are_those_of_the_torch_loader(pair: Pair) -> None:
+    reference = TorchLoader(*pair, PHOTOS, batch_size=45, device=CPU, workers=1)
+    loader = DaliLoader(*pair, PHOTOS, batch_size=45, device=CPU, workers=1)
+    for _ in range(2):  # as in training, by turns with the centre crop
+        ours, theirs = (list(each.evaluate("target", crops=10)) for each in (loader, reference))
+        assert [index.tolist() for _, index in ours] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13]]
+        for (images, index), (expected, other) in zip(ours, theirs, strict=True):
+            assert torch.equal(index, other)
+            assert images.shape == expected.shape
+            assert images.is_contiguous(memory_format=torch.channels_last)
+            difference = ((images - expected) * LEVELS).abs()
+            assert difference.mean() < 0.25
+            assert difference.max() < 1.01
+        (images, _) = next(iter(loader.evaluate("target")))
+        assert ((images[0] - ours[0][0][4]) * LEVELS).abs().max() < 1.01
+    reference.close()
+    loader.close()
+
+
 # --------------------------------------------------------------------------------------------------------- bad files
 
 

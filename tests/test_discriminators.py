@@ -113,6 +113,21 @@ def capture_weights(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return seen
 
 
+def test_sample_weights_multiply_those_of_every_discriminator(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, (features, probabilities, domain) = build(), batch()
+    captured = capture_weights(monkeypatch)
+    plain = module(features, probabilities, domain)
+    factor = torch.linspace(0, 2, len(features))
+    out = module(features, probabilities, domain, NUM_SOURCE, sample_weight=factor)
+    assert_close(captured[1], captured[0] * factor.unsqueeze(1))
+    # The denominator stays the number of samples, so that all levels keep one scale.
+    losses = F.binary_cross_entropy_with_logits(
+        logits(module, features), domain.unsqueeze(1).expand(-1, module.num_discriminators), reduction="none"
+    )
+    assert_close(out.loss, (captured[1] * losses).mean(0))
+    assert not torch.allclose(out.gradient_norm, plain.gradient_norm)
+
+
 def test_overlapping_groups_weigh_by_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = capture_weights(monkeypatch)
     features, probabilities, domain = batch()

@@ -1,30 +1,39 @@
 import json
 import os
+import random
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from same_state import differences
+from test_kill import outcome
+from test_trainer import NUM_TARGET, build, run
 from torch import Tensor, nn
 from torch.multiprocessing import start_processes
 from torch.testing import assert_close
 
 from gsda_fast.config import parse_config
-from gsda_fast.errors import TrainingError, UsageError
+from gsda_fast.errors import Stopped, TrainingError, UsageError
 from gsda_fast.methods import Move, StepInputs, build_method
 from gsda_fast.methods.gsda import AdversarialSettings
-from gsda_fast.methods.objective import Objective
-from gsda_fast.model import AdaptationModel, ModelSettings
+from gsda_fast.methods.objective import Objective, target_class_weights
+from gsda_fast.model import AdaptationModel, ModelSettings, fetch_weights
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.training.assemble import build_trainer, resolve
+from gsda_fast.training.checkpoint import CheckpointFolder
 from gsda_fast.training.distributed import Ranks, digest, join
 from gsda_fast.training.optim import OptimizerSettings, build_optimizers
 from gsda_fast.training.update import Updater
@@ -47,14 +56,16 @@ def free_port() -> int:
 class Setup:
     """A method in float64 with frozen BatchNorm, and a batch of `world_size` equal parts."""
 
-    def __init__(self, world_size: int, update: str = "alternating") -> None:
+    def __init__(self, world_size: int, update: str = "alternating", class_weights: str = "none") -> None:
         torch.manual_seed(0)
         backbone = nn.Sequential(nn.Linear(DIM, 9), nn.BatchNorm1d(9), nn.ReLU())
         # In channels_last, a parameter's elements do not lie in the order of its shape.
         backbone.append(nn.Unflatten(1, (9, 1, 1))).append(nn.Conv2d(9, 7, 3, padding=1)).append(nn.Flatten())
         model = AdaptationModel(backbone, 7, NUM_CLASSES, ModelSettings(bottleneck_dim=8))
-        settings = AdversarialSettings(alpha=0.3, beta=5.0, groups=2, hidden_dim=7, update=update)  # type: ignore[arg-type]
+        settings = AdversarialSettings(alpha=0.3, beta=5.0, groups=2, hidden_dim=7)
+        settings = replace(settings, update=update, class_weights=class_weights)  # type: ignore[arg-type]
         self.method = build_method("gsda", model, settings, NUM_CLASSES, seed=0).double()
+        self.method.refresh(torch.tensor([[0.9, 0.1, 0.0, 0.0], [0.1, 0.3, 0.6, 0.0]]))
         self.method.to(memory_format=torch.channels_last).eval()
         generator = torch.Generator().manual_seed(DATA_SEED)
         shape = (world_size, 2, BATCH, DIM)
@@ -158,10 +169,14 @@ def digest_of(optimizer: torch.optim.Optimizer) -> str:
     return digest({str(number): state["momentum_buffer"] for number, state in enumerate(optimizer.state.values())})
 
 
+def fail(error: type[TrainingError | Stopped]) -> None:
+    raise error("not here")
+
+
 def failure_of(call: Callable[[], Any]) -> tuple[str, bool]:
     try:
         call()
-    except UsageError as error:
+    except (UsageError, TrainingError, Stopped) as error:
         return str(error), error.told
     return "", False
 
@@ -170,6 +185,45 @@ def raising(message: str, here: bool) -> str:
     if here:
         raise UsageError(message, found="a mistake", expected="none")
     return "well"
+
+
+def stopped_and_resumed(ranks: Ranks) -> dict[str, Any]:
+    """Runs that one rank is asked to stop, and that go on from the state that they left; what differs in the end."""
+    import test_trainer
+
+    def whole() -> dict[str, Any]:
+        trainer = test_trainer.build(ranks=ranks)
+        list(trainer.run(lambda: None))
+        return test_trainer.without_times(trainer.state_dict())
+
+    def in_two_parts(look: int, incomplete: Callable[[dict[str, Any]], None] = lambda state: None) -> dict[str, Any]:
+        asked = test_trainer.StopAt(look) if ranks.rank == ranks.world_size - 1 else lambda: False
+        trainer = test_trainer.build(ranks=ranks, stop=asked)
+        list(trainer.run(lambda: None))
+        assert not trainer.finished
+        assert len(set(ranks.gather_objects((trainer.step, trainer.unscored is None)))) == 1
+        state = deepcopy(trainer.state_dict())
+        incomplete(state)
+        resumed = test_trainer.build(seed=1, ranks=ranks)
+        resumed.load_state_dict(state)
+        list(resumed.run(lambda: None))
+        return test_trainer.without_times(resumed.state_dict())
+
+    def without_buffers(state: dict[str, Any]) -> None:
+        for own in state["ranks"]:
+            own["buffers"] = {}
+
+    def with_the_first_ranks_generators(state: dict[str, Any]) -> None:
+        for own in state["ranks"]:
+            own["random"] = state["ranks"][0]["random"]
+
+    np.random.seed(0)  # noqa: NPY002
+    random.seed(0)
+    expected = whole()
+    found = {f"look {look}": differences(in_two_parts(look), expected) for look in (0, 2, 5, 11)}
+    found["without buffers"] = differences(in_two_parts(2, without_buffers), expected)
+    found["generators"] = differences(in_two_parts(2, with_the_first_ranks_generators), expected)
+    return found
 
 
 def work(rank: int, world_size: int, port: int, folder: str) -> None:
@@ -188,6 +242,12 @@ def work(rank: int, world_size: int, port: int, folder: str) -> None:
         for update in ("alternating", "reversal"):
             setup, inputs = fresh(update)
             found[update] = setup.step(ranks, inputs)
+            setup = Setup(world_size, update, "pada")
+            found[f"{update} with class weights"] = setup.step(ranks, inputs)
+        trainer = build(class_weights="pada", ranks=ranks)
+        run(trainer)
+        found["class weights"] = trainer.method.state_dict()["source_class_weights"]
+        found["probabilities"] = trainer.probabilities
         setup, inputs = fresh()
         found["second gradient not averaged"] = setup.step(WithoutSecondMean(rank, world_size, rank), inputs)
         setup, _ = fresh()
@@ -196,6 +256,8 @@ def work(rank: int, world_size: int, port: int, folder: str) -> None:
         for player in (None, "encoder", "discriminators"):
             setup, inputs = fresh()
             found[f"stop {player}"] = stops(setup, ranks, inputs, player)
+
+        found["stopped and resumed"] = stopped_and_resumed(ranks)
 
         count = 4 * world_size + 1
         rows = torch.tensor(ranks.shard(count)).unsqueeze(1) * torch.tensor([1.0, 10.0])
@@ -207,6 +269,8 @@ def work(rank: int, world_size: int, port: int, folder: str) -> None:
         found["max"] = ranks.max(float(rank), torch.device("cpu"))
         found["from first"] = ranks.from_first(lambda: f"made by {rank}")
         found["from first fails"] = failure_of(lambda: ranks.from_first(lambda: raising("first", True)))
+        for error in (TrainingError, Stopped):
+            found[f"from first {error.__name__}"] = failure_of(partial(ranks.from_first, partial(fail, error)))
         found["together"] = ranks.together(lambda: f"made by {rank}")
         found["together fails"] = failure_of(lambda: ranks.together(lambda: raising("last", rank == world_size - 1)))
         found["equal"] = failure_of(lambda: ranks.require_equal({"--seed": 0}))
@@ -222,8 +286,8 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
-def alone(world_size: int, update: str = "alternating") -> dict[str, Any]:
-    setup = Setup(world_size, update)
+def alone(world_size: int, update: str = "alternating", class_weights: str = "none") -> dict[str, Any]:
+    setup = Setup(world_size, update, class_weights)
     return setup.step(Ranks(), setup.inputs(slice(None), None))
 
 
@@ -243,6 +307,26 @@ def test_gradients_are_those_of_one_process_with_the_whole_batch(
     for found in world:
         assert largest_error(found[update]["gradients"], expected["gradients"], part) < 1e-12
         assert largest_error(found[update]["parameters"], expected["parameters"], part) < 1e-12
+
+
+@pytest.mark.parametrize("update", ["alternating", "reversal"])
+@pytest.mark.parametrize("part", ["model", "discriminators"])
+def test_class_weights_are_those_of_the_whole_batch(world: list[dict[str, Any]], update: str, part: str) -> None:
+    expected = alone(len(world), update, "pada")
+    plain = alone(len(world), update)
+    for found in world:
+        weighted = found[f"{update} with class weights"]
+        assert largest_error(weighted["gradients"], expected["gradients"], part) < 1e-12
+        assert largest_error(weighted["parameters"], expected["parameters"], part) < 1e-12
+    assert largest_error(plain["gradients"], expected["gradients"], part) > 1e-2
+
+
+def test_all_ranks_have_the_class_weights_of_the_whole_target(world: list[dict[str, Any]]) -> None:
+    for found in world:
+        assert torch.equal(found["probabilities"], world[0]["probabilities"])
+        assert torch.equal(found["class weights"], world[0]["class weights"])
+        assert torch.equal(found["class weights"], target_class_weights(found["probabilities"]))
+        assert len(found["probabilities"]) == NUM_TARGET
 
 
 def test_the_means_of_the_terms_are_those_of_the_whole_batch(world: list[dict[str, Any]]) -> None:
@@ -286,6 +370,14 @@ def test_a_bad_gradient_of_either_player_moves_neither(world: list[dict[str, Any
         assert found[f"stop {player}"]["untouched"]
 
 
+def test_a_run_that_one_rank_is_asked_to_stop_goes_on_bit_for_bit(world: list[dict[str, Any]]) -> None:
+    for found in world:
+        different = found["stopped and resumed"]
+        assert different.pop("without buffers") != []
+        assert different.pop("generators") != []
+        assert different == {f"look {look}": [] for look in (0, 2, 5, 11)}
+
+
 def test_rows_are_gathered_in_the_order_of_the_samples(world: list[dict[str, Any]]) -> None:
     expected = torch.arange(4 * len(world) + 1).unsqueeze(1) * torch.tensor([1.0, 10.0])
     for found in world:
@@ -303,6 +395,7 @@ def test_the_first_rank_decides_and_all_fail_together(world: list[dict[str, Any]
         told = rank > 0
         assert found["from first"] == "made by 0"
         assert found["together"] == f"made by {rank}"
+        assert found["from first TrainingError"] == found["from first Stopped"] == ("not here", told)
         assert found["from first fails"] == ("first: found a mistake; expected none", told)
         assert found["together fails"] == ("last: found a mistake; expected none", told)
         assert found["equal"] == ("", False)
@@ -319,32 +412,92 @@ def test_one_process_needs_no_group() -> None:
         assert ranks.gather_objects("one") == ["one"]
 
 
+# -------------------------------------------------------------------------------------------------- pretrained weights
+
+
+def fetch(rank: int, port: int, folder: str) -> None:
+    """Two processes on one machine, on two with a disk in common, on two with disks of their own, on one offline."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    fetched: list[str] = []
+
+    def download(url: str, path: str, *_: object, **__: object) -> None:
+        if "offline" in path:
+            raise OSError("no route to host")
+        time.sleep(0.3)  # long enough for another process to see no file yet
+        fetched.append(url)
+        torch.save({}, path)
+
+    torch.hub.download_url_to_file = download
+    found: dict[str, Any] = {}
+    with join("cpu", timeout=60) as ranks:
+        for name, local_rank, disk in (
+            ("one machine", rank, "one"),
+            ("disk in common", 0, "common"),
+            ("own disks", 0, f"own {rank}"),
+            ("offline", rank, "offline"),
+        ):
+            os.environ["TORCH_HOME"] = str(Path(folder) / disk)
+            fetched.clear()
+            here, settings = replace(ranks, local_rank=local_rank), ModelSettings("resnet18")
+            failure = failure_of(lambda: here.one_after_another(lambda: fetch_weights(settings)))  # noqa: B023
+            found[name] = len(fetched), failure, list((Path(folder) / disk).rglob("resnet18-*.pth")) != []
+    torch.save(found, Path(folder) / f"{rank}.pt")
+
+
+def test_pretrained_weights_are_fetched_once_for_each_disk(tmp_path: Path) -> None:
+    start_processes(fetch, (free_port(), str(tmp_path)), nprocs=2, start_method="spawn")
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
+    good = ("", False)
+    assert first["one machine"] == first["disk in common"] == first["own disks"] == (1, good, True)
+    assert second["one machine"] == second["disk in common"] == (0, good, True)
+    assert second["own disks"] == (1, good, True)
+    for rank, found in enumerate((first, second)):
+        fetched, (message, of_another), there = found["offline"]
+        assert (fetched, of_another, there) == (0, rank > 0, False)
+        assert message.startswith("--weights: found IMAGENET1K_V1, which could not be fetched (no route to host)")
+        assert re.search(r"fetch https://\S+/resnet18-\w+\.pth elsewhere and give --weights PATH, or", message)
+
+
 # ---------------------------------------------------------------------------------------------------------- whole runs
 
 
 STEPS = ("--steps", "40", "--warmup", "20", "--refresh-every", "10", "--log-every", "10", "--threads", "1")
 
 
-def torchrun(*arguments: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port"]
-    command += [str(free_port()), "-m", "gsda_fast.train", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+def torchrun_command(*arguments: str, script: Path | None = None, restarts: int = 0) -> list[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--max-restarts={restarts}"]
+    what = ["-m", "gsda_fast.train"] if script is None else [str(script)]
+    return [*command, "--master_port", str(free_port()), *what, *arguments]
+
+
+def torchrun(*arguments: str, script: Path | None = None, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+    command = torchrun_command(*arguments, script=script, restarts=restarts)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
 def one_process(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "gsda_fast.train", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
-def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
-    both = ("digits", *STEPS)
-    done = torchrun(*both, "--batch-size", "16", "--output", str(tmp_path / "two"))
+TWO = ("digits", *STEPS, "--batch-size", "16")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two processes."""
+    folder = tmp_path_factory.mktemp("two") / "run"
+    done = torchrun(*TWO, "--output", str(folder))
     assert done.returncode == 0, done.stderr
     # One process speaks.
     assert done.stdout.count("2 processes on cpu, 32 + 32 images a step, learning rate 0.05 (not scaled") == 1
-    alone = one_process(*both, "--batch-size", "32", "--output", str(tmp_path / "one"))
+    return folder
+
+
+def test_two_processes_train_as_one_does(two: Path, tmp_path: Path) -> None:
+    alone = one_process("digits", *STEPS, "--batch-size", "32", "--output", str(tmp_path / "one"))
     assert alone.returncode == 0, alone.stderr
-    runs = [RunFolder(tmp_path / name) for name in ("two", "one")]
+    runs = [RunFolder(two), RunFolder(tmp_path / "one")]
     metrics = [run.read_metrics() for run in runs]
     assert [line["step"] for line in metrics[0]] == [line["step"] for line in metrics[1]] == [10, 20, 30, 40]
     first, last = [{**each[0]} for each in metrics], [{**each[-1]} for each in metrics]
@@ -355,6 +508,71 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     results = [run.read_result() for run in runs]
     accuracy = [result.accuracy.last for result in results if result is not None]
     assert accuracy[0] == pytest.approx(accuracy[1], abs=3)
+
+
+# A worker that something happens to in step 26, which is in the middle between two scorings.
+INCIDENT = """
+import os, signal, time
+from gsda_fast.commands import run_command
+from gsda_fast.train import main
+from gsda_fast.training.trainer import Trainer
+
+step = Trainer._train_step
+def with_incident(self, number, batch):
+    if number == 25 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        {incident}
+    return step(self, number, batch)
+Trainer._train_step = with_incident
+run_command(main)
+"""
+WAITS = """print("in step 26", flush=True)
+        while not self._stop():
+            time.sleep(0.02)"""
+IS_KILLED = """if self.ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)"""
+
+
+def script_with(incident: str, folder: Path) -> Path:
+    script = folder / "worker.py"
+    script.write_text(INCIDENT.format(incident=incident))
+    return script
+
+
+def test_a_signal_to_torchrun_stops_all_processes_in_good_order(two: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = torchrun_command(*TWO, "--output", str(folder), script=script_with(WAITS, tmp_path))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for _ in range(2):
+            assert any("in step 26" in line for line in iter(process.stdout.readline, ""))
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=100)
+    assert process.returncode == 1  # torchrun's own
+    assert out.splitlines()[-1].startswith("stopped after step 27 of 40, saved in ")
+    assert "error: " not in err
+    assert CheckpointFolder(folder / "checkpoints").steps() == [20, 27]
+    done = torchrun(*TWO, "--output", str(folder))
+    assert "resuming after step 27" in done.stdout
+    assert differences(outcome(folder), outcome(two)) == []
+
+
+def test_torchrun_starts_all_processes_again_where_one_is_killed(two: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = torchrun(*TWO, "--output", str(folder), script=script_with(IS_KILLED, tmp_path), restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("resuming after step 20") == 1
+    assert differences(outcome(folder), outcome(two)) == []
+
+
+def test_another_number_of_processes_is_refused(two: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in two.rglob("*")}
+    (two / "result.json").rename(two / "kept")
+    done = one_process(*TWO, "--output", str(two))
+    (two / "kept").rename(two / "result.json")
+    assert done.returncode == 2
+    assert "error: --nproc_per_node: found 1 process; expected 2 processes, as in " in done.stderr
+    after = {path: path.stat().st_mtime_ns for path in two.rglob("*") if path.name != ".lock"}
+    assert after == {path: time for path, time in before.items() if path in after}
 
 
 @pytest.mark.slow

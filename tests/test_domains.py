@@ -129,13 +129,29 @@ def test_data_root_from_the_environment(tmp_path: Path, monkeypatch: pytest.Monk
         open_pair("office31")
 
 
+def test_the_target_of_partial_digits_lacks_half_of_the_classes(few_digits: Path) -> None:
+    source, target = open_pair("digits-partial", data_root=few_digits)
+    whole_source, whole_target = open_pair("digits", data_root=few_digits)
+    assert source.paths == whole_source.paths
+    assert target.classes == source.classes == tuple("0123456789")
+    assert target.paths == [path for path in whole_target.paths if path[0] in "01234"]
+    assert set(target.labels.tolist()) == set(range(5))
+
+
+@pytest.mark.parametrize("domain", ["mnist", "optdigits"])
+def test_partial_digits_have_the_published_number_of_images(domain: str) -> None:
+    _, target = open_pair("digits-partial", "fonts", domain)
+    assert len(target) == BENCHMARKS["digits-partial"].domain(domain).expected_target_images
+
+
 def test_digits_need_no_data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("GSDA_DATA", str(tmp_path / "other data"))
     for domain in digits.DOMAINS:
         touch_tree(tmp_path / "gsda_fast" / "digits-v1" / domain, list("0123456789"), suffix=".png")
-    source, target = open_pair("digits")
-    assert (source.name, target.name) == ("fonts", "optdigits")
+    for task in ("digits", "digits-partial"):
+        source, target = open_pair(task)
+        assert (source.name, target.name) == ("fonts", "optdigits")
     assert source.classes == tuple("0123456789")
     assert source.labels.tolist() == list(range(10))
 

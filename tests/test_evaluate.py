@@ -1,8 +1,10 @@
 import io
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from gsda_fast import evaluate as command
@@ -63,6 +65,36 @@ def test_the_command_prints_a_table(
     for name, value in [("overall", expected.accuracy.last), *zip(expected.classes, expected.per_class)]:
         (line,) = [line for line in written.splitlines() if line[1:].split("│")[0].strip() == name]
         assert f"{value:.2f} %" in line
+
+
+def test_ten_crops_of_images_that_are_used_whole(result: tuple[Path, RunResult]) -> None:
+    with pytest.raises(UsageError, match="--test-crops: found 10, for images that are used whole"):
+        evaluate(EvaluateSettings(result[0], test_crops=10))
+
+
+def test_a_run_of_a_gpu_is_evaluated_here(result: tuple[Path, RunResult], few_digits: Path, tmp_path: Path) -> None:
+    """Its device, precision, backend, loader and optimizer cannot run on this machine, and its data lies elsewhere."""
+    folder, expected = result
+    shutil.copytree(folder / "checkpoints", tmp_path / "run" / "checkpoints")
+    text = (folder / "config.toml").read_text()
+    elsewhere = {
+        'device = "cpu"': 'device = "cuda"',
+        'backend = "torch"': 'backend = "triton"',
+        'backend = "native"': 'backend = "triton"',
+        'loader = "torch"': 'loader = "dali"',
+        'optimizer = "auto"': 'optimizer = "apex"',
+        'precision = "fp32"': 'precision = "fp16"',
+        f'data_root = "{few_digits}"': 'data_root = "/of/another/machine"',
+    }
+    for here, there in elsewhere.items():
+        text = text.replace(here, there)
+    (tmp_path / "run" / "config.toml").write_text(text)
+    assert sum(there in text for there in set(elsewhere.values())) == 6
+    if not torch.cuda.is_available():
+        _, figures, _ = evaluate(EvaluateSettings(tmp_path / "run", data_root=few_digits))
+        assert figures.per_class == expected.per_class
+        with pytest.raises(UsageError, match="--device: found cuda"):
+            evaluate(EvaluateSettings(folder, device="cuda"))
 
 
 def damaged(path: Path) -> None:

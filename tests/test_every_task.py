@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_trees import class_tree
+from benchmark_trees import TASKS
 from rich.console import Console
+from same_state import differences
 
 from gsda_fast.config import parse_config
 from gsda_fast.data.batches import Batch, Loader
@@ -19,9 +20,11 @@ from gsda_fast.data.loaders import open_loader
 from gsda_fast.data.pack import pack
 from gsda_fast.data.sampling import SamplingPlan
 from gsda_fast.errors import UsageError
+from gsda_fast.evaluate import EvaluateSettings, evaluate
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.train import train
 from gsda_fast.training import assemble
+from gsda_fast.training.checkpoint import CheckpointFolder
 
 pytestmark = [
     pytest.mark.skipif(find_spec("nvidia") is None or find_spec("nvidia.dali") is None, reason="DALI is not installed"),
@@ -29,40 +32,6 @@ pytestmark = [
 ]
 
 SampleIds = list[tuple[list[int], list[int]]]
-
-
-def _visda(root: Path) -> None:
-    for domain, suffix in (("train", ".png"), ("validation", ".jpg")):
-        class_tree(root / domain, BENCHMARKS["visda"].classes or (), per_class=2, suffix=suffix)
-        files = sorted((root / domain).glob(f"*/*{suffix}"))
-        lines = [f"{file.relative_to(root / domain)} {number // 2}" for number, file in enumerate(files)]
-        (root / domain / "image_list.txt").write_text("\n".join(lines))
-
-
-def _office31(root: Path) -> None:
-    for domain in ("amazon", "webcam"):
-        class_tree(root / domain / "images", BENCHMARKS["office31"].classes or (), per_class=1)
-
-
-def _office_home(root: Path) -> None:
-    for domain in ("Real World", "Art"):
-        folder = root / "OfficeHomeDataset_10072016" / domain
-        class_tree(folder, BENCHMARKS["office-home"].classes or (), per_class=1)
-
-
-def _folder(root: Path) -> None:
-    class_tree(root / "photos", ["cat", "dog", "horse"], per_class=4)
-    class_tree(root / "sketches", ["cat", "horse"], per_class=4, suffix=".png")
-
-
-TASKS: dict[str, tuple[Callable[[Path], None], str, str]] = {
-    "visda": (_visda, "train", "validation"),
-    "office31": (_office31, "amazon", "webcam"),
-    "office31-partial": (_office31, "A", "W"),
-    "office-home": (_office_home, "Rw", "Ar"),
-    "office-home-partial": (_office_home, "real_world", "art"),
-    "folder": (_folder, "photos", "sketches"),
-}
 
 
 class Recorder:
@@ -143,7 +112,7 @@ def predictions(folder: Path) -> np.ndarray:
 
 
 def test_resumed_run_is_the_same_run_with_dali(run: Callable[..., SampleIds], tmp_path: Path) -> None:
-    _folder(tmp_path / "folder")
+    TASKS["folder"][0](tmp_path / "folder")
     whole = run("folder", "dali", output="whole", threshold="0")
     with pytest.raises(KeyboardInterrupt):
         run("folder", "dali", output="broken", stop_at=3, threshold="0")
@@ -153,7 +122,7 @@ def test_resumed_run_is_the_same_run_with_dali(run: Callable[..., SampleIds], tm
 
 
 def test_resuming_with_another_loader_or_other_data_is_refused(run: Callable[..., SampleIds], tmp_path: Path) -> None:
-    _folder(tmp_path / "folder")
+    TASKS["folder"][0](tmp_path / "folder")
     with pytest.raises(KeyboardInterrupt):
         run("folder", "dali", output="run", stop_at=3)
     with pytest.raises(UsageError, match=r"with other settings \(data.loader = dali there and torch here\)"):
@@ -168,7 +137,7 @@ def test_resuming_with_another_loader_or_other_data_is_refused(run: Callable[...
 def test_pack_behind_the_environment_variable_is_other_data_too(
     run: Callable[..., SampleIds], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _folder(tmp_path / "folder")
+    TASKS["folder"][0](tmp_path / "folder")
     packed = pack("folder", "photos", "sketches", tmp_path / "folder", output=tmp_path / "pack")
     arguments = ["folder", "--source", "photos", "--target", "sketches", "--output", str(tmp_path / "run")]
     configs = []
@@ -179,7 +148,7 @@ def test_pack_behind_the_environment_variable_is_other_data_too(
 
 
 def test_training_from_a_pack_sees_the_same_samples(run: Callable[..., SampleIds], tmp_path: Path) -> None:
-    _folder(tmp_path / "folder")
+    TASKS["folder"][0](tmp_path / "folder")
     packed = pack("folder", "photos", "sketches", tmp_path / "folder", output=tmp_path / "pack")
     raw = run("folder", "torch")
     assert run("folder", "auto", output="packed", root=packed) == raw
@@ -187,10 +156,35 @@ def test_training_from_a_pack_sees_the_same_samples(run: Callable[..., SampleIds
 
 
 @pytest.mark.parametrize("loader", ["dali", "torch"])
+def test_ten_crops_change_the_figures_and_nothing_that_trains(
+    run: Callable[..., SampleIds], tmp_path: Path, loader: str
+) -> None:
+    TASKS["folder"][0](tmp_path / "folder")
+    ids = [
+        run("folder", loader, "--test-crops", crops, output=f"{crops} crops", threshold="0") for crops in ("1", "10")
+    ]
+    assert ids[0] == ids[1]
+    folders = [RunFolder(tmp_path / f"{crops} crops") for crops in (1, 10)]
+    states = [CheckpointFolder(folder.checkpoints).load(4) for folder in folders]
+    for part in ("method", "optimizers", "target_table"):
+        assert differences(states[0][part], states[1][part]) == []
+    results = [folder.read_result() for folder in folders]
+    assert [result.test_crops for result in results if result is not None] == [1, 10]
+    kept = [predictions(folder.path) for folder in folders]
+    assert np.abs(kept[0] - kept[1]).max() > 1e-4
+
+    # An evaluation of the one run as the other was tested gives the other's figures.
+    for folder, crops, expected in ((folders[0], 10, results[1]), (folders[1], None, results[1])):
+        _, figures, _ = evaluate(EvaluateSettings(folder.path, test_crops=crops))
+        assert expected is not None
+        assert (figures.accuracy, figures.per_class) == (expected.accuracy.last, expected.per_class)
+
+
+@pytest.mark.parametrize("loader", ["dali", "torch"])
 def test_folder_that_vanishes_in_mid_run_is_named_and_nothing_is_lost(
     run: Callable[..., SampleIds], tmp_path: Path, loader: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _folder(tmp_path / "folder")
+    TASKS["folder"][0](tmp_path / "folder")
     whole = run("folder", loader, output="whole")
     vanishing, gone = tmp_path / "folder" / "photos" / "cat", tmp_path / "gone"
     train_step = assemble.Trainer._train_step
@@ -210,7 +204,7 @@ def test_folder_that_vanishes_in_mid_run_is_named_and_nothing_is_lost(
 
 
 def test_files_are_looked_at_before_the_training(run: Callable[..., SampleIds], tmp_path: Path) -> None:
-    _folder(tmp_path / "folder")
+    TASKS["folder"][0](tmp_path / "folder")
     bad = tmp_path / "folder" / "photos" / "dog" / "frame_0003.jpg"
     shutil.copy(bad, tmp_path / "good.jpg")
     bad.write_bytes(bad.read_bytes()[:-200])

@@ -11,7 +11,14 @@ from gsda_fast.config import PRESETS
 from gsda_fast.errors import UsageError
 from gsda_fast.methods import METHODS, Method, Move, StepInputs, build_method
 from gsda_fast.methods.gsda import GSDA, AdversarialSettings
-from gsda_fast.methods.objective import Objective, class_probabilities, entropy, synchronization_loss
+from gsda_fast.methods.objective import (
+    Objective,
+    class_probabilities,
+    classification_loss,
+    entropy,
+    synchronization_loss,
+    target_class_weights,
+)
 from gsda_fast.model import AdaptationModel, ModelSettings
 
 NUM_CLASSES, NUM_SOURCE, NUM_TARGET, RAMP = 4, 6, 6, 0.4
@@ -62,17 +69,19 @@ def gradients(total: Tensor, module: nn.Module) -> list[Tensor]:
     return [torch.zeros_like(p) if g is None else g for p, g in zip(module.parameters(), found)]
 
 
-def losses(method: Method, batch: StepInputs) -> dict[str, Tensor]:
+def losses(method: Method, batch: StepInputs, class_weights: Tensor | None = None) -> dict[str, Tensor]:
     """Every loss of the method on the batch, composed here, with all parameters free."""
     features, logits = method.model(torch.cat([batch.source_images, batch.target_images]))
+    source_weight = None if class_weights is None else class_weights[batch.source_labels]
+    sample_weight = None if source_weight is None else torch.cat([source_weight, torch.ones(NUM_TARGET)])
     found = {
-        "classification": F.cross_entropy(logits[:NUM_SOURCE], batch.source_labels),
+        "classification": classification_loss(logits[:NUM_SOURCE], batch.source_labels, source_weight),
         "entropy": entropy(logits[NUM_SOURCE:]),
     }
     if isinstance(method, GSDA) and method.discriminators is not None:
         probabilities = class_probabilities(logits, batch.source_labels)
         domain = torch.tensor([1.0] * NUM_SOURCE + [0.0] * NUM_TARGET)
-        terms = method.discriminators(features, probabilities, domain)
+        terms = method.discriminators(features, probabilities, domain, sample_weight=sample_weight)
         found |= method.discriminators.sum_per_level(terms.loss)
         if len(method.discriminators.levels) == 3:
             found["synchronization"] = synchronization_loss(terms.gradient_norm, method.discriminators.groups)
@@ -231,6 +240,100 @@ def test_sync_ramp_is_what_softens_synchronization_at_the_start(update: str) -> 
     in_full = total_of(found, classification=1.0, entropy=0.3, synchronization=0.7)
     assert_close(at_start[0], gradients(softened, method.model), rtol=1e-9, atol=1e-14)
     assert_close(at_start[1], gradients(in_full, method.model), rtol=1e-9, atol=1e-14)
+
+
+# ---------------------------------------------------------------------------------------- class weights, as in PADA
+
+PREDICTED = torch.tensor([[0.1, 0.5, 0.4, 0.0], [0.3, 0.5, 0.2, 0.0]])  # sums 0.4, 1, 0.6, 0
+CLASS_WEIGHTS = torch.tensor([0.4, 1.0, 0.6, 0.0], dtype=torch.float64)
+each_update = pytest.mark.parametrize("update", ["alternating", "reversal"])
+
+
+def with_pada(name: str, update: str = "alternating") -> Method:
+    return build(name, replace(SETTINGS, class_weights="pada", update=update))  # type: ignore[arg-type]
+
+
+def all_gradients(method: Method, batch: StepInputs) -> dict[str, Tensor]:
+    """Of every move, by player and parameter; both moves see the same discriminators."""
+    found = {}
+    for move in method.moves(batch):
+        for player in move.players:
+            module = method.players()[player]
+            names = (f"{player}.{name}" for name, _ in module.named_parameters())
+            found |= dict(zip(names, gradients(move.objective.total, module), strict=True))
+    return found
+
+
+@each_update
+@each_method
+def test_class_weights_weigh_source_samples_in_every_loss_of_a_method(name: str, update: str) -> None:
+    method, batch = with_pada(name, update), inputs()
+    method.refresh(PREDICTED)
+    found = losses(method, batch, CLASS_WEIGHTS)
+    moves = list(method.moves(batch))
+    named = {term: value for move in moves for term, value in move.objective.terms.items()}
+    for term, value in found.items():
+        logged = named.get(f"adversarial_{term}", named.get(term))
+        if logged is not None:
+            assert_close(logged, value.detach(), rtol=1e-6, atol=0)  # the weights are kept in float32
+    assert_close(
+        gradients(moves[-1].objective.total, method.model),
+        gradients(encoder_total(name, found), method.model),
+        rtol=1e-5,
+        atol=1e-8,
+    )
+    if isinstance(method, GSDA) and method.discriminators is not None:
+        assert_close(
+            gradients(moves[0].objective.total, method.discriminators),
+            gradients(discriminator_total(name, found), method.discriminators),
+            rtol=1e-5,
+            atol=1e-8,
+        )
+    plain = losses(method, batch)
+    assert not torch.isclose(plain["classification"], found["classification"], rtol=1e-2)
+
+
+@each_update
+@each_method
+def test_a_class_without_weight_has_no_part_in_any_gradient(name: str, update: str) -> None:
+    method, batch = with_pada(name, update), inputs()
+    absent = batch.source_labels == 3
+    assert 0 < absent.sum() < NUM_SOURCE
+    images = torch.where(absent.unsqueeze(1), 10 * batch.source_images + 1, batch.source_images)
+    changed = replace(batch, source_images=images)
+    method.refresh(PREDICTED)
+    found, same = all_gradients(method, batch), all_gradients(method, changed)
+    for parameter, gradient in found.items():
+        assert_close(gradient, same[parameter], rtol=1e-12, atol=1e-18)
+        assert gradient.any(), parameter
+    method.refresh(torch.ones(1, NUM_CLASSES))
+    assert any(
+        not torch.allclose(one, other)
+        for one, other in zip(all_gradients(method, batch).values(), all_gradients(method, changed).values())
+    )
+
+
+@each_method
+def test_before_the_first_scoring_every_class_counts_equally(name: str) -> None:
+    weighted, plain, batch = all_gradients(with_pada(name), inputs()), all_gradients(build(name), inputs()), inputs()
+    assert_close(weighted, plain, rtol=1e-9, atol=1e-15)
+    method = with_pada(name)
+    method.refresh(PREDICTED)
+    (warm_up,) = method.moves(replace(batch, warming_up=True))
+    expected = losses(method, batch, CLASS_WEIGHTS)["classification"]
+    assert_close(warm_up.objective.total, expected, rtol=1e-6, atol=0)
+
+
+def test_class_weights_are_state_and_float32_and_absent_unless_asked_for() -> None:
+    method = with_pada("gsda").float()
+    assert torch.equal(method.state_dict()["source_class_weights"], torch.ones(NUM_CLASSES))
+    method.refresh(PREDICTED)
+    kept = method.state_dict()["source_class_weights"]
+    assert kept.dtype == torch.float32
+    assert torch.equal(kept, target_class_weights(PREDICTED))
+    plain = build("gsda")
+    plain.refresh(PREDICTED)
+    assert set(method.state_dict()) - set(plain.state_dict()) == {"source_class_weights"}
 
 
 def test_groups_follow_the_seed() -> None:

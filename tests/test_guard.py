@@ -14,7 +14,7 @@ class LateGuard(Guard):
         self._device = torch.device("cuda")
 
     def _start_copy(self) -> None:
-        self._copy = self._stopped.clone(), None
+        self._copy = torch.stack([self._stopped, self._wishes]), None
 
 
 def step(guard: Guard, number: int, value: float = 1.0, gradient: float = 1.0, scaled: bool = False) -> Tensor:
@@ -68,3 +68,34 @@ def test_a_checkpoint_is_never_written_after_it() -> None:
     step(guard, 0, value=float("nan"))
     with pytest.raises(TrainingError, match="step 1: classification"):
         guard.require_finite()
+
+
+def test_the_wish_to_stop_is_known_at_once_where_asking_costs_nothing() -> None:
+    guard = Guard(torch.device("cpu"))
+    step(guard, 0)
+    assert not guard.stop
+    guard.ask_to_stop()
+    assert not guard.stop  # the other ranks do not know of it yet
+    assert step(guard, 1) == 0  # and it keeps nobody from moving
+    assert guard.stop
+
+
+@pytest.mark.parametrize("asked_before", range(10))
+def test_without_waiting_the_wish_to_stop_is_known_within_ten_steps(asked_before: int) -> None:
+    guard = LateGuard()
+    known = []
+    for number in range(asked_before + 10):
+        if number == asked_before:
+            guard.ask_to_stop()
+        step(guard, number)
+        known.append(guard.stop)
+    assert not any(known[:asked_before])
+    assert known[-1]
+
+
+def test_at_a_log_step_the_wish_to_stop_is_known() -> None:
+    guard = LateGuard()
+    guard.ask_to_stop()
+    step(guard, 0)
+    guard.require_finite()
+    assert guard.stop

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the top. A module stands where the longest prefix of its name is listed.
 FLOORS = [
     ["gsda_fast.suite"],
-    ["gsda_fast.train", "gsda_fast.evaluate", "gsda_fast.data.__main__"],
+    ["gsda_fast.train", "gsda_fast.evaluate", "gsda_fast.predict", "gsda_fast.export", "gsda_fast.data.__main__"],
     ["gsda_fast.training", "gsda_fast.methods", "gsda_fast.report", "gsda_fast.config"],
     ["gsda_fast.data", "gsda_fast.results", "gsda_fast.model", "gsda_kernels"],
     ["gsda_fast.commands"],

@@ -8,7 +8,7 @@ from image_trees import class_tree, save
 
 from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.data.domains import ImageDomain, open_pair
-from gsda_fast.data.loaders import DataSettings, Loader, open_loader, resolve_loader
+from gsda_fast.data.loaders import DataSettings, Loader, open_loader, require_room, resolve_loader
 from gsda_fast.data.sampling import SamplingPlan
 from gsda_fast.data.torch_loader import TorchLoader
 from gsda_fast.errors import UsageError
@@ -109,6 +109,15 @@ def test_dali_with_what_it_cannot_do(
     assert resolve_loader(DataSettings(), *with_gif, torch.device("cuda")) == "torch"
     with pytest.raises(UsageError, match=r"drawing.gif among the images; .* DALI reads no GIF"):
         opened(DataSettings(loader="dali"), with_gif)
+
+
+def test_ten_crops_need_room(pair: tuple[ImageDomain, ImageDomain]) -> None:
+    require_room(10, RECIPE)
+    require_room(1, BENCHMARKS["digits"].recipe)
+    with pytest.raises(
+        UsageError, match="--test-crops: found 10, for images that are used whole, 16x16 pixels; expect"
+    ):
+        require_room(10, BENCHMARKS["digits"].recipe)
 
 
 def test_negative_workers(pair: tuple[ImageDomain, ImageDomain]) -> None:

@@ -7,7 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from gsda_fast.errors import UsageError
-from gsda_fast.model import AdaptationModel, ModelSettings, build_model
+from gsda_fast.model import AdaptationModel, ModelSettings, build_model, fetch_weights
 
 LENET = ModelSettings("lenet", weights="none", bottleneck_dim=128, bottleneck_activation="relu")
 
@@ -136,6 +136,18 @@ def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch, tmp_pat
     ) as error:
         build_model(ModelSettings("resnet18"), 5)
     assert "--weights PATH" in error.value.remedy
+    assert "resnet18-f37072fd.pth" in error.value.remedy
+    with pytest.raises(UsageError, match=r"--weights: found IMAGENET1K_V1, which could not be fetched.*no route"):
+        fetch_weights(ModelSettings("resnet18"))
+
+
+@pytest.mark.parametrize(
+    "settings", [ModelSettings("lenet", "none"), ModelSettings("resnet18", "none"), ModelSettings("resnet18", "a.pth")]
+)
+def test_nothing_is_fetched_that_is_not_needed(settings: ModelSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: pytest.fail("fetched"))
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: pytest.fail("fetched"))
+    fetch_weights(settings)
 
 
 def test_a_backbone_with_auxiliary_outputs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from gsda_fast import ClassGroups, Discriminators, discriminator_objective, encoder_objective, synchronization_loss
-from gsda_fast.methods.objective import class_probabilities, entropy
+from gsda_fast.methods.objective import class_probabilities, classification_loss, entropy, target_class_weights
 from gsda_kernels import AdversarialTerms
 
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -88,6 +88,47 @@ def test_class_probabilities_are_true_classes_then_predictions(dtype: torch.dtyp
     assert_close(p[2:], torch.tensor(expected, dtype=dtype), **tolerance(dtype))
     assert p.dtype == dtype
     assert not p.requires_grad
+
+
+@FLOATS
+def test_class_weights_are_the_mean_prediction_over_its_maximum(dtype: torch.dtype) -> None:
+    probabilities = torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.1, 0.85, 0.05, 0.0], [0.3, 0.4, 0.3, 0.0]], dtype=dtype)
+    weights = target_class_weights(probabilities)  # sums 0.9, 1.5, 0.6, 0
+    assert weights.dtype == dtype
+    assert_close(weights, torch.tensor([0.6, 1.0, 0.4, 0.0], dtype=dtype), **tolerance(dtype))
+
+
+@FLOATS
+def test_weighted_classification_loss_by_hand(dtype: torch.dtype) -> None:
+    logits, labels, weight = random(4, 3, dtype=dtype), [2, 0, 1, 1], [0.5, 1.0, 0.0, 0.25]
+    rows = logits.tolist()
+    by_hand = sum(w * cross_entropy_by_hand([row], [y]) for row, y, w in zip(rows, labels, weight)) / 1.75
+    for scale in (1.0, 0.01):  # a common factor of the weights says nothing
+        given = scale * torch.tensor(weight, dtype=dtype)
+        assert_close(float(classification_loss(logits, torch.tensor(labels), given)), by_hand, **tolerance(dtype))
+
+
+def test_weights_of_one_are_none_and_weights_of_zero_no_loss() -> None:
+    logits, labels = random(5, 3).requires_grad_(), torch.tensor([0, 1, 2, 2, 1])
+    plain = classification_loss(logits, labels)
+    assert torch.equal(plain, F.cross_entropy(logits, labels))
+    assert_close(classification_loss(logits, labels, torch.ones(5, dtype=torch.float64)), plain)
+    nothing = classification_loss(logits, labels, torch.zeros(5))
+    nothing.backward()
+    assert nothing == 0
+    assert logits.grad is not None
+    assert not logits.grad.any()
+
+
+def test_parts_of_a_batch_share_the_sum_of_its_weights() -> None:
+    logits, labels = random(6, 3), torch.tensor([0, 1, 2, 2, 1, 0])
+    weight = torch.tensor([1.0, 0.1, 0.6, 0.0, 0.2, 0.1], dtype=torch.float64)
+    whole = classification_loss(logits, labels, weight)
+    halves = [slice(0, 3), slice(3, 6)]
+    shared = [classification_loss(logits[h], labels[h], weight[h], lambda _: weight.mean()) for h in halves]
+    assert_close((shared[0] + shared[1]) / 2, whole, rtol=1e-12, atol=0)
+    alone = [classification_loss(logits[h], labels[h], weight[h]) for h in halves]
+    assert not torch.isclose((alone[0] + alone[1]) / 2, whole, rtol=1e-2)
 
 
 def test_class_probabilities_of_half_precision_logits_are_float32() -> None:

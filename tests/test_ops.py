@@ -8,6 +8,7 @@ import pytest
 import torch
 from equivalence import INPUTS, Problem, assert_equivalent, compute, make_problem, non_contiguous
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gsda_kernels as gk
 from gsda_kernels import ops
@@ -96,6 +97,49 @@ def test_compile_refuses_the_reference_by_name() -> None:
     torch._dynamo.reset()
     with pytest.raises(Exception, match=r"backend: found 'reference', which cannot run here \(torch.compile refuses"):
         compute(make_problem(**SMALL), "reference", compiled=True)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("used", ["loss", "gradient_norm"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_result_that_nobody_uses(backend: str, used: str, compiled: bool) -> None:
+    torch._dynamo.reset()
+    problem = make_problem(**SMALL)
+
+    def gradients(backend: str, compiled: bool) -> tuple[torch.Tensor, ...]:
+        inputs = [tensor.detach().requires_grad_() for tensor in problem.inputs.values()]
+
+        def total() -> torch.Tensor:
+            disc = gk.DiscriminatorWeights(*inputs[1:])
+            out = gk.adversarial_terms(inputs[0], disc, problem.sample_weight, problem.domain, backend=backend)
+            return (getattr(out, used) * problem.grad_loss).sum()
+
+        value = torch.compile(total, fullgraph=True)() if compiled else total()
+        return torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
+
+    for found, expected in zip(gradients(backend, compiled), gradients("reference", False)):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_gradient_is_made_for_what_is_saved(backend: str) -> None:
+    """What is saved is an output of the operation, for which autograd would make a gradient of as many zeros."""
+    problem = make_problem(num_source=9, num_target=8, num_discriminators=3, dim=96, hidden=224, zero_weights=0.0)
+    inputs = [tensor.requires_grad_() for tensor in problem.inputs.values()]
+    disc = gk.DiscriminatorWeights(*inputs[1:])
+    out = gk.adversarial_terms(inputs[0], disc, problem.sample_weight, problem.domain, backend=backend)
+    largest = []
+
+    class Zeros(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            if "zeros" in str(func):
+                largest.append(made.numel())
+            return made
+
+    with Zeros():
+        torch.autograd.grad(out, inputs, (problem.grad_loss, problem.grad_gradient_norm))
+    assert max(largest, default=0) < problem.sample_weight.numel() * 96
 
 
 @pytest.fixture

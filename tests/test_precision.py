@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -127,13 +128,36 @@ def test_compiling_the_parts_keeps_their_names_and_their_numbers(monkeypatch: py
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.append((module, options)))
     method.compile_parts()
     assert [module for module, _ in compiled] == list(method.players().values())
-    assert all(options == {"dynamic": False} for _, options in compiled)
+    assert all(options == {"dynamic": False, "mode": None} for _, options in compiled)
     assert list(method.state_dict()) == list(plain.state_dict())
 
 
-def test_batchnorm_over_processes_needs_gpus() -> None:
-    from gsda_fast.config import parse_config
-    from gsda_fast.training.assemble import build_trainer, resolve
+def test_cuda_graphs_want_a_gpu_and_compilation() -> None:
+    graphs = PrecisionSettings("bf16", cuda_graphs=True)
+    with pytest.raises(UsageError, match="--cuda-graphs: found device cpu; expected a GPU, and compilation"):
+        graphs.resolved("cpu")
+    with pytest.raises(UsageError, match="--cuda-graphs: found --no-compile; expected a GPU, and compilation"):
+        replace(graphs, compile="off").resolved("cuda")
+    assert graphs.resolved("cuda") == PrecisionSettings("bf16", "on", cuda_graphs=True)
+    with pytest.raises(UsageError, match="--cuda-graphs: found device cpu"):
+        resolve(parse_config(["digits", "--synthetic", "--cuda-graphs", "--compile", "--device", "cpu"], "train"))
 
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_cuda_graphs_are_asked_for_and_told_of_each_step(asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[Any] = []
+    marks: list[int] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: modes.append(options["mode"]))
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(trainer.step))
+    config, source, target = resolve(parse_config(["digits", "--synthetic", "--steps", "3", "--warmup", "1"], "train"))
+    # What `resolve` gives on a GPU.
+    config = replace(config, precision=PrecisionSettings("fp32", "on", cuda_graphs=asked))
+    trainer = build_trainer(config, source, target)
+    assert modes == 2 * ["reduce-overhead" if asked else None]
+    list(trainer.run(lambda: None))
+    assert marks == ([0, 1, 2] if asked else [])
+
+
+def test_batchnorm_over_processes_needs_gpus() -> None:
     with pytest.raises(UsageError, match="--sync-batchnorm: found device cpu; expected GPUs"):
         build_trainer(*resolve(parse_config(["digits", "--sync-batchnorm"], "train")))

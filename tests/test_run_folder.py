@@ -3,6 +3,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -222,7 +223,16 @@ def test_broken_result_is_a_usage_error(run: RunFolder, content: str) -> None:
 
 def test_result_of_a_later_version_can_be_read(run: RunFolder) -> None:
     run.write_result(RESULT)
-    stored = json.loads(run.result_path.read_text()) | {"test_crops": 10}
+    stored = json.loads(run.result_path.read_text()) | {"of_a_later_version": 10}
+    run.result_path.write_text(json.dumps(stored))
+    assert run.read_result() == RESULT
+
+
+def test_result_of_an_earlier_version_was_tested_on_the_centre_crop(run: RunFolder) -> None:
+    run.write_result(replace(RESULT, test_crops=10))
+    assert run.read_result() == replace(RESULT, test_crops=10)
+    stored = json.loads(run.result_path.read_text())
+    del stored["test_crops"]
     run.result_path.write_text(json.dumps(stored))
     assert run.read_result() == RESULT
 

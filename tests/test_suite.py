@@ -1,19 +1,25 @@
 import csv
 import io
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from gsda_fast import suite as command
 from gsda_fast.commands import run_command
 from gsda_fast.config import PRESETS, Config, parse_config
-from gsda_fast.errors import UsageError
+from gsda_fast.errors import TrainingError, UsageError
 from gsda_fast.results.run_folder import RunFolder, RunResult
-from gsda_fast.suite import SuiteSettings, run_suite
+from gsda_fast.suite import ABLATION, SuiteSettings, run_suite, sweep_variants
 from gsda_fast.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:domain .* found .* images")
@@ -24,7 +30,7 @@ def base(few_digits: Path) -> Config:
     return parse_config(["digits", "--data-root", str(few_digits), *steps], "suite")
 
 
-def in_this_process(configs: list[Config], jobs: int, console: Console) -> list[RunResult]:
+def in_this_process(configs: list[Config], jobs: int, console: Console) -> list[RunResult | TrainingError]:
     return [train(config, Console(quiet=True)) for config in configs]
 
 
@@ -77,7 +83,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     """The runs that a suite would have started."""
     seen: list[Config] = []
 
-    def keep(configs: list[Config], jobs: int, console: Console) -> list[RunResult]:
+    def keep(configs: list[Config], jobs: int, console: Console) -> list[RunResult | TrainingError]:
         seen.extend(configs)
         return []
 
@@ -127,6 +133,20 @@ def test_transfer_tasks_of_ones_own_folders(planned: list[Config]) -> None:
         (["digits", "--seed=5"], ["--seed", "--seeds"]),
         (["digits", "--target", "mnist"], ["--target", "--tasks"]),
         (["folder"], ["--tasks", "SOURCE->TARGET"]),
+        (["digits", "--ablation", "--methods", "gsda"], ["--ablation", "--methods"]),
+        (["digits", "--paired", "--methods", "gsda"], ["--paired", "one method"]),
+        (["digits", "--sweep", "alpha"], ["--sweep", "'alpha'", "NAME=VALUE"]),
+        (["digits", "--sweep", "alpha="], ["--sweep", "'alpha='", "NAME=VALUE"]),
+        (["digits", "--sweep", "alpha=1,,2"], ["--sweep", "'alpha=1,,2'"]),
+        (["digits", "--sweep", "alpha=1,beta"], ["--alpha", "beta"]),
+        (["digits", "--sweep", "alpha=1,1"], ["--sweep", "alpha=1 twice"]),
+        (["digits", "--sweep", "alpha=0.1,0.10"], ["--sweep", "alpha=0.10 twice"]),
+        (["digits", "--sweep", "alpha=1", "alpha=2"], ["--sweep", "alpha twice"]),
+        (["digits", "--sweep", "seed=1,2"], ["--sweep", "seed", "--seeds"]),
+        (["digits", "--sweep", "method=gsda,dann"], ["--sweep", "method", "--methods"]),
+        (["digits", "--sweep", "output=a,b"], ["--sweep", "output"]),
+        (["digits", "--sweep", "alhpa=1,2"], ["--alhpa"]),
+        (["digits", "--sweep", "groups=0,-1"], ["--groups", "found -1"]),
     ],
 )
 def test_bad_input_is_one_line_before_anything_runs(
@@ -149,3 +169,242 @@ def test_bad_input_is_one_line_before_anything_runs(
         assert part in line
     assert planned == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_ablation_is_table_1_and_what_it_starts_from() -> None:
+    assert SuiteSettings("office31", ablation=True).chosen_methods == ABLATION
+    assert ABLATION == ("source-only", "entropy", "domain", "class", "group", "gsda")
+    assert SuiteSettings("office31", paired=True).chosen_methods == ABLATION
+    assert SuiteSettings("office31", sweep=("alpha=1,2",)).chosen_methods == ("gsda",)
+    assert SuiteSettings("office31", sweep=("alpha=1,2",), methods=("dann",)).chosen_methods == ("dann",)
+    assert len(SuiteSettings("office31").chosen_methods) == 7
+
+
+# ------------------------------------------------------------------------------------------------------------ sweep
+
+
+def test_a_sweep_is_every_combination() -> None:
+    variants = sweep_variants(("alpha=0.02,0.1", "beta=0,1,10"), ["digits", "--steps", "400"])
+    assert list(variants) == [f"alpha={alpha},beta={beta}" for alpha in ("0.02", "0.1") for beta in ("0", "1", "10")]
+    preset = PRESETS["digits"]
+    for name, config in variants.items():
+        alpha, beta = (float(part.partition("=")[2]) for part in name.split(","))
+        assert config == replace(
+            preset,
+            run=replace(preset.run, steps=400),
+            adversarial=replace(preset.adversarial, alpha=alpha, beta=beta),
+        )
+
+
+def test_a_sweep_can_be_written_as_one_word() -> None:
+    assert sweep_variants(("alpha=0.02,0.1,beta=0,1,groups=2",), ["digits"]) == sweep_variants(
+        ("alpha=0.02,0.1", "beta=0,1", "groups=2"), ["digits"]
+    )
+
+
+def test_no_sweep_is_one_nameless_setting() -> None:
+    assert sweep_variants((), ["digits"]) == {"": PRESETS["digits"]}
+
+
+def test_settings_of_a_sweep_have_folders_of_their_own_whatever_their_values(planned: list[Config]) -> None:
+    variants = sweep_variants(("weights=/data/a.pth,/data/b.pth",), ["office31"])
+    assert list(variants) == ["weights=_data_a.pth", "weights=_data_b.pth"]
+    assert [config.model.weights for config in variants.values()] == ["/data/a.pth", "/data/b.pth"]
+    settings = SuiteSettings("office31", seeds=(0,), tasks=("A->W",), sweep=("weights",), output=Path("suite"))
+    run_suite(settings, variants, Console(file=io.StringIO()))
+    assert [config.run.output for config in planned] == [
+        Path("suite") / name / "office31-amazon-webcam-gsda-seed0" for name in variants
+    ]
+    # One option has one folder, with a hyphen or an underscore.
+    assert list(sweep_variants(("learning_rate=0.1",), ["digits"])) == ["learning-rate=0.1"]
+
+
+def test_a_sweep_trains_each_setting_and_draws_it(
+    few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "_run_all", in_this_process)
+    monkeypatch.setattr(sys, "argv", [
+        "suite", "digits", "--sweep", "beta=0,10", "--seeds", "0", "--tasks", "F->O", "--output", str(tmp_path),
+        "--data-root", str(few_digits), "--steps", "4", "--warmup", "1", "--batch-size", "8", "--report",
+    ])  # fmt: skip
+    command.main()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "beta=0", "beta=10", "sweep.md", "sweep.csv", "sweep.json", "sweep_gsda.png", "report.html",
+    }  # fmt: skip
+    for beta in (0.0, 10.0):
+        of_setting = tmp_path / f"beta={beta:.0f}"
+        run = RunFolder(of_setting / "digits-fonts-optdigits-gsda-seed0")
+        result = run.read_result()
+        assert run.setting("beta") == beta
+        assert result is not None
+        assert f"| beta={beta:.0f} | {result.accuracy.last:.1f} |" in (tmp_path / "sweep.md").read_text()
+        assert {"table.md", "table.csv", "table.json", "report.html"} <= {path.name for path in of_setting.iterdir()}
+
+
+# ----------------------------------------------------------------------------------------------------------- paired
+
+
+SHARED_WARMUP = ("source-only", "entropy", "dann", "domain", "class", "group", "gsda")
+
+
+def test_methods_share_the_warm_up_bit_by_bit(few_digits: Path, tmp_path: Path) -> None:
+    """What paired differences rest on: one transfer task and seed, other methods, the same model when warm-up ends."""
+    steps = ("--steps", "8", "--warmup", "4", "--log-every", "1", "--batch-size", "8", "--data-root", str(few_digits))
+    losses, features = {}, {}
+    for seed in ("0", "1"):
+        for method in SHARED_WARMUP if seed == "0" else ("gsda",):
+            folder = RunFolder(tmp_path / f"{method}-{seed}")
+            arguments = ["digits", *steps, "--method", method, "--seed", seed, "--output", str(folder.path)]
+            train(parse_config(arguments, "train"), Console(quiet=True))
+            losses[method, seed] = [line["classification"] for line in folder.read_metrics()]
+            features[method, seed] = folder.read_features()
+    gsda = features["gsda", "0"]
+    for method in SHARED_WARMUP:
+        assert losses[method, "0"][:4] == losses["gsda", "0"][:4]
+        np.testing.assert_array_equal(features[method, "0"].source_warmup, gsda.source_warmup)
+        np.testing.assert_array_equal(features[method, "0"].target_warmup, gsda.target_warmup)
+    # Adaptation tells them apart, as does another seed.
+    assert not np.array_equal(features["entropy", "0"].target_final, gsda.target_final)
+    assert losses["gsda", "1"][:4] != losses["gsda", "0"][:4]
+
+
+def test_paired_differences_are_written_beside_the_tables(
+    few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "_run_all", in_this_process)
+    told = io.StringIO()
+    settings = with_output(TWO_METHODS, tmp_path / "suite", paired=True)
+    run_suite(settings, {"": base(few_digits)}, Console(file=told, width=200))
+    first, last = (RunFolder(tmp_path / "suite" / name).read_result() for name in RUNS)
+    assert first is not None
+    assert last is not None
+    difference = (last.accuracy.last or 0) - (first.accuracy.last or 0)
+    line = f"| gsda - source-only | {difference:+.1f} (1) | {difference:+.1f} (1) |"
+    assert line in (tmp_path / "suite" / "paired.md").read_text()
+    assert {"paired.md", "paired.csv", "paired.json"} <= {path.name for path in (tmp_path / "suite").iterdir()}
+    assert "paired differences" in told.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------------------- failures
+
+
+def test_a_run_that_fails_leaves_the_others_alone(
+    few_digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gsda, which comes first, diverges at that weight; source-only has no adversarial loss."""
+    output = tmp_path / "suite"
+    monkeypatch.setattr(sys, "argv", [
+        "suite", "digits", "--methods", "gsda", "source-only", "--seeds", "0", "--tasks", "F->O", "--jobs", "1",
+        "--output", str(output), "--data-root", str(few_digits), "--steps", "30", "--warmup", "1", "--batch-size", "8",
+        "--adversarial-weight", "1e38",
+    ])  # fmt: skip
+    with pytest.raises(SystemExit) as end:
+        run_command(command.main)
+    assert end.value.code == 1
+    written = capsys.readouterr()
+    (line,) = written.err.splitlines()
+    failed = RunFolder(output / "digits-fonts-optdigits-gsda-seed0")
+    assert line.startswith(f"error: 1 of 2 runs failed and are in no table; the first: {failed.path}: ")
+    assert not failed.finished
+    result = RunFolder(output / "digits-fonts-optdigits-source-only-seed0").read_result()
+    assert result is not None
+    table = (output / "table.md").read_text()
+    assert f"| source-only | {result.accuracy.last:.1f} |" in table
+    assert "| gsda | - |" in table
+
+
+def end_the_process(config: Config) -> RunResult:
+    os._exit(9)
+
+
+def test_a_killed_process_is_one_line(few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "_run_one", end_the_process)
+    with pytest.raises(TrainingError, match=r"the process of a run was killed .* after 0 of 2 runs; the same command"):
+        run_suite(with_output(TWO_METHODS, tmp_path / "suite"), {"": base(few_digits)}, Console(file=io.StringIO()))
+
+
+# ------------------------------------------------------------------------------------------------------ interruption
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    """What the suite's runs found: everything in result.json but times."""
+    stored = {name: json.loads((folder / name / "result.json").read_text()) for name in RUNS}
+    return {
+        name: {key: value for key, value in result.items() if key not in ("seconds", "images_per_second")}
+        for name, result in stored.items()
+    }
+
+
+def whole_group_ends(group: int, within: float = 60) -> bool:
+    """Whether no process of that group is left."""
+    until = time.monotonic() + within
+    while time.monotonic() < until:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict[str, Any]]:
+    """The arguments of a suite of two runs, and what it finds when nothing comes between."""
+    arguments = [
+        "digits", "--methods", "source-only", "gsda", "--seeds", "3", "--tasks", "F->O", "--jobs", "1",
+        "--data-root", str(few_digits), "--steps", "200", "--warmup", "50", "--batch-size", "8", "--log-every", "5",
+    ]  # fmt: skip
+    folder = tmp_path_factory.mktemp("suites") / "uninterrupted"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "_run_all", in_this_process)
+        patch.setattr(sys, "argv", ["suite", *arguments, "--output", str(folder)])
+        command.main()
+    return arguments, figures(folder)
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_suite_goes_on_as_if_it_had_not_been(
+    by: signal.Signals,
+    uninterrupted: tuple[list[str], dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ctrl-C, which reaches every process of the terminal, or a kill of the suite alone, in the middle of a run."""
+    arguments, expected = uninterrupted
+    output = tmp_path / "suite"
+    arguments = [*arguments, "--output", str(output)]
+    first, second = (RunFolder(output / name) for name in RUNS)
+    suite = subprocess.Popen(
+        [sys.executable, "-m", "gsda_fast.suite", *arguments],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},  # of the few digits
+        # In the background of a shell, where these tests may run, Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    try:
+        while not (second.metrics_path.is_file() and second.read_metrics()):
+            assert suite.poll() is None, suite.communicate()
+            time.sleep(0.02)
+        if by == signal.SIGINT:
+            os.killpg(suite.pid, by)
+        else:
+            suite.kill()
+        _, told = suite.communicate(timeout=60)
+        # Left alone, a worker would train to its run's end, in a folder that the next start gives to another one.
+        assert whole_group_ends(suite.pid)
+    finally:
+        if not whole_group_ends(suite.pid, within=0.1):
+            os.killpg(suite.pid, signal.SIGKILL)
+    if by == signal.SIGINT:
+        assert suite.returncode == 130
+        assert told == "interrupted: 1 of 2 runs have finished; the same command goes on with the others\n"
+    assert first.finished
+    assert not second.finished
+    kept = first.result_path.read_bytes()
+
+    monkeypatch.setattr(command, "_run_all", in_this_process)
+    monkeypatch.setattr(sys, "argv", ["suite", *arguments])
+    command.main()
+    assert first.result_path.read_bytes() == kept
+    assert figures(output) == expected
+    assert (output / "table.md").is_file()

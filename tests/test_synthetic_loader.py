@@ -40,6 +40,7 @@ def test_evaluation_hands_out_each_sample_once(domain: Role) -> None:
     ((images, index),) = loader.evaluate(domain, chosen)
     assert len(images) == 3
     assert index.tolist() == [5, 3, 60]
+    assert [(len(images), len(index)) for images, index in loader.evaluate(domain, crops=10)] == [(40, 4)] * 16
 
 
 def test_a_dry_run_needs_no_data(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,6 +169,16 @@ def test_published_row_needs_no_seed() -> None:
     assert extended.caption == table.caption
 
 
+def test_the_table_says_that_runs_were_tested_on_ten_crops() -> None:
+    of_ten = [replace(run, test_crops=10) for run in results()]
+    assert "ten-crop" not in transfer_table(results()).caption
+    assert transfer_table(of_ten).caption.endswith("; ten-crop test")
+    assert class_table(of_ten, ("a", "b")).caption.endswith("; ten-crop test")
+    assert transfer_table([*of_ten[:3], *results()[3:]]).caption.endswith(
+        "; ten-crop test for some of the runs, centre crop for the others"
+    )
+
+
 def test_short_names_of_domains() -> None:
     assert transfer_table(results(), short_names={"a": "X"}).columns == ("X->b", "b->X", "avg")
 

@@ -146,6 +146,37 @@ def test_evaluation_pixels_are_resize_and_centre_crop(pair: Pair, loader: TorchL
             torch.testing.assert_close(image, normalised(frame[:, 8:56, 8:56]), rtol=0, atol=1e-5)
 
 
+# Top and left of the crops of 48 pixels in a frame of 64: corners, centre.
+PLACES = [(0, 0), (0, 16), (16, 0), (16, 16), (8, 8)]
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_ten_crops_are_corners_centre_and_their_mirror_images(pair: Pair, cache: bool) -> None:
+    opened = TorchLoader(*pair, PHOTOS, batch_size=45, device=CPU, workers=2, cache_on_device=cache)
+    seen = []
+    for images, index in opened.evaluate("target", crops=10):
+        assert images.shape == (10 * len(index), 3, 48, 48)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        seen.append(index.tolist())
+        for crops, sample in zip(images.unflatten(0, (-1, 10)), index.tolist(), strict=True):
+            frame = transforms.resize(with_pillow(pair[1].file(sample)), [64, 64], antialias=True)
+            expected = [
+                normalised(image[:, top : top + 48, left : left + 48])
+                for image in (frame, frame.flip(-1))
+                for top, left in PLACES
+            ]
+            torch.testing.assert_close(crops, torch.stack(expected), rtol=0, atol=1e-5)
+    # Batches have about as many images as with one crop: 45 are the crops of 4 samples.
+    assert seen == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13]]
+    opened.close()
+
+
+def test_ten_crops_of_a_share_and_of_a_small_batch(loader: TorchLoader) -> None:
+    share = np.array([5, 1, 9])
+    found = [(len(images), index.tolist()) for images, index in loader.evaluate("target", share, crops=10)]
+    assert found == [(10, [5]), (10, [1]), (10, [9])]
+
+
 # ------------------------------------------------------------------------------------------------- cache on the device
 
 

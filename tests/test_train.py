@@ -2,8 +2,11 @@ import io
 import json
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -16,9 +19,12 @@ from rich.console import Console
 from gsda_fast import train as command
 from gsda_fast.commands import run_command
 from gsda_fast.config import parse_config
-from gsda_fast.errors import UsageError
+from gsda_fast.errors import Stopped, UsageError
 from gsda_fast.results.run_folder import RunFolder, RunResult
 from gsda_fast.train import train
+from gsda_fast.training import stopping
+from gsda_fast.training.checkpoint import CheckpointFolder
+from gsda_fast.training.trainer import Trainer
 from gsda_kernels import available_backends
 
 # The few digits of most tests here are fewer than published.
@@ -29,6 +35,7 @@ QUICK = ("--steps", "12", "--warmup", "4", "--refresh-every", "3", "--log-every"
 QUICK = (*QUICK, "--confidence-threshold", "0.11")
 SCORED = [4, 7, 10, 12]
 FILES = {
+    ".lock",
     "checkpoints",
     "config.toml",
     "environment.json",
@@ -271,6 +278,172 @@ def test_resume_never_needs_no_readable_folder(quick: Quick, tmp_path: Path) -> 
     assert outcome(folder)["metrics"] == quick.outcome["metrics"]
 
 
+def test_a_folder_in_use_is_refused(quick: Quick, tmp_path: Path) -> None:
+    """The lock of another process, which the kernel takes back when that process is killed."""
+    output = tmp_path / "run"
+    holder = "import sys, time; from gsda_fast.results.run_folder import RunFolder\n"
+    holder += "folder = RunFolder(sys.argv[1]); folder.path.mkdir(); folder.hold(); print(flush=True); time.sleep(100)"
+    with subprocess.Popen([sys.executable, "-c", holder, str(output)], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        for resume in ("auto", "never"):
+            with pytest.raises(UsageError) as error:
+                run(*quick.settings, "--output", str(output), "--resume", resume)
+            assert error.value.what == "--output"
+            assert f"in use by process {other.pid} on {socket.gethostname()}" in error.value.found
+        assert [file.name for file in output.iterdir()] == [".lock"]
+        other.kill()
+    run(*quick.settings, "--output", str(output))
+    assert outcome(output) == quick.outcome
+
+
+def test_a_folder_that_another_process_took_while_this_one_made_ready_is_refused(
+    quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, other = tmp_path / "run", RunFolder(tmp_path / "run")
+    original = command.build_trainer
+
+    def build_while_another_begins(*arguments: Any) -> Any:
+        other.prepare()
+        other.hold()
+        return original(*arguments)
+
+    monkeypatch.setattr(command, "build_trainer", build_while_another_begins)
+    with pytest.raises(UsageError, match=r"--output: found .*, in use by process"):
+        run(*quick.settings, "--output", str(output))
+    other.release()
+    assert not RunFolder(output).begun
+
+
+def test_a_finished_run_is_told_while_its_folder_is_in_use(quick: Quick) -> None:
+    folder = RunFolder(quick.folder)
+    folder.hold()
+    assert "finished already" in run(*quick.settings, "--output", str(quick.folder))[1]
+    folder.release()
+
+
+# -------------------------------------------------------------------------------------------------------- stopping
+
+
+def signal_at(patch: pytest.MonkeyPatch, at_step: int) -> None:
+    """Sends SIGTERM to this process while that step is taken."""
+    original = Trainer._train_step
+
+    def taken(self: Trainer, step: int, batch: Any) -> Any:
+        if step + 1 == at_step:
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, step, batch)
+
+    patch.setattr(Trainer, "_train_step", taken)
+
+
+@pytest.mark.parametrize(("at_step", "stopped_after"), [(1, 2), (4, 4), (5, 6), (11, 12)])
+def test_a_signal_stops_the_run_which_goes_on_as_if_nothing_had_been(
+    at_step: int, stopped_after: int, quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    handler = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        signal_at(patch, at_step)
+        with pytest.raises(Stopped) as stopped:
+            run(*quick.settings, "--output", str(folder))
+    told = f"stopped after step {stopped_after} of 12, saved in {folder}; the same command goes on from there"
+    assert str(stopped.value) == told
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert not (folder / "result.json").exists()
+    _, told = run(*quick.settings, "--output", str(folder))
+    assert f"resuming after step {stopped_after}" in told
+    assert outcome(folder) == quick.outcome
+
+
+@pytest.mark.parametrize("moment", ["require_readable", "build_trainer"])
+def test_a_signal_before_the_first_step_leaves_nothing(
+    moment: str, quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def signalled(*_: Any, **__: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("it ends at once")
+
+    monkeypatch.setattr(command, moment, signalled)
+    with pytest.raises(Stopped, match="stopped before a step was taken; the same command goes on"):
+        run(*quick.settings, "--output", str(tmp_path / "run"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_while_the_last_files_are_written_is_too_late_to_stop(
+    quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = RunFolder.write_predictions
+    monkeypatch.setattr(
+        RunFolder, "write_predictions", lambda *args: (signal.raise_signal(signal.SIGTERM), original(*args))[1]
+    )
+    run(*quick.settings, "--output", str(tmp_path / "run"))
+    assert outcome(tmp_path / "run") == quick.outcome
+
+
+# A process that says when it is in a step, and stays there until it is asked to stop, or for good.
+WAITING = """
+import time
+from gsda_fast.commands import run_command
+from gsda_fast.train import main
+from gsda_fast.training.trainer import Trainer
+
+step = Trainer._train_step
+def waiting(self, number, batch):
+    if number == 5:
+        print("in step 6", flush=True)
+        while {for_good} or not self._stop():
+            time.sleep(0.02)
+    return step(self, number, batch)
+Trainer._train_step = waiting
+run_command(main)
+"""
+TERM, INT = signal.SIGTERM, signal.SIGINT
+# What is sent (None: some time passes), and the code that the process ends with.
+SIGNALS = {
+    "term": ((TERM,), 0),
+    "interrupts at once": ((INT, INT), 0),
+    "a second term": ((TERM, None, TERM), -TERM),
+    "a second interrupt": ((INT, None, INT), 130),
+}
+
+
+def test_the_command_ends_with_code_0_or_at_a_second_signal_at_once(quick: Quick, tmp_path: Path) -> None:
+    def start(name: str, code: int) -> subprocess.Popen[str]:
+        script = WAITING.format(for_good=code != 0)
+        return subprocess.Popen(
+            [sys.executable, "-c", script, *quick.settings, "--output", str(tmp_path / name)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    processes = {name: start(name, code) for name, (_, code) in SIGNALS.items()}
+    try:
+        for name, (signals, code) in SIGNALS.items():
+            process = processes[name]
+            assert process.stdout is not None
+            assert any("in step 6" in line for line in iter(process.stdout.readline, ""))
+            for number in signals:
+                if number is None:
+                    time.sleep(stopping.SAME_REQUEST + 0.2)
+                else:
+                    process.send_signal(number)
+            out, err = process.communicate(timeout=60)
+            assert process.returncode == code, name
+            assert "Traceback" not in err
+            steps = CheckpointFolder(tmp_path / name / "checkpoints").steps()
+            if code == 0:
+                assert out.splitlines()[-1].startswith("stopped after step 7 of 12, saved in ")
+            assert steps == ([4, 7] if code == 0 else [4])
+            run(*quick.settings, "--output", str(tmp_path / name))
+            assert outcome(tmp_path / name) == quick.outcome
+    finally:
+        for process in processes.values():
+            process.kill()
+
+
 # ------------------------------------------------------------------------------------------- folders of one's own
 
 
@@ -327,7 +500,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "mentioned"),
     [
-        (["digit"], ["TASK", "'digit'", "digits, visda"]),
+        (["digit"], ["TASK", "'digit'", "digits, digits-partial, visda"]),
         (["digits", "--stesp", "5"], ["--stesp"]),
         (["digits", "--steps", "0"], ["--steps", "found 0"]),
         (["digits", "--batch-size", "0"], ["--batch-size", "found 0"]),

@@ -1,8 +1,9 @@
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -13,14 +14,15 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from gsda_fast import discriminator_objective, encoder_objective
-from gsda_fast.data.batches import Batch, Role
+from gsda_fast.data.batches import Batch, Crops, Role
 from gsda_fast.data.benchmarks import find_benchmark
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.sampling import IntArray, SamplingPlan
 from gsda_fast.methods import build_method
 from gsda_fast.methods.gsda import GSDA, AdversarialSettings
-from gsda_fast.methods.objective import class_probabilities
+from gsda_fast.methods.objective import class_probabilities, target_class_weights
 from gsda_fast.model import AdaptationModel, ModelSettings
+from gsda_fast.training.distributed import Ranks
 from gsda_fast.training.optim import OptimizerSettings, build_optimizers, set_learning_rate
 from gsda_fast.training.pseudo_labels import confident_labels
 from gsda_fast.training.schedules import Schedule
@@ -66,27 +68,46 @@ class TensorLoader:
                 target,
             )
 
-    def evaluate(self, domain: Role, samples: IntArray | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def evaluate(
+        self, domain: Role, samples: IntArray | None = None, crops: Crops = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         index = torch.arange(len(self.images[domain])) if samples is None else torch.from_numpy(samples)
         for part in index.split(5):
-            yield self.images[domain][part], part
+            yield self.crops(domain, part, crops).flatten(0, 1), part
+
+    def crops(self, domain: Role, index: Tensor, crops: Crops) -> Tensor:
+        """(n, crops, DIM): what ten crops are to an image, a vector and its neighbours are here."""
+        shifts = torch.linspace(-1, 1, crops).unsqueeze(1) if crops > 1 else torch.zeros(1, 1)
+        return self.images[domain][index].unsqueeze(1) + shifts
 
     def close(self) -> None: ...
 
 
 def build(
-    method: str = "gsda", *, dropout: float = 0.2, schedule: Schedule = SCHEDULE, log_every: int = 2, seed: int = 0
+    method: str = "gsda",
+    *,
+    dropout: float = 0.2,
+    schedule: Schedule = SCHEDULE,
+    log_every: int = 2,
+    seed: int = 0,
+    class_weights: Literal["none", "pada"] = "none",
+    ranks: Ranks | None = None,
+    test_crops: Crops = 1,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Trainer:
     torch.manual_seed(seed)
     backbone = nn.Sequential(nn.Linear(DIM, 10), nn.BatchNorm1d(10), nn.ReLU(), nn.Dropout(dropout))
     model = AdaptationModel(backbone, 10, NUM_CLASSES, ModelSettings(bottleneck_dim=5))
     loader = TensorLoader()
-    settings = AdversarialSettings(alpha=0.1, groups=2, hidden_dim=8)
+    settings = AdversarialSettings(alpha=0.1, groups=2, hidden_dim=8, class_weights=class_weights)
     built = loader.method = build_method(method, model, settings, NUM_CLASSES, seed=0)
     paths = [f"{number}.png" for number in range(NUM_TARGET)]
     target = ImageDomain("target", Path("nowhere"), paths, loader.labels["target"].numpy(), tuple("abcd"))
     recipe = find_benchmark("digits").recipe
-    plan = SamplingPlan(loader.labels["source"].numpy(), NUM_TARGET, recipe=recipe, batch_size=BATCH_SIZE, seed=0)
+    ranks = ranks or Ranks()
+    torch.manual_seed(seed + ranks.rank)
+    labels, sizes = loader.labels["source"].numpy(), {"batch_size": BATCH_SIZE, "world_size": ranks.world_size}
+    plan = SamplingPlan(labels, NUM_TARGET, recipe=recipe, seed=0, **sizes)
     return Trainer(
         built,
         loader,
@@ -97,6 +118,9 @@ def build(
         confidence_threshold=THRESHOLD,
         device=torch.device("cpu"),
         log_every=log_every,
+        ranks=ranks,
+        test_crops=test_crops,
+        stop=stop,
     )
 
 
@@ -115,48 +139,87 @@ def loader_of(trainer: Trainer) -> TensorLoader:
 # -------------------------------------------------------------------------------------------------------- resuming
 
 TIMES = ("training_seconds", "seconds")
-# Every component of the state, by a path into it; the times and a GPU's generator have tests of their own or none here.
+# Every component of the state, by a path into it. Those of a kind are one: the tensors of a model, say, or what an
+# optimizer keeps for its parameters. The times, and a GPU's generator, have tests of their own or none here.
 COMPONENTS = (
     "step",
     "method.model",
     "method.discriminators",
-    "optimizers.encoder",
-    "optimizers.discriminators",
+    "optimizers.encoder.state",
+    "optimizers.discriminators.state",
     "target_table",
     "history",
-    "random",
+    "ranks.0.random.torch",
+    "ranks.0.random.numpy",
+    "ranks.0.random.python",
     "images_seen",
 )
+CONSTANT = (
+    "classes",
+    "scaler",
+    "unscored",
+    "optimizers.encoder.param_groups",
+    "optimizers.discriminators.param_groups",
+)
+"""Of which a new trainer has the same at a scoring: the rates are the schedule's, and set in each step."""
+ELSEWHERE = ("ranks.0.random.cuda", "ranks.0.buffers", *TIMES)
 
 
 def without_times(state: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in state.items() if name not in TIMES}
 
 
-def left_out(state: dict[str, Any], component: str, fresh: dict[str, Any]) -> dict[str, Any]:
+def components(state: Any, path: str = "") -> Iterator[str]:
+    """Paths down to what the lists above name, or to a leaf that they lack."""
+    known = (*COMPONENTS, *CONSTANT, *ELSEWHERE)
+    prefix = next((name for name in known if path == name or path.startswith(f"{name}.")), None)
+    if prefix is not None:
+        yield prefix
+    elif isinstance(state, dict | list) and state:
+        items = state.items() if isinstance(state, dict) else enumerate(state)
+        for name, value in items:
+            yield from components(value, f"{path}.{name}".lstrip("."))
+    else:
+        yield path
+
+
+def left_out(state: Any, component: str, fresh: Any, path: str = "") -> Any:
     """The state with one component as it is in a new trainer."""
-    name, _, part = component.partition(".")
-    if not part:
-        return {**state, name: fresh[name]}
-    inside = {key: fresh[name][key] if key.startswith(part) else value for key, value in state[name].items()}
-    return {**state, name: inside}
+    if path == component or path.startswith(f"{component}."):
+        return fresh
+    if isinstance(state, dict):
+        return {
+            name: left_out(value, component, fresh.get(name), f"{path}.{name}".lstrip("."))
+            for name, value in state.items()
+        }
+    if isinstance(state, list) and isinstance(fresh, list) and len(state) == len(fresh):
+        return [left_out(*both, f"{path}.{i}") for i, both in enumerate(zip(state, [component] * len(state), fresh))]
+    return state
 
 
 @pytest.fixture(scope="module")
 def uninterrupted() -> list[dict[str, Any]]:
-    return run(build())[1]
+    trainer = build()
+    np.random.seed(0)  # noqa: NPY002
+    random.seed(0)
+    return run(trainer)[1]
 
 
 def test_the_components_are_all_there_are(uninterrupted: list[dict[str, Any]]) -> None:
-    names = {component.partition(".")[0] for component in COMPONENTS}
-    assert names == set(without_times(uninterrupted[0])) - {"random_cuda", "scaler"}
-    assert {key.partition(".")[0] for key in uninterrupted[0]["method"]} == {"model", "discriminators"}
-    assert set(uninterrupted[0]["optimizers"]) == {"encoder", "discriminators"}
+    assert set(components(uninterrupted[1])) == {*COMPONENTS, *CONSTANT, *ELSEWHERE}
+
+
+def in_a_new_process() -> Trainer:
+    """A trainer of which nothing of its own start may remain."""
+    trainer = build(seed=1)
+    np.random.seed(1)  # noqa: NPY002
+    random.seed(1)
+    return trainer
 
 
 @pytest.mark.parametrize("scoring", range(len(SCORED) - 1))
 def test_resuming_at_any_scoring_ends_in_the_same_state(scoring: int, uninterrupted: list[dict[str, Any]]) -> None:
-    resumed = build(seed=1)  # nothing of the new trainer's own start may remain
+    resumed = in_a_new_process()
     resumed.load_state_dict(deepcopy(uninterrupted[scoring]))
     reports, states = run(resumed)
     assert [report.step for report in reports if report.figures] == SCORED[scoring + 1 :]
@@ -166,9 +229,11 @@ def test_resuming_at_any_scoring_ends_in_the_same_state(scoring: int, uninterrup
 @pytest.mark.parametrize("component", [name for name in COMPONENTS if name != "step"])
 def test_leaving_a_component_out_changes_the_run(component: str, uninterrupted: list[dict[str, Any]]) -> None:
     """The negative control of the test above: it would notice each component that a checkpoint lacks."""
-    resumed = build(seed=1)
+    resumed = in_a_new_process()
     fresh = deepcopy(resumed.state_dict())
-    resumed.load_state_dict(left_out(deepcopy(uninterrupted[1]), component, fresh))
+    incomplete = left_out(deepcopy(uninterrupted[1]), component, fresh)
+    assert differences(incomplete, uninterrupted[1]) != []
+    resumed.load_state_dict(incomplete)
     _, states = run(resumed)
     assert differences(without_times(states[-1]), without_times(uninterrupted[-1])) != []
 
@@ -180,10 +245,85 @@ def test_leaving_the_step_out_notes_a_scoring_twice(uninterrupted: list[dict[str
         run(resumed)
 
 
+# -------------------------------------------------------------------------------------------------------- stopping
+
+
+class StopAt:
+    """A wish to stop that is seen at the `call`-th look at it, in steps and between the batches of a scoring."""
+
+    def __init__(self, call: int) -> None:
+        self.call, self.calls = call, 0
+
+    def __call__(self) -> bool:
+        self.calls += 1
+        return self.calls > self.call
+
+
+def told(reports: list[Report]) -> list[tuple[int, dict[str, Any]]]:
+    """What reports say but for times and rates."""
+    rates = ("images_per_second", "data_wait")
+    return [(each.step, {n: v for n, v in each.values.items() if n not in rates}) for each in reports]
+
+
+LOOKS = 14 + 5 * len(SCORED)  # in every step, and before each of the five batches of a scoring
+
+
+@pytest.fixture(scope="module")
+def all_reports() -> list[tuple[int, dict[str, Any]]]:
+    return told(run(build())[0])
+
+
+@pytest.mark.parametrize("look", range(LOOKS))
+def test_stopping_anywhere_and_going_on_is_the_same_run(
+    look: int, uninterrupted: list[dict[str, Any]], all_reports: list[tuple[int, dict[str, Any]]], tmp_path: Path
+) -> None:
+    trainer = build(stop=StopAt(look))
+    np.random.seed(0)  # noqa: NPY002
+    random.seed(0)
+    before, _ = run(trainer)
+    assert not trainer.finished
+    torch.save(trainer.state_dict(), tmp_path / "state.pt")
+    resumed = in_a_new_process()
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    after, _ = run(resumed)
+    assert resumed.finished
+    assert told(before) + told(after) == all_reports
+    assert differences(without_times(resumed.state_dict()), without_times(uninterrupted[-1])) == []
+
+
+def test_a_wish_to_stop_is_seen_everywhere() -> None:
+    """The test above stops at every look that there is, in the middle of a segment, at its end and while scoring."""
+    stop = StopAt(LOOKS)
+    trainer = build(stop=stop)
+    run(trainer)
+    assert trainer.finished
+    assert stop.calls == LOOKS
+    stopped = []
+    for look in range(LOOKS):
+        trainer = build(stop=StopAt(look))
+        run(trainer)
+        stopped.append((trainer.step, trainer.unscored is not None))
+    assert set(stopped) == {(step, False) for step in range(1, 15) if step not in SCORED} | {
+        (step, True) for step in SCORED
+    }
+
+
+def test_leaving_the_waiting_figures_out_changes_the_run(all_reports: list[tuple[int, dict[str, Any]]]) -> None:
+    trainer = build(stop=StopAt(4 + 2))  # while the target is scored for the first time
+    before, _ = run(trainer)
+    assert trainer.unscored is not None
+    resumed = in_a_new_process()
+    resumed.load_state_dict({**trainer.state_dict(), "unscored": None})
+    assert told(before) + told(run(resumed)[0]) != all_reports
+
+
+# ------------------------------------------------------------------------------------------------------------ state
+
+
 def test_a_state_goes_through_a_file(uninterrupted: list[dict[str, Any]], tmp_path: Path) -> None:
     torch.save(uninterrupted[2], tmp_path / "state.pt")
     loaded = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert differences(loaded["method"], dict(uninterrupted[2]["method"])) == ["state"]  # an OrderedDict there
+    assert differences(loaded, uninterrupted[2]) == []
     trainer = build(seed=1)
     trainer.load_state_dict(loaded)
     assert differences(without_times(trainer.state_dict()), without_times(uninterrupted[2])) == []
@@ -201,6 +341,19 @@ def test_the_same_seed_gives_the_same_run(uninterrupted: list[dict[str, Any]]) -
     again, other = run(build())[1][-1], run(build(seed=1))[1][-1]
     assert differences(without_times(again), without_times(uninterrupted[-1])) == []
     assert differences(without_times(other), without_times(uninterrupted[-1])) != []
+
+
+def test_a_run_with_class_weights_resumes_in_the_same_state() -> None:
+    _, states = run(build(class_weights="pada"))
+    for weights_left_out in (False, True):
+        resumed = build(seed=1, class_weights="pada")
+        fresh = deepcopy(resumed.state_dict())
+        state = deepcopy(states[1])
+        if weights_left_out:
+            state = left_out(state, "method.source_class_weights", fresh)
+        resumed.load_state_dict(state)
+        found = run(resumed)[1][-1]
+        assert (differences(without_times(found), without_times(states[-1])) != []) == weights_left_out
 
 
 # --------------------------------------------------------------------------------------------- what happens when
@@ -242,6 +395,27 @@ def test_accuracy_is_that_of_the_target() -> None:
     assert torch.equal(trainer.probabilities, trainer.predict("target"))
 
 
+def test_ten_crops_are_what_the_figures_average_and_nothing_that_trains() -> None:
+    reports, states = run(build(class_weights="pada"))
+    ten = build(class_weights="pada", test_crops=10)
+    reports_of_ten, states_of_ten = run(ten)
+    without = {"history", *TIMES}
+    for state, of_ten in zip(states, states_of_ten, strict=True):
+        kept, kept_of_ten = ({k: v for k, v in each.items() if k not in without} for each in (state, of_ten))
+        assert differences(kept, kept_of_ten) == []
+    assert reports[-1].values["mutual_information"] != reports_of_ten[-1].values["mutual_information"]
+
+    loader, model = loader_of(ten), ten.method.model.eval()
+    with torch.no_grad():
+        crops = loader.crops("target", torch.arange(NUM_TARGET), 10)
+        expected = torch.stack([model(crops[:, place]).logits.softmax(1) for place in range(10)]).mean(0)
+    assert ten.probabilities is not None
+    assert_close(ten.probabilities, expected)
+    assert_close(ten.predict("target", 10), expected)
+    correct = expected.argmax(1) == loader.labels["target"]
+    assert ten.history.accuracy.last == pytest.approx(100 * correct.double().mean().item())
+
+
 def test_the_plan_follows_every_scoring() -> None:
     trainer = build()
     tables = []
@@ -265,6 +439,26 @@ def test_only_methods_that_want_confident_samples_renew_the_plan(method: str, re
     trainer = build(method)
     run(trainer)
     assert (trainer.plan.target_table is not None) == renewed
+
+
+@pytest.mark.parametrize("method", ["source-only", "gsda"])
+def test_class_weights_follow_every_scoring(method: str) -> None:
+    trainer = build(method, class_weights="pada")
+    assert isinstance(trainer.method, GSDA)
+    kept = []
+    for report in trainer.run(lambda: None):
+        weights = trainer.method.source_class_weights
+        assert weights is not None
+        if report.step < SCHEDULE.warmup:
+            assert torch.equal(weights, torch.ones(NUM_CLASSES))
+        elif report.figures is not None:
+            assert trainer.probabilities is not None
+            assert torch.equal(weights, target_class_weights(trainer.probabilities))
+            kept.append(weights.tolist())
+    assert len({tuple(each) for each in kept}) == len(SCORED)
+    other = build(method)
+    run(other)
+    assert not torch.equal(other.method.model.classifier.weight, trainer.method.model.classifier.weight)
 
 
 def test_discriminators_rest_during_warm_up() -> None:

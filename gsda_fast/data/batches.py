@@ -9,6 +9,12 @@ from torch import Tensor
 from gsda_fast.data.sampling import IntArray, SamplingPlan
 
 Role = Literal["source", "target"]
+Crops = Literal[1, 10]
+
+
+def samples_in_batch(images: int, crops: Crops) -> int:
+    """Samples whose crops together make up a test batch of about that many images."""
+    return max(1, images // crops)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,11 +48,14 @@ class Loader(Protocol):
         """
         ...
 
-    def evaluate(self, domain: Role, samples: IntArray | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images (n, C, H, W), index (n,) int64) over `samples`, or over the whole domain, with the test transform.
+    def evaluate(
+        self, domain: Role, samples: IntArray | None = None, crops: Crops = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images (n * crops, C, H, W), index (n,) int64) over `samples`, or over the whole domain, as they are tested.
 
         Each sample comes exactly once, in the order given, the last partial batch included. A process that scores its
-        share of a domain passes ``np.arange(rank, len(domain), world_size)``.
+        share of a domain passes ``np.arange(rank, len(domain), world_size)``. The test image is the frame's centre;
+        with 10 crops it is its corners and its centre and then the mirror images of these, one after another.
         """
         ...
 

@@ -6,7 +6,8 @@ target's. Between two segments the pipeline is reset, not rebuilt, whatever plan
 
 - Training decodes the window alone (region of interest) and resamples it once, antialiased bilinear. The window is
   found from the size in the file's header, with the integer arithmetic of `sampling.source_window`.
-- Evaluation resamples the whole image onto the centre crop of the recipe's frame, as resize and centre crop do.
+- Evaluation resamples the whole image onto the centre crop of the recipe's frame, as resize and centre crop do; for
+  ten crops onto the whole frame, which is cut up afterwards.
 - As with the reference loader an EXIF orientation is ignored and alpha is dropped. DALI reads no GIF.
 
 Pixels differ from the reference's (torchvision resamples 8 bits in two rounded passes) by 0.2 levels of 255 in the
@@ -19,6 +20,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,11 +29,11 @@ import torch
 from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 
-from gsda_fast.data.batches import Batch, Role
+from gsda_fast.data.batches import Batch, Crops, Role, samples_in_batch
 from gsda_fast.data.benchmarks import ImageRecipe
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.sampling import Augmentation, IntArray, SamplingPlan
-from gsda_fast.data.torch_loader import read_image, usable_cores
+from gsda_fast.data.torch_loader import cut_crops, read_image, usable_cores
 from gsda_fast.errors import UsageError
 
 _AHEAD = 2  # batches that DALI prepares beyond the one that is handed out
@@ -66,7 +68,7 @@ class DaliLoader:
         self._graph = _Graph(recipe, self._device, workers or usable_cores(), dtype)
         self._labels = torch.from_numpy(source.labels).to(self._device)
         self._training: _Feed | None = None
-        self._evaluation: _Feed | None = None
+        self._evaluation: dict[Crops, _Feed] = {}
 
     # ------------------------------------------------------------------------------------------------------ training
 
@@ -103,23 +105,28 @@ class DaliLoader:
 
     # ---------------------------------------------------------------------------------------------------- evaluation
 
-    def evaluate(self, domain: Role, samples: IntArray | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def evaluate(
+        self, domain: Role, samples: IntArray | None = None, crops: Crops = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """See `Loader.evaluate`."""
         chosen = np.arange(len(self._domains[domain])) if samples is None else np.asarray(samples)
-        feed = self._evaluation
+        size = samples_in_batch(self._batch_size, crops)
+        feed = self._evaluation.get(crops)
         if feed is None or not feed.idle:
-            feed = self._evaluation = _Feed(self._batch_size, self._graph.evaluation)
+            side = self._recipe.crop if crops == 1 else self._recipe.resize
+            feed = self._evaluation[crops] = _Feed(size, partial(self._graph.evaluation, side=side))
 
         def requests(i: int) -> _Requests:
-            index = chosen[i * self._batch_size : (i + 1) * self._batch_size]
+            index = chosen[i * size : (i + 1) * size]
             return _Requests(self._files(domain, index), index)
 
-        for images, index in feed.run(requests, -(-len(chosen) // self._batch_size)):
-            yield images.to(self._dtype), index
+        for images, index in feed.run(requests, -(-len(chosen) // size)):
+            cropped = images if crops == 1 else cut_crops(images, self._recipe.crop, crops)
+            yield cropped.to(self._dtype, memory_format=torch.channels_last), index
 
     def close(self) -> None:
         """See `Loader.close`."""
-        self._training = self._evaluation = None
+        self._training, self._evaluation = None, {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,10 +272,10 @@ class _Graph:
             pipeline.set_outputs(self._normalised(part, flip), index)
         return pipeline
 
-    def evaluation(self, capacity: int, answer: Callable[[Any], tuple[Any, ...]]) -> Pipeline:
-        """Decode, resample what falls on the frame's centre crop, normalise."""
-        frame, crop = self._recipe.resize, self._recipe.crop
-        first = round((frame - crop) / 2)  # as torchvision's center_crop rounds
+    def evaluation(self, capacity: int, answer: Callable[[Any], tuple[Any, ...]], side: int) -> Pipeline:
+        """Decode, resample what falls on the frame's central `side` x `side` pixels, normalise."""
+        frame = self._recipe.resize
+        first = round((frame - side) / 2)  # as torchvision's center_crop rounds
         with self._pipeline(capacity) as pipeline:
             path, index = fn.external_source(
                 answer, num_outputs=2, batch=True, batch_info=True, dtype=[types.UINT8, types.INT64], ndim=[1, 0]
@@ -276,9 +283,9 @@ class _Graph:
             image = fn.decoders.image(fn.io.file.read(path), **self._decode)
             image = fn.resize(
                 image,
-                size=[crop, crop],
+                size=[side, side],
                 roi_start=[first / frame] * 2,
-                roi_end=[(first + crop) / frame] * 2,
+                roi_end=[(first + side) / frame] * 2,
                 roi_relative=True,
                 interp_type=types.INTERP_LINEAR,
                 antialias=True,

@@ -79,8 +79,9 @@ def open_pair(
         task: a name in `BENCHMARKS`.
         source, target: domain names or aliases; for the task ``folder``, folders below the data root. None: the task's
             usual ones.
-        data_root: where the data set lies; None: the environment variable ``GSDA_DATA``. The task ``digits`` builds its
-            own images, in its cache or in a `data_root` that does not exist yet, and does not look at ``GSDA_DATA``.
+        data_root: where the data set lies; None: the environment variable ``GSDA_DATA``. The tasks ``digits`` and
+            ``digits-partial`` build their own images, in their cache or in a `data_root` that does not exist yet, and
+            do not look at ``GSDA_DATA``.
         quarantine: a text file with the full path of a file a line; these are left out.
 
     Returns:
@@ -119,8 +120,24 @@ def open_domain(
     """
     benchmark = find_benchmark(task)
     facts = benchmark.domain(name)
-    root = digits.build(data_root) if task == "digits" else _existing_root(data_root)
+    root = digits.build(data_root) if benchmark.built_in else _existing_root(data_root)
     return _open_domain(benchmark, facts, root, partial=partial, left_out=_read_quarantine(quarantine))
+
+
+def open_images(folder: Path, classes: tuple[str, ...]) -> ImageDomain:
+    """All images below a folder, sorted by path, without labels.
+
+    Args:
+        classes: the label space.
+
+    Raises:
+        UsageError: there is no such folder, or no image in it.
+    """
+    if not folder.is_dir():
+        raise UsageError(str(folder), found="a file" if folder.exists() else "nothing", expected="a folder of images")
+    paths = sorted(_images_below(folder, ""))
+    _require_images(folder, paths)
+    return _domain(str(folder), folder, [(path, UNKNOWN) for path in paths], classes)
 
 
 def _existing_root(data_root: Path | None) -> Path:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from gsda_fast.data.batches import Batch, Loader, Role
+from gsda_fast.data.batches import Batch, Crops, Loader, Role
 from gsda_fast.data.benchmarks import ImageRecipe
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.synthetic_loader import SyntheticLoader
@@ -42,6 +42,8 @@ class DataSettings:
     """Threads that decode images, in each process; 0: the usable cores, shared by the processes of a machine."""
     cache_on_device: bool = False
     """Decode every image once and keep all of them on the training device as 8-bit pixels."""
+    test_crops: Crops = 1
+    """Test images: the centre of each frame, or four corners, centre and their mirror images, as older papers test."""
     synthetic: bool = False
     """Random images instead of data: a dry run, for what a machine can do."""
 
@@ -90,6 +92,19 @@ def _obstacle_to_dali(settings: DataSettings, source: ImageDomain, target: Image
                 found = f"dali, with {os.path.join(domain.root, path)} among the images"
                 return UsageError("--loader", found=found, expected="torch or auto: DALI reads no GIF")
     return None
+
+
+def require_room(crops: Crops, recipe: ImageRecipe) -> None:
+    """Whether test images can be cropped in several ways.
+
+    Raises:
+        UsageError: ten crops of images that are as small as a crop.
+    """
+    if crops > 1 and recipe.crop == recipe.resize:
+        side = f"{recipe.resize}x{recipe.resize}"
+        raise UsageError(
+            "--test-crops", found=f"{crops}, for images that are used whole, {side} pixels", expected="1 for this task"
+        )
 
 
 def open_loader(

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gsda_fast.data.batches import Batch, Role
+from gsda_fast.data.batches import Batch, Crops, Role, samples_in_batch
 from gsda_fast.data.benchmarks import Benchmark, ImageRecipe
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.sampling import IntArray, SamplingPlan
@@ -69,11 +69,13 @@ class SyntheticLoader:
                 target_index=target,
             )
 
-    def evaluate(self, domain: Role, samples: IntArray | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def evaluate(
+        self, domain: Role, samples: IntArray | None = None, crops: Crops = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """See `Loader.evaluate`."""
         chosen = np.arange(self._sizes[domain]) if samples is None else samples
-        for part in torch.from_numpy(chosen).to(self._device).split(self._batch_size):
-            yield self._images(None, len(part)), part
+        for part in torch.from_numpy(chosen).to(self._device).split(samples_in_batch(self._batch_size, crops)):
+            yield self._images(None, len(part) * crops), part
 
     def close(self) -> None:
         """See `Loader.close`."""

@@ -31,7 +31,7 @@ from torch.nn import functional
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as transforms
 
-from gsda_fast.data.batches import Batch, Role
+from gsda_fast.data.batches import Batch, Crops, Role, samples_in_batch
 from gsda_fast.data.benchmarks import ImageRecipe
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.sampling import Augmentation, IntArray, SamplingPlan, source_window
@@ -117,7 +117,7 @@ class TorchLoader:
 
     def _start_crops(self, role: Role, index: NDArray[np.int64], augmentation: Augmentation) -> "_Crops":
         domain, recipe = self._domains[role], self._recipe
-        pixels = self._empty_pixels(len(index))
+        pixels = self._empty_pixels(len(index), recipe.crop)
 
         def crop(i: int) -> None:
             image = read_sample(domain, int(index[i]), recipe.channels)
@@ -150,28 +150,36 @@ class TorchLoader:
 
     # ---------------------------------------------------------------------------------------------------- evaluation
 
-    def evaluate(self, domain: Role, samples: IntArray | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def evaluate(
+        self, domain: Role, samples: IntArray | None = None, crops: Crops = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """See `Loader.evaluate`."""
         chosen = np.arange(len(self._domains[domain])) if samples is None else samples
-        parts = torch.from_numpy(chosen).split(self._batch_size) if len(chosen) else ()
+        size = samples_in_batch(self._batch_size, crops)
+        parts = torch.from_numpy(chosen).split(size) if len(chosen) else ()
         if self._frames:
-            return (self._cached_evaluation(domain, part) for part in parts)
-        return _prefetch(self._start_evaluation(domain, part) for part in parts)
+            return (self._cached_evaluation(domain, part, crops) for part in parts)
+        return _prefetch(self._start_evaluation(domain, part, crops) for part in parts)
 
-    def _cached_evaluation(self, role: Role, part: Tensor) -> tuple[Tensor, Tensor]:
+    def _cached_evaluation(self, role: Role, part: Tensor, crops: Crops) -> tuple[Tensor, Tensor]:
         index = self._to_device(part)
-        return self._normalise(transforms.center_crop(self._frames[role][index], [self._recipe.crop])), index
+        return self._normalise(cut_crops(self._frames[role][index], self._recipe.crop, crops)), index
 
-    def _start_evaluation(self, role: Role, part: Tensor) -> "_Pending[tuple[Tensor, Tensor]]":
+    def _start_evaluation(self, role: Role, part: Tensor, crops: Crops) -> "_Pending[tuple[Tensor, Tensor]]":
         domain, recipe = self._domains[role], self._recipe
-        pixels = self._empty_pixels(len(part))
+        # Ten crops are cut on the device: the frame is smaller than they are together.
+        side = recipe.crop if crops == 1 else recipe.resize
+        pixels = self._empty_pixels(len(part), side)
 
         def centre(i: int, sample: int) -> None:
             frame = read_frame(domain, sample, recipe)
-            pixels[i] = transforms.center_crop(frame, [recipe.crop])
+            pixels[i] = transforms.center_crop(frame, [side])
+
+        def finish() -> tuple[Tensor, Tensor]:
+            return self._normalise(cut_crops(self._to_device(pixels), recipe.crop, crops)), self._to_device(part)
 
         futures = [self._pool.submit(centre, i, sample) for i, sample in enumerate(part.tolist())]
-        return _Pending(futures, lambda: (self._normalise(pixels), self._to_device(part)))
+        return _Pending(futures, finish)
 
     def close(self) -> None:
         """See `Loader.close`."""
@@ -189,9 +197,9 @@ class TorchLoader:
             parts.append(torch.stack(frames).contiguous(memory_format=torch.channels_last).to(self._device))
         return torch.cat(parts).contiguous(memory_format=torch.channels_last)
 
-    def _empty_pixels(self, count: int) -> Tensor:
-        """(count, C, crop, crop) uint8 in channels_last, page-locked where that makes the copy to the device faster."""
-        side, pinned = self._recipe.crop, self._device.type == "cuda"
+    def _empty_pixels(self, count: int, side: int) -> Tensor:
+        """(count, C, side, side) uint8 in channels_last, page-locked where that makes the copy to the device faster."""
+        pinned = self._device.type == "cuda"
         pixels = torch.empty((count, side, side, self._recipe.channels), dtype=torch.uint8, pin_memory=pinned)
         return pixels.permute(0, 3, 1, 2)
 
@@ -302,6 +310,20 @@ def _decode_with_pillow(image: Image.Image, channels: int) -> Tensor:
 
 def _unreadable(path: str, found: str) -> UsageError:
     return UsageError(path, found=found, expected="a readable image", remedy="repair it or take it out of the data set")
+
+
+def cut_crops(frames: Tensor, crop: int, crops: Crops) -> Tensor:
+    """What of a batch of frames is tested: the centres, or four corners, centre and the mirror images of these five.
+
+    Args:
+        frames: (B, C, R, R). crop: side of the result. crops: 1 or 10.
+
+    Returns:
+        (B * crops, C, crop, crop), the crops of a frame one after another.
+    """
+    if crops == 1:
+        return transforms.center_crop(frames, [crop])
+    return torch.stack(transforms.ten_crop(frames, [crop, crop]), dim=1).flatten(0, 1)
 
 
 def crop_frames(frames: Tensor, window: Tensor, flip: Tensor, crop: int) -> Tensor:

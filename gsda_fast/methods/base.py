@@ -66,10 +66,21 @@ class Method(nn.Module):
         """Modules that move together, by name; each gets an optimizer. "encoder" is encoder and classifier."""
         return {"encoder": self.model}
 
-    def compile_parts(self) -> None:
-        """Compiles what runs in every training step; a method with more modules compiles those as well."""
+    def compile_parts(self, mode: str | None = None) -> None:
+        """Compiles what runs in every training step; a method with more modules compiles those as well.
+
+        Args:
+            mode: of `torch.compile`.
+        """
         # Every step has the same shapes, and a graph for any shape is a slower one.
-        self.model.compile(dynamic=False)
+        self.model.compile(dynamic=False, mode=mode)
+
+    def refresh(self, target_probabilities: Tensor) -> None:
+        """Told of every scoring of the target. What a method keeps of it is a buffer, so that checkpoints hold it.
+
+        Args:
+            target_probabilities: (n_t, r) float32 on the CPU, all samples of the target, the same on every rank.
+        """
 
     def moves(self, inputs: StepInputs) -> Iterator[Move]:
         """The moves of a step, in order. The caller takes each optimizer step before it asks for the next move."""

@@ -90,6 +90,7 @@ class Discriminators(nn.Module):
         num_source: int | None = None,
         loss_feature_scale: float | Tensor = 1.0,
         frozen: bool = False,
+        sample_weight: Tensor | None = None,
     ) -> AdversarialTerms:
         """Losses and gradient magnitudes of all discriminators (eqs. 6-12).
 
@@ -101,6 +102,7 @@ class Discriminators(nn.Module):
                 None: no bound is assumed.
             loss_feature_scale: factor on the losses' gradient to `features`; -lambda is gradient reversal.
             frozen: hold the parameters, as the step of the encoder does.
+            sample_weight: (N,) >= 0, a constant: what each sample counts for in all discriminators; None: 1.
 
         Returns:
             AdversarialTerms: loss (K,) and gradient_norm (K,), float32 (float64 for float64 features), in the order
@@ -113,6 +115,8 @@ class Discriminators(nn.Module):
             if "domain" in self.levels:
                 # Exactly 1, which a sum of rounded probabilities is not.
                 weight = torch.cat([torch.ones_like(weight[:, :1]), weight[:, 1:]], dim=1)
+            if sample_weight is not None:
+                weight = weight * sample_weight.detach().to(dtype).unsqueeze(1)
             parameters = DiscriminatorWeights(self.w1, self.b1, self.w2, self.b2, self.w3, self.b3)
             if frozen:
                 parameters = DiscriminatorWeights(*(parameter.detach() for parameter in parameters))

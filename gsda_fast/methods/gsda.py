@@ -18,6 +18,7 @@ from gsda_fast.methods.objective import (
     discriminator_objective,
     encoder_objective,
     synchronization_loss,
+    target_class_weights,
 )
 from gsda_fast.model import AdaptationModel
 from gsda_kernels import AdversarialTerms
@@ -41,6 +42,8 @@ class AdversarialSettings:
     """Leave out target samples from discriminators in which they weigh less than this; 0 is exact."""
     update: Literal["alternating", "reversal"] = "alternating"
     """Discriminators first and then the encoder through them (the paper), or both at once by gradient reversal."""
+    class_weights: Literal["none", "pada"] = "none"
+    """Weigh source samples by how much of their class the target seems to hold, for partial adaptation."""
     hidden_dim: int = 1024
     """Width of the discriminators' two hidden layers."""
     backend: str = "auto"
@@ -74,7 +77,13 @@ class GSDA(Method):
     Args:
         model: encoder and classifier. settings: weights and sizes. groups: the groups of classes.
         ablation: which parts take part; all of them by default.
+
+    Attributes:
+        source_class_weights: (r,) float32, what a source sample of each class counts for (`target_class_weights`): ones
+            until the target has been scored. None, and no part of the state, unless the settings ask for it.
     """
+
+    source_class_weights: Tensor | None
 
     def __init__(
         self,
@@ -87,6 +96,9 @@ class GSDA(Method):
         self.settings = settings
         self.ablation = ablation
         self.target_samples = ablation.target_samples
+        self.register_buffer(
+            "source_class_weights", torch.ones(groups.num_classes) if settings.class_weights == "pada" else None
+        )
         self.discriminators = None
         if ablation.levels:
             self.discriminators = Discriminators(
@@ -103,21 +115,30 @@ class GSDA(Method):
             return super().players()
         return {**super().players(), "discriminators": self.discriminators}
 
-    def compile_parts(self) -> None:
-        super().compile_parts()
+    def compile_parts(self, mode: str | None = None) -> None:
+        super().compile_parts(mode)
         if self.discriminators is not None:
-            self.discriminators.compile(dynamic=False)
+            self.discriminators.compile(dynamic=False, mode=mode)
+
+    def refresh(self, target_probabilities: Tensor) -> None:
+        if self.source_class_weights is not None:
+            self.source_class_weights.copy_(target_class_weights(target_probabilities))
 
     def moves(self, inputs: StepInputs) -> Iterator[Move]:
-        if inputs.warming_up or self.target_samples == "none":
-            _, logits = self.model(inputs.source_images)
-            yield Move(("encoder",), encoder_objective(logits, inputs.source_labels))
+        alone = inputs.warming_up or self.target_samples == "none"
+        images = inputs.source_images if alone else torch.cat([inputs.source_images, inputs.target_images])
+        features, logits = self.model(images)
+        if not alone and self.discriminators is not None:
+            yield from self._adversarial_moves(self.discriminators, features, logits, inputs)
             return
-        features, logits = self.model(torch.cat([inputs.source_images, inputs.target_images]))
-        if self.discriminators is None:
-            yield Move(("encoder",), encoder_objective(logits, inputs.source_labels, alpha=self._alpha))
-            return
-        yield from self._adversarial_moves(self.discriminators, features, logits, inputs)
+        objective = encoder_objective(
+            logits,
+            inputs.source_labels,
+            alpha=0.0 if alone else self._alpha,
+            source_weight=self._source_weight(inputs),
+            mean_over_ranks=inputs.mean_over_ranks,
+        )
+        yield Move(("encoder",), objective)
 
     def _adversarial_moves(
         self, discriminators: Discriminators, features: Tensor, logits: Tensor, inputs: StepInputs
@@ -128,31 +149,48 @@ class GSDA(Method):
         groups = discriminators.groups if self.ablation.synchronize else None
         beta = self.settings.beta * (inputs.adversarial_ramp if self.settings.sync_ramp else 1.0)
         weight, mean_over_ranks = self.settings.adversarial_weight, inputs.mean_over_ranks
+        source_weight, sample_weight = self._source_weight(inputs), None
+        if source_weight is not None:
+            sample_weight = torch.cat([source_weight, source_weight.new_ones(len(features) - num_source)])
 
         if self.settings.update == "reversal":
             # What reaches the encoder is weighed, what reaches the discriminators is not.
             weighed = features.detach() + weight * (features - features.detach())
             reversed_scale = -inputs.adversarial_ramp
-            terms = discriminators(weighed, probabilities, domain, num_source, loss_feature_scale=reversed_scale)
+            terms = discriminators(
+                weighed,
+                probabilities,
+                domain,
+                num_source,
+                loss_feature_scale=reversed_scale,
+                sample_weight=sample_weight,
+            )
             adversarial = discriminator_objective(terms, groups, beta=beta, mean_over_ranks=mean_over_ranks)
-            own = encoder_objective(logits, inputs.source_labels, alpha=self._alpha)
+            own = encoder_objective(
+                logits,
+                inputs.source_labels,
+                alpha=self._alpha,
+                source_weight=source_weight,
+                mean_over_ranks=mean_over_ranks,
+            )
             named = {**self._adversarial_terms(discriminators, terms, inputs), **own.terms}
             yield Move(("encoder", "discriminators"), Objective(own.total + adversarial.total, named))
             return
 
-        terms = discriminators(features.detach(), probabilities, domain, num_source)
+        terms = discriminators(features.detach(), probabilities, domain, num_source, sample_weight=sample_weight)
         adversarial = discriminator_objective(terms, groups, beta=beta, mean_over_ranks=mean_over_ranks)
         named = self._adversarial_terms(discriminators, terms, inputs)
         yield Move(("discriminators",), Objective(adversarial.total, named), provisional=True)
         objective = encoder_objective(
             logits,
             inputs.source_labels,
-            discriminators(features, probabilities, domain, num_source, frozen=True),
+            discriminators(features, probabilities, domain, num_source, frozen=True, sample_weight=sample_weight),
             groups,
             alpha=self._alpha,
             beta=beta,
             adversarial_ramp=inputs.adversarial_ramp,
             adversarial_weight=weight,
+            source_weight=source_weight,
             mean_over_ranks=mean_over_ranks,
         )
         # The discriminators' own move has logged the adversarial terms already, before they moved.
@@ -162,6 +200,10 @@ class GSDA(Method):
     @property
     def _alpha(self) -> float:
         return self.settings.alpha if self.ablation.entropy else 0.0
+
+    def _source_weight(self, inputs: StepInputs) -> Tensor | None:
+        """(B,), None where all source samples count equally."""
+        return None if self.source_class_weights is None else self.source_class_weights[inputs.source_labels]
 
     def _adversarial_terms(
         self, discriminators: Discriminators, terms: AdversarialTerms, inputs: StepInputs

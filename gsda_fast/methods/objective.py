@@ -57,6 +57,47 @@ def class_probabilities(logits: Tensor, source_labels: Tensor) -> Tensor:
     return torch.cat([F.one_hot(source_labels, logits.shape[1]).to(predicted.dtype), predicted])
 
 
+def target_class_weights(target_probabilities: Tensor) -> Tensor:
+    """How much of each class the target seems to hold (PADA: Cao et al., ECCV 2018).
+
+    ``gamma = mean over the target of p, divided by its largest entry``.
+
+    Args:
+        target_probabilities: (n_t, r), predictions for all of the target.
+
+    Returns:
+        (r,) from 0 to 1, the largest 1; float32, or float64 for float64 probabilities.
+    """
+    mean = target_probabilities.double().mean(0)
+    return (mean / mean.max()).to(target_probabilities.dtype)
+
+
+def classification_loss(
+    logits: Tensor,
+    labels: Tensor,
+    sample_weight: Tensor | None = None,
+    mean_over_ranks: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Cross-entropy of labelled samples: its mean, or the weighted mean ``sum_i w_i CE_i / sum_i w_i``.
+
+    Args:
+        logits: (N, r). labels: (N,) int64.
+        sample_weight: (N,) >= 0, a constant; None: the plain mean.
+        mean_over_ranks: averages a tensor over processes of equal batch shape, without gradient. The sum of the weights
+            is that of the global batch, so that the mean of this loss over the processes is the global weighted mean.
+
+    Returns:
+        0-d tensor; 0 where every weight is 0.
+    """
+    if sample_weight is None:
+        return F.cross_entropy(logits, labels)
+    weighted = (sample_weight * F.cross_entropy(logits, labels, reduction="none")).mean()
+    mean_weight = sample_weight.mean()
+    if mean_over_ranks is not None:
+        mean_weight = mean_over_ranks(mean_weight)
+    return weighted / mean_weight.clamp_min(torch.finfo(mean_weight.dtype).tiny)
+
+
 def synchronization_loss(
     gradient_norm: Tensor,
     groups: ClassGroups,
@@ -131,6 +172,7 @@ def encoder_objective(
     beta: float | Tensor = 0.0,
     adversarial_ramp: float | Tensor = 1.0,
     adversarial_weight: float = 1.0,
+    source_weight: Tensor | None = None,
     mean_over_ranks: Callable[[Tensor], Tensor] | None = None,
 ) -> Objective:
     """What the encoder and the classifier minimize (eqs. 3-5, 16, 17).
@@ -145,14 +187,15 @@ def encoder_objective(
         groups: the hierarchy; None where there is no synchronization.
         alpha, beta: weights of the entropy and of L_syn. adversarial_ramp: lambda of eq. 16.
         adversarial_weight: weight of the whole adversarial part against L_c.
-        mean_over_ranks: see `synchronization_loss`.
+        source_weight: (N_s,), what each source sample counts for in the cross-entropy; None: equally much.
+        mean_over_ranks: see `synchronization_loss` and `classification_loss`.
 
     Returns:
         Objective with the terms ``classification`` and, where they take part, ``entropy``, ``adversarial`` and
         ``synchronization``.
     """
     num_source = len(source_labels)
-    classification = F.cross_entropy(logits[:num_source], source_labels)
+    classification = classification_loss(logits[:num_source], source_labels, source_weight, mean_over_ranks)
     total, named = classification, {"classification": classification.detach()}
     if alpha:
         target_entropy = entropy(logits[num_source:])

@@ -56,6 +56,7 @@ class PairedTable:
 
     Attributes:
         quantity: what was subtracted, with its unit. decimals: to be shown.
+        shared: what the two runs of a pair have in common besides transfer task and seed.
     """
 
     task: str
@@ -63,6 +64,7 @@ class PairedTable:
     columns: tuple[str, ...]
     rows: tuple[PairedRow, ...]
     decimals: int = 1
+    shared: str = "warm-up, samples and groups"
 
     @property
     def title(self) -> str:
@@ -70,9 +72,10 @@ class PairedTable:
 
     @property
     def caption(self) -> str:
+        which = f", which share {self.shared}" if self.shared else ""
         return (
-            "mean ± standard error (pairs); a pair: two runs of one transfer task and seed, which share warm-up, "
-            f"samples and groups; {ALL}: over the pairs of all transfer tasks"
+            f"mean ± standard error (pairs); a pair: two runs of one transfer task and seed{which}; "
+            f"{ALL}: over the pairs of all transfer tasks"
         )
 
     @property

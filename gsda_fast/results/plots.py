@@ -272,9 +272,9 @@ def _subsample(count: int, points: int, seed: int) -> np.ndarray:
 
 @contextmanager
 def axes_of(size: tuple[float, float], title: str) -> Iterator[tuple[Figure, Axes]]:
-    """A figure of that size in inches and its axes, in the style of all plots."""
+    """A figure of that size in inches and its axes, in the style of all plots; `->` in the title becomes an arrow."""
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
-        axes.set_title(title, fontsize=10)
+        axes.set_title(title.replace("->", " → "), fontsize=10)
         yield figure, axes

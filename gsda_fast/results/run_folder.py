@@ -6,7 +6,9 @@ absent, its old self or its new self, and a torn last line of `metrics.jsonl` is
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import importlib.metadata
 import json
 import math
@@ -15,15 +17,18 @@ import platform
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import tomllib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
+import filelock
 import numpy as np
 import tomli_w
 
@@ -63,6 +68,7 @@ class RunResult:
         images_per_second: training throughput, both domains and all ranks; None if no step was timed.
         seconds: wall-clock time of the run, with that before an interruption.
         label_free_criterion: what chose the `label_free` figures.
+        test_crops: crops of an image over which its probabilities were averaged, for all figures.
     """
 
     task: str
@@ -78,15 +84,19 @@ class RunResult:
     images_per_second: float | None
     seconds: float
     label_free_criterion: str = LABEL_FREE_CRITERION
+    test_crops: int = 1
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> RunResult:
-        """The inverse of `dataclasses.asdict`; keys that a later version added are ignored.
+        """The inverse of `dataclasses.asdict`; keys that an earlier version lacked have their defaults, those that a
+        later one added are ignored.
 
         Raises:
             KeyError, TypeError: a key is missing or of another kind.
         """
-        values = {field.name: stored[field.name] for field in dataclasses.fields(cls)}
+        fields = dataclasses.fields(cls)
+        needed = [field.name for field in fields if field.default is dataclasses.MISSING or field.name in stored]
+        values = {name: stored[name] for name in needed}
         for name in ("accuracy", "mean_per_class"):
             values[name] = Selection(**values[name])
         for name in ("per_class", "classes"):
@@ -135,11 +145,13 @@ class RunFolder:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self._last_step: int | None = None
+        self._unwritten = b""
+        self._lock: filelock.BaseFileLock | None = None
 
     @staticmethod
     def default_name(task: str, source: str, target: str, method: str, seed: int) -> str:
         """`TASK-SOURCE-TARGET-METHOD-seedN`, with `_` for characters that do not belong into a folder's name."""
-        return "-".join(re.sub(r"[^\w.+-]+", "_", part) for part in (task, source, target, method, f"seed{seed}"))
+        return "-".join(map(file_name, (task, source, target, method, f"seed{seed}")))
 
     @classmethod
     def existing(cls, path: Path | str) -> RunFolder:
@@ -179,15 +191,53 @@ class RunFolder:
                 expected="a folder that can be made and written",
             ) from error
 
+    def hold(self) -> None:
+        """Keeps every other process from holding this folder, which exists, until `release` or this process's end.
+
+        The kernel lets go of it when the process dies, however that happens: the lock file that stays says nothing.
+
+        Raises:
+            UsageError: another process holds it.
+        """
+        if self._lock is not None:
+            return
+        file = self.path / ".lock"
+        lock = filelock.FileLock(file, timeout=0, fallback_to_soft=False)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise UsageError(
+                "--output",
+                found=f"{self.path}, in use by {file.read_text().strip() or 'another process'}",
+                expected="a folder that no other process writes into",
+                remedy="wait for it or end it, or give another --output",
+            ) from None
+        except OSError as error:
+            # Some network file systems have no locks, and training must be possible there too. What else can be wrong
+            # with the folder, `prepare` tells.
+            if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                told = f"{self.path} cannot be locked ({error.strerror}): make sure that no other process writes there"
+                warnings.warn(told, stacklevel=2)
+            return
+        self._lock = lock
+        with contextlib.suppress(OSError):  # a full disk, which is no reason to refuse
+            file.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+
+    def release(self) -> None:
+        """Lets other processes hold the folder again."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
     def clear(self) -> None:
         """Removes what an earlier run left here; files that no run writes stay."""
         for file in (self.config_path, self.environment_path, self.metrics_path, self.result_path, self.report_path):
             file.unlink(missing_ok=True)
         for file in (self.predictions_path, self.features_path, self.trace_path, *self.path.glob("*.png")):
             file.unlink(missing_ok=True)
-        for folder in (self.checkpoints, self.tensorboard):
+        for folder in (self.checkpoints, self.tensorboard, self.exported):
             shutil.rmtree(folder, ignore_errors=True)
-        self._last_step = None
+        self._last_step, self._unwritten = None, b""
 
     @property
     def config_path(self) -> Path:
@@ -210,6 +260,11 @@ class RunFolder:
     def tensorboard(self) -> Path:
         """Folder of the TensorBoard event files."""
         return self.path / "tensorboard"
+
+    @property
+    def exported(self) -> Path:
+        """Folder of the network as other projects read it."""
+        return self.path / "export"
 
     @property
     def result_path(self) -> Path:
@@ -316,14 +371,40 @@ class RunFolder:
 
         Raises:
             ValueError: `step` does not increase.
+            OSError: the file cannot be written. It holds whole lines still, and the next call writes this one as well.
         """
         if self._last_step is None:
             self.truncate_metrics()
         if self._last_step is not None and step <= self._last_step:
             raise ValueError(f"step: found {step} after {self._last_step}; expected a larger one")
-        with self.metrics_path.open("ab") as file:
-            file.write(_json_bytes({"step": step, **values}) + b"\n")
+        self._unwritten += _json_bytes({"step": step, **values}) + b"\n"
         self._last_step = step
+        self._write_lines()
+
+    def sync_metrics(self) -> None:
+        """Puts all lines on the disk: before a checkpoint, since what goes on from it does not write them again.
+
+        Raises:
+            OSError: as `append_metrics`.
+        """
+        self._write_lines()
+        if self.metrics_path.exists():
+            with self.metrics_path.open("ab") as file:
+                os.fsync(file.fileno())
+
+    def _write_lines(self) -> None:
+        if not self._unwritten:
+            return
+        size = self.metrics_path.stat().st_size if self.metrics_path.exists() else 0
+        try:
+            with self.metrics_path.open("ab") as file:
+                file.write(self._unwritten)
+        except OSError:
+            # Part of a line may have been written.
+            with contextlib.suppress(OSError):
+                os.truncate(self.metrics_path, size)
+            raise
+        self._unwritten = b""
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All complete lines, in order; figures that were not finite are None.
@@ -340,7 +421,7 @@ class RunFolder:
         kept = [(line, record) for line, record in self._metric_lines() if step is None or record["step"] <= step]
         with atomic_file(self.metrics_path) as file:
             file.writelines(line + b"\n" for line, _ in kept)
-        self._last_step = kept[-1][1]["step"] if kept else None
+        self._last_step, self._unwritten = kept[-1][1]["step"] if kept else None, b""
 
     def _metric_lines(self) -> list[tuple[bytes, dict[str, Any]]]:
         if not self.metrics_path.is_file():
@@ -446,6 +527,11 @@ class RunFolder:
         if not isinstance(stored, dict):
             raise UsageError(str(path), found=type(stored).__name__, expected="a JSON object")
         return stored
+
+
+def file_name(text: str) -> str:
+    """The text with `_` for characters that do not belong into a file's or a folder's name."""
+    return re.sub(r"[^\w.+-]+", "_", text)
 
 
 @contextmanager

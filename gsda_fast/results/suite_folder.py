@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gsda_fast.results import alignment, paired, tables
 from gsda_fast.results.paper import with_paper
-from gsda_fast.results.run_folder import RunFolder, RunResult, atomic_file
+from gsda_fast.results.run_folder import RunFolder, RunResult, atomic_file, file_name
 from gsda_fast.results.tables import CHOICE_NAMES, FIGURE_NAMES, ResultTable, Row
 
 
@@ -87,8 +87,8 @@ class SuiteFolder:
         return self.path / "report.html"
 
     def plot_path(self, name: str) -> Path:
-        """Where the plot `name` of the page is kept."""
-        return self.path / f"{name}.png"
+        """Where the plot `name` of the page is kept; what does not belong into a file's name becomes `_`."""
+        return self.path / f"{file_name(name.replace('->', '-'))}.png"
 
     def table_path(self, suffix: str) -> Path:
         return self.path / f"table.{suffix}"
@@ -210,6 +210,33 @@ def paired_tables(runs: Sequence[RunFolder], layout: Layout) -> list[paired.Pair
     return [table for table in made if table.rows]
 
 
+def paired_sweep_tables(variants: Mapping[str, Sequence[RunResult]], layout: Layout) -> list[paired.PairedTable]:
+    """For each method, paired differences between settings (rows) of the accuracy after the last step.
+
+    Args:
+        variants: results by setting, in order. layout: methods and columns.
+    """
+    found = {(name, *key): result for name, of in variants.items() for key, result in tables.results_by_run(of).items()}
+    made = []
+    for method in layout.methods:
+        accuracies = {
+            (name, pair, seed): getattr(found[name, method, pair, seed], layout.figure).last
+            for pair in layout.transfer_tasks
+            for name, of, where, seed in found
+            if (of, where) == (method, pair)
+        }
+        table = paired.paired_table(
+            f"{layout.task} {method}",
+            f"{FIGURE_NAMES[layout.figure]} after the last step, in points",
+            accuracies,
+            tuple(variants),
+            short_names=layout.short_names,
+        )
+        # Which parts of a run a setting leaves as they are depends on the setting.
+        made.append(replace(table, shared=""))
+    return [table for table in made if table.rows]
+
+
 def _result(run: RunFolder) -> list[RunResult]:
     result = run.read_result()
     return [] if result is None else [result]
@@ -239,7 +266,9 @@ def sweep_tables(variants: Mapping[str, Sequence[RunResult]], layout: Layout) ->
                 continue
             rows = [Row(name, table.rows[0].cells) for name, table in by_variant.items()]
             first = next(iter(by_variant.values()))
-            made.append(replace(first, rows=tuple(rows), subject=method, rows_are="setting"))
+            # What holds for some settings alone is told by their names.
+            notes = tuple(note for note in first.notes if all(note in table.notes for table in by_variant.values()))
+            made.append(replace(first, rows=tuple(rows), subject=method, rows_are="setting", notes=notes))
     return made
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from matplotlib.figure import Figure
@@ -14,6 +14,7 @@ from gsda_fast.errors import UsageError
 from gsda_fast.results import alignment, plots, suite_plots, tables
 from gsda_fast.results.html import Panel, Section, drawn, panel, template
 from gsda_fast.results.metrics import evaluation_figures
+from gsda_fast.results.paired import PairedTable
 from gsda_fast.results.plots import Curves
 from gsda_fast.results.run_folder import RunFolder, RunResult, atomic_file
 from gsda_fast.results.suite_folder import (
@@ -26,8 +27,8 @@ from gsda_fast.results.suite_folder import (
 )
 from gsda_fast.results.tables import AVERAGE, FIGURE_NAMES, MEAN_PER_CLASS, OVERALL, Cell, ResultTable
 
-PAIR_IN_DETAIL = ("source-only", "gsda")
-"""Confusion matrices and t-SNE are drawn for these methods of one transfer task and seed: each takes seconds."""
+PAPER, BEFORE = "paper", "before adaptation"
+_LARGEST_DISTANCE = 2.0
 
 
 @dataclass(frozen=True)
@@ -55,31 +56,21 @@ def write_suite_page(suite: SuiteFolder, layout: Layout, *, points: int = 1000, 
         UsageError: no run has finished, a run's file is broken, or the folder cannot be written.
     """
     try:
-        if suite.variants and not suite.runs:
-            return _write_sweep_page(suite, layout)
-        runs = [_Run(run, result, run.read_metrics()) for run in suite.runs if (result := run.read_result())]
-        if not runs:
-            raise UsageError(str(suite.path), found=f"{len(suite.runs)} runs, none finished", expected="finished runs")
-        results = [run.result for run in runs]
-        layout = layout.only(results)
-        made = suite_tables(results, layout)
-        colours = suite_plots.method_colours(layout.methods)
-        sections = [
-            _bar_section(suite, made, colours),
-            _accuracy_section(suite, runs, layout, colours),
-            _alignment_section(suite, runs, layout, colours, samples),
-            _detail_section(runs, layout, points),
-        ]
-        _write(
-            suite,
-            title=f"{layout.task}: {_counted(layout.methods, 'method')}, "
-            f"{_counted(layout.transfer_tasks, 'transfer task')}, {_counted({r.seed for r in results}, 'seed')}",
-            finished=len(runs),
-            begun=len(suite.runs),
-            tables=made,
-            paired=paired_tables(suite.runs, layout) if len(layout.methods) > 1 else [],
-            sections=[section for section in sections if section.panels],
+        parts = [_runs_part(suite, layout, points, samples), _sweep_part(suite, layout)]
+        content = [part for part in parts if part is not None]
+        if not content:
+            begun = [*suite.runs, *(run for variant in suite.variants.values() for run in variant.runs)]
+            raise UsageError(str(suite.path), found=f"{len(begun)} runs, none finished", expected="finished runs")
+        html = template("suite.html.jinja").render(
+            title="; ".join(part.title for part in content),
+            finished=sum(part.finished for part in content),
+            begun=sum(part.begun for part in content),
+            tables=[table for part in content for table in part.tables],
+            paired=[table for part in content for table in part.paired],
+            sections=[section for part in content for section in part.sections if section.panels],
         )
+        with atomic_file(suite.report_path) as file:
+            file.write(html.encode())
     except OSError as error:
         raise UsageError(
             "report",
@@ -89,10 +80,40 @@ def write_suite_page(suite: SuiteFolder, layout: Layout, *, points: int = 1000, 
     return suite.report_path
 
 
-def _write(suite: SuiteFolder, **content: Any) -> None:
-    html = template("suite.html.jinja").render(**content)
-    with atomic_file(suite.report_path) as file:
-        file.write(html.encode())
+@dataclass(frozen=True)
+class _Part:
+    """What the page says about the runs of a folder, or about its sweep."""
+
+    title: str
+    finished: int
+    begun: int
+    tables: Sequence[ResultTable]
+    paired: Sequence[PairedTable]
+    sections: Sequence[Section]
+
+
+def _runs_part(suite: SuiteFolder, layout: Layout, points: int, samples: int) -> _Part | None:
+    runs = [_Run(run, result, run.read_metrics()) for run in suite.runs if (result := run.read_result())]
+    if not runs:
+        return None
+    results = [run.result for run in runs]
+    layout = layout.only(results)
+    made = suite_tables(results, layout)
+    colours = suite_plots.method_colours(layout.methods)
+    return _Part(
+        title=f"{layout.task}: {_counted(layout.methods, 'method')}, "
+        f"{_counted(layout.transfer_tasks, 'transfer task')}, {_counted({r.seed for r in results}, 'seed')}",
+        finished=len(runs),
+        begun=len(suite.runs),
+        tables=made,
+        paired=paired_tables(suite.runs, layout) if len(layout.methods) > 1 else [],
+        sections=[
+            _bar_section(suite, made, colours),
+            _accuracy_section(suite, runs, layout, colours),
+            _alignment_section(suite, runs, layout, colours, samples),
+            _detail_section(runs, layout, points),
+        ],
+    )
 
 
 def _counted(things: Iterable[object], name: str) -> str:
@@ -104,41 +125,53 @@ def _counted(things: Iterable[object], name: str) -> str:
 
 
 def _bar_section(suite: SuiteFolder, made: Sequence[ResultTable], colours: Mapping[str, str]) -> Section:
-    panels = []
-    shown = [table for table in made if table.choice == "last"]
-    for index, table in enumerate(shown):
+    panels: list[Panel | None] = []
+    for table in made:
+        if table.choice != "last":
+            continue
         published = {row.label: [cell.mean for cell in row.cells] for row in table.rows if row.kind == "paper"}
         rows = [
             suite_plots.Bars(row.label, row.cells, colours[row.label], published.get(row.label, ()))
             for row in table.rows
             if row.kind == "ours"
         ]
-        # A group of bars for each column; averages make a figure of their own, which can be taken in at a glance.
-        averages = [i for i, name in enumerate(table.columns) if name in (AVERAGE, MEAN_PER_CLASS, OVERALL)]
-        others = [i for i in range(len(table.columns)) if i not in averages]
-        title = f"{table.task} {table.subject}".strip()
-        for name, chosen in (("accuracy_average", averages), ("accuracy_bars", others)):
-            if chosen:
-                figure = suite_plots.bars(
-                    [
-                        replace(
-                            row,
-                            cells=[row.cells[i] for i in chosen],
-                            published=[row.published[i] for i in chosen] if row.published else (),
-                        )
-                        for row in rows
-                    ],
-                    [table.columns[i] for i in chosen],
-                    f"{title}: accuracy after the last step",
-                    "percent",
-                )
-                path = suite.plot_path(f"{name}_{index}" if len(shown) > 1 else name)
-                panels.append(panel(figure, path, f"Accuracy of each method: {title}"))
+        about = f"{table.subject} ".lstrip()
+        for index, column in enumerate(table.columns):
+            chosen = _columns(rows, [index])
+            # Of a table by classes the averages alone: each class has a group of bars below.
+            if (table.subject and column not in (MEAN_PER_CLASS, OVERALL)) or not _measured(chosen):
+                continue
+            title = f"{about}{'average over the transfer tasks' if column == AVERAGE else column}"
+            figure = suite_plots.method_bars(chosen, title, "percent", marked=PAPER)
+            path = suite.plot_path(f"accuracy_{about}{column}")
+            panels.append(panel(figure, path, f"Accuracy of each method: {title}"))
+        classes = [i for i, name in enumerate(table.columns) if name not in (MEAN_PER_CLASS, OVERALL)]
+        if table.subject and classes:
+            chosen = _columns(rows, classes)
+            title = f"{about}accuracy of each class"
+            figure = suite_plots.bars(chosen, [table.columns[i] for i in classes], title, "percent", marked=PAPER)
+            path = suite.plot_path(f"accuracy_{about}classes")
+            panels.append(panel(figure, path, f"Accuracy of each method: {title}"))
     return Section(
         "Methods compared",
-        "After the last step, nothing chosen; the thin line on a bar is the standard deviation over seeds.",
+        "Accuracy after the last step, nothing chosen; the thin line on a bar is the standard deviation over seeds.",
         drawn(panels),
     )
+
+
+def _columns(rows: Sequence[suite_plots.Bars], chosen: Sequence[int]) -> list[suite_plots.Bars]:
+    return [
+        replace(
+            row,
+            cells=[row.cells[i] for i in chosen],
+            marks=[row.marks[i] for i in chosen] if row.marks else (),
+        )
+        for row in rows
+    ]
+
+
+def _measured(rows: Sequence[suite_plots.Bars]) -> bool:
+    return any(cell.mean is not None for row in rows for cell in row.cells)
 
 
 def _curves(
@@ -165,11 +198,11 @@ def _accuracy_section(suite: SuiteFolder, runs: Sequence[_Run], layout: Layout, 
         figure = suite_plots.spread_curves(
             _curves(of_pair, layout, _series(layout.figure)),
             colours,
-            f"{name.replace('->', ' → ')}: {FIGURE_NAMES[layout.figure]} on the target",
+            f"{name}: {FIGURE_NAMES[layout.figure]} on the target",
             "percent",
             warmup,
         )
-        path = suite.plot_path(f"curves_{name.replace('->', '-')}")
+        path = suite.plot_path(f"curves_{name}")
         panels.append(panel(figure, path, f"Accuracy over the steps: {name}"))
     return Section(
         "Accuracy during training",
@@ -200,39 +233,65 @@ def _alignment_section(
     for name, (measure, title, unit) in measures.items():
         figure = suite_plots.spread_curves(_curves(runs, layout, measure), colours, title, unit, warmup)
         panels.append(panel(figure, suite.plot_path(name), f"{title} over the steps"))
-    distances = _distances(runs, samples)
-    columns = [tables.transfer_task_name(*pair, layout.short_names) for pair in layout.transfer_tasks]
-    rows = [
-        suite_plots.Bars(
-            method,
-            [
-                Cell.of([distance for run, distance in distances if (run.result.method, run.transfer_task) == at])
-                for at in ((method, pair) for pair in layout.transfer_tasks)
-            ],
-            colours[method],
-        )
-        for method in layout.methods
-    ]
-    if distances:
-        figure = suite_plots.bars(rows, columns, "Proxy A-distance after the last step", "2 (1 - 2 · error)")
-        panels.append(panel(figure, suite.plot_path("proxy_a_distance"), "Proxy A-distance of each method"))
+    panels += _distance_panels(suite, runs, layout, colours, samples)
     return Section(
         "Alignment",
         "Lines are means over all transfer tasks and seeds, bands one standard deviation. Synchronized levels have "
         "equal magnitudes, so their lines lie together and the mismatch is near 0. A discriminator that cannot tell "
         "the domains apart has an adversarial loss of 0.69. The proxy A-distance is 2 where a linear classifier, "
-        "cross-validated on the features, tells the domains apart, and 0 where it does no better than chance.",
+        "cross-validated on the features, tells the domains apart, and 0 where it does no better than chance; the "
+        "marks are of the features before adaptation, at the end of warm-up.",
         drawn(panels),
     )
 
 
-def _distances(runs: Sequence[_Run], samples: int) -> list[tuple[_Run, float]]:
+def _distance_panels(
+    suite: SuiteFolder, runs: Sequence[_Run], layout: Layout, colours: Mapping[str, str], samples: int
+) -> list[Panel | None]:
+    """The proxy A-distance of each method after the last step, marked with what it was before adaptation."""
+    before, after = _distances(runs, "warmup", samples), _distances(runs, "final", samples)
+    if not after:
+        return []
+    names = [tables.transfer_task_name(*pair, layout.short_names) for pair in layout.transfer_tasks]
+    by_column = [*([(pair,) for pair in layout.transfer_tasks]), layout.transfer_tasks]
+    rows = []
+    for method in layout.methods:
+        cells, marks = (
+            [
+                Cell.of(
+                    [distance for run, distance in found if run.result.method == method and run.transfer_task in of]
+                )
+                for of in by_column
+            ]
+            for found in (after, before)
+        )
+        rows.append(suite_plots.Bars(method, cells, colours[method], [cell.mean for cell in marks]))
+    title, unit = "Proxy A-distance", "2 (1 - 2 · error)"
+    figure = suite_plots.method_bars(
+        _columns(rows, [len(names)]),
+        f"{title} after the last step" + (", all transfer tasks" if len(names) > 1 else ""),
+        unit,
+        marked=BEFORE,
+        limit=_LARGEST_DISTANCE,
+        decimals=2,
+    )
+    panels = [panel(figure, suite.plot_path("proxy_a_distance"), f"{title} of each method")]
+    if len(names) > 1:
+        by_task = _columns(rows, range(len(names)))
+        figure = suite_plots.bars(by_task, names, f"{title} of each transfer task", unit, marked=BEFORE)
+        path = suite.plot_path("proxy_a_distance_tasks")
+        panels.append(panel(figure, path, f"{title} of each method and transfer task"))
+    return panels
+
+
+def _distances(runs: Sequence[_Run], moment: Literal["warmup", "final"], samples: int) -> list[tuple[_Run, float]]:
     found = []
     for run in runs:
         features = run.folder.read_features()
-        if features is None or features.source_final is None or features.target_final is None:
+        source, target = (getattr(features, f"{domain}_{moment}", None) for domain in ("source", "target"))
+        if source is None or target is None:
             continue
-        distance = alignment.proxy_a_distance(features.source_final, features.target_final, samples)
+        distance = alignment.proxy_a_distance(source, target, samples)
         if distance is not None:
             found.append((run, distance))
     return found
@@ -242,7 +301,8 @@ def _detail_section(runs: Sequence[_Run], layout: Layout, points: int) -> Sectio
     pair = layout.transfer_tasks[0]
     seed = min(run.result.seed for run in runs)
     panels: list[Panel | None] = []
-    for method in PAIR_IN_DETAIL:
+    # Of the methods, the first (what the others are compared with) and the last: each plot takes seconds.
+    for method in dict.fromkeys((layout.methods[0], layout.methods[-1])):
         for run in runs:
             if (run.result.method, run.transfer_task, run.result.seed) != (method, pair, seed):
                 continue
@@ -272,7 +332,7 @@ def _detail_section(runs: Sequence[_Run], layout: Layout, points: int) -> Sectio
         f"In detail: {name}, seed {seed}",
         "A row of a confusion matrix adds up to 100 percent of that class's samples. In the t-SNE plot each point is "
         "an image, colour its true class; adaptation should lay the target (crosses) onto the source (dots) of the "
-        "same colour. `python -m gsda_fast.report RUN` draws this and more for any run.",
+        "same colour. The report on a run's own folder shows this and more of any run.",
         drawn(panels),
         in_pairs=True,
     )
@@ -300,30 +360,28 @@ def sweep_plots(made: Sequence[ResultTable]) -> dict[str, Figure]:
             label = ", ".join(f"{name} {setting}" for name, setting in others)
             # The last column: the average, or the only transfer task.
             lines.setdefault(label, {})[value] = row.cells[-1]
-        over = table.columns[-1].replace("->", " → ") if table.columns[-1] != AVERAGE else "average"
+        over = table.columns[-1] if table.columns[-1] != AVERAGE else "average"
         title = f"{table.task}, {table.subject}, {over}"
         figures[table.subject] = suite_plots.sweep(lines, parameter, f"{FIGURE_NAMES[table.figure]}, percent", title)
     return figures
 
 
-def _write_sweep_page(suite: SuiteFolder, layout: Layout) -> Path:
-    variants = {name: variant.results() for name, variant in suite.variants.items()}
+def _sweep_part(suite: SuiteFolder, layout: Layout) -> _Part | None:
+    variants = {name: found for name, variant in suite.variants.items() if (found := variant.results())}
     results = [result for of_variant in variants.values() for result in of_variant]
     if not results:
-        raise UsageError(str(suite.path), found="a sweep without a finished run", expected="finished runs")
+        return None
     layout = layout.only(results)
     made = sweep_tables(variants, layout)
     panels = [
         panel(figure, suite.sweep_plot_path(method), f"Accuracy of {method} over the settings")
         for method, figure in sweep_plots(made).items()
     ]
-    _write(
-        suite,
+    return _Part(
         title=f"{layout.task}: sweep over {', '.join(read_settings(next(iter(variants))))}",
         finished=len(results),
         begun=sum(len(variant.runs) for variant in suite.variants.values()),
         tables=made,
         paired=[],
-        sections=[Section("Sensitivity", "Bars: standard deviation over seeds.", drawn(panels))],
+        sections=[Section("Sensitivity", "After the last step; bars: standard deviation over seeds.", drawn(panels))],
     )
-    return suite.report_path

@@ -22,13 +22,13 @@ class Bars:
 
     Attributes:
         label: the method. cells: one a column. colour: of the method in every plot.
-        published: what a publication has for each column, marked by a line across the bar.
+        marks: what the figures are to be compared with, by a line across each bar; empty for nothing.
     """
 
     label: str
     cells: Sequence[Cell]
     colour: str
-    published: Sequence[float | None] = ()
+    marks: Sequence[float | None] = ()
 
 
 def method_colours(methods: Sequence[str]) -> dict[str, str]:
@@ -36,11 +36,48 @@ def method_colours(methods: Sequence[str]) -> dict[str, str]:
     return {method: RUN_COLOURS[index % len(RUN_COLOURS)] for index, method in enumerate(methods)}
 
 
-def bars(rows: Sequence[Bars], columns: Sequence[str], title: str, unit: str) -> Figure:
-    """A group of horizontal bars for each column, with the spread over seeds.
+def method_bars(
+    rows: Sequence[Bars], title: str, unit: str, *, marked: str = "", limit: float = 100.0, decimals: int = 1
+) -> Figure:
+    """A horizontal bar for each method with its figure, and the spread as a thin line.
+
+    Args:
+        rows: with one cell each; a method without a figure keeps its place. title, unit: what is shown.
+        marked: what the marks are. limit: end of the axis, the same in all figures that belong together.
+        decimals: of the figures.
+    """
+    with axes_of((4.6, 1.1 + 0.26 * len(rows)), title) as (figure, axes):
+        for position, row in enumerate(rows):
+            (cell,) = row.cells
+            end = 0.0
+            if cell.mean is not None:
+                axes.barh(
+                    position, cell.mean, 0.72, xerr=cell.spread or 0.0, color=row.colour, label=row.label,
+                    error_kw={"elinewidth": 0.9, "ecolor": "#333333"},
+                )  # fmt: skip
+                end = max(0.0, cell.mean + (cell.spread or 0.0))
+            mark = row.marks[0] if row.marks else None
+            if mark is not None:
+                _mark(axes, mark, position, 0.72)
+                end = max(end, mark)
+            text = "-" if cell.mean is None else f"{cell.mean:.{decimals}f}"
+            axes.text(end + 0.015 * limit, position, text, va="center", fontsize=8, color="#222222")
+        _legend_of_marks(figure, axes, rows, marked)
+        axes.set_yticks(range(len(rows)), [row.label for row in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_xlim(min(0.0, *(cell.mean or 0.0 for row in rows for cell in row.cells)), 1.12 * limit)
+        axes.set_xlabel(unit)
+        axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+    return figure
+
+
+def bars(rows: Sequence[Bars], columns: Sequence[str], title: str, unit: str, *, marked: str = "") -> Figure:
+    """A group of horizontal bars for each column, with the spread as thin lines.
 
     Args:
         rows: at least one; one bar each in every group. columns: the groups. title, unit: what is shown.
+        marked: what the marks are.
     """
     thickness = 0.82 / len(rows)
     # With many groups the bars stay readable when the figure grows with them.
@@ -53,18 +90,28 @@ def bars(rows: Sequence[Bars], columns: Sequence[str], title: str, unit: str) ->
                 positions, widths, thickness * 0.9, xerr=spreads, color=row.colour, label=row.label,
                 error_kw={"elinewidth": 0.8, "ecolor": "#333333"},
             )  # fmt: skip
-            for position, value in zip(positions, row.published):
+            for position, value in zip(positions, row.marks):
                 if value is not None:
-                    axes.plot([value, value], [position - thickness / 2, position + thickness / 2], "k-", linewidth=1.8)
-        if any(value is not None for row in rows for value in row.published):
-            axes.plot([], [], "k|", markersize=8, markeredgewidth=1.8, label="paper")
+                    _mark(axes, value, position, thickness)
         axes.set_yticks(range(len(columns)), [column.replace("->", " → ") for column in columns], fontsize=8)
         axes.set_ylim(len(columns) - 0.4, -0.6)
         axes.set_xlabel(unit)
         axes.grid(axis="x", color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
-        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+        _legend_of_marks(figure, axes, rows, marked, methods=True)
     return figure
+
+
+def _mark(axes: Axes, value: float, position: float, thickness: float) -> None:
+    axes.plot([value, value], [position - thickness / 2, position + thickness / 2], "k-", linewidth=1.8)
+
+
+def _legend_of_marks(figure: Figure, axes: Axes, rows: Sequence[Bars], marked: str, methods: bool = False) -> None:
+    handles = axes.get_legend_handles_labels()[0] if methods else []
+    if any(value is not None for row in rows for value in row.marks):
+        handles += axes.plot([], [], "k|", markersize=8, markeredgewidth=1.8, label=marked)
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
 
 
 def spread_curves(

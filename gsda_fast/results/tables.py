@@ -199,7 +199,7 @@ def transfer_table(
     columns = [transfer_task_name(*pair, short_names) for pair in transfer_tasks]
     if len(columns) > 1:
         columns.append(AVERAGE)
-    return ResultTable(task, figure, choice, tuple(columns), tuple(rows))
+    return ResultTable(task, figure, choice, tuple(columns), tuple(rows), notes=_test_notes(results))
 
 
 def class_table(
@@ -238,7 +238,9 @@ def class_table(
         cells.append(Cell.of(_known(getattr(run.accuracy, choice) for run in runs)))
         rows.append(Row(method, tuple(cells)))
     name = transfer_task_name(*transfer_task, short_names)
-    return ResultTable(task, "per_class", choice, (*classes, MEAN_PER_CLASS, OVERALL), tuple(rows), subject=name)
+    columns = (*classes, MEAN_PER_CLASS, OVERALL)
+    notes = _test_notes(results)
+    return ResultTable(task, "per_class", choice, columns, tuple(rows), subject=name, notes=notes)
 
 
 RunKey = tuple[str, tuple[str, str], int]
@@ -271,6 +273,14 @@ def _only_task(results: Sequence[RunResult]) -> str:
     if len(tasks) > 1:
         raise UsageError("runs", found=f"the tasks {', '.join(tasks)}", expected="runs of one task")
     return tasks[0]
+
+
+def _test_notes(results: Iterable[RunResult]) -> tuple[str, ...]:
+    """How the runs were tested, where not on the centre crop alone."""
+    crops = {result.test_crops for result in results}
+    if crops == {1}:
+        return ()
+    return ("ten-crop test",) if crops == {10} else ("ten-crop test for some of the runs, centre crop for the others",)
 
 
 def _known(values: Iterable[float | None]) -> list[float]:

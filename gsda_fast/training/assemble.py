@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,7 @@ import gsda_kernels
 from gsda_fast.config import Config
 from gsda_fast.data.benchmarks import ImageRecipe, find_benchmark
 from gsda_fast.data.domains import ImageDomain, open_pair
-from gsda_fast.data.loaders import open_loader, resolve_loader
+from gsda_fast.data.loaders import open_loader, require_room, resolve_loader
 from gsda_fast.data.sampling import SamplingPlan
 from gsda_fast.data.synthetic_loader import synthetic_pair
 from gsda_fast.errors import UsageError
@@ -22,7 +22,10 @@ from gsda_fast.methods import build_method
 from gsda_fast.model import LENET, build_model
 from gsda_fast.results.run_folder import RunFolder, flat_settings
 from gsda_fast.training.distributed import Ranks, digest
+from gsda_fast.training.figures import device_floors
+from gsda_fast.training.generators import seed_generators
 from gsda_fast.training.precision import AUTOCAST_DTYPES
+from gsda_fast.training.resume import summary
 from gsda_fast.training.schedules import Schedule
 from gsda_fast.training.trainer import Trainer
 
@@ -39,6 +42,7 @@ def resolve(config: Config, world_size: int = 1) -> tuple[Config, ImageDomain, I
         UsageError: data, a device or a backend that is not there.
     """
     data = config.data
+    require_room(data.test_crops, find_benchmark(config.task).recipe)
     if data.synthetic:
         source, target = synthetic_pair(find_benchmark(config.task))
     else:
@@ -78,10 +82,6 @@ def _require_fit(backbone: str, recipe: ImageRecipe) -> None:
         )
 
 
-def _summary(domain: ImageDomain) -> str:
-    return f"{len(domain)} with digest {hashlib.sha256(repr(domain.paths).encode()).hexdigest()[:12]}"
-
-
 def choose_device(config: Config) -> Literal["cpu", "cuda"]:
     """Where to train.
 
@@ -94,11 +94,18 @@ def choose_device(config: Config) -> Literal["cpu", "cuda"]:
     return "cuda" if config.run.device != "cpu" and cuda else "cpu"
 
 
-def build_trainer(config: Config, source: ImageDomain, target: ImageDomain, ranks: Ranks | None = None) -> Trainer:
+def build_trainer(
+    config: Config,
+    source: ImageDomain,
+    target: ImageDomain,
+    ranks: Ranks | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Trainer:
     """The trainer of a resolved configuration, at step 0.
 
     Args:
         config, source, target: from `resolve`. ranks: the processes of the run; this one alone if None.
+        stop: see `Trainer`.
 
     Raises:
         UsageError: a method, a backbone or weights that do not exist or do not fit; ranks that differ.
@@ -107,7 +114,7 @@ def build_trainer(config: Config, source: ImageDomain, target: ImageDomain, rank
     device = torch.device(f"cuda:{ranks.local_rank}" if config.run.device == "cuda" else "cpu")
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    torch.manual_seed(config.run.seed)
+    seed_generators(config.run.seed)
     recipe = find_benchmark(config.task).recipe
     _require_fit(config.model.backbone, recipe)
     model = build_model(config.model, source.num_classes)
@@ -117,22 +124,25 @@ def build_trainer(config: Config, source: ImageDomain, target: ImageDomain, rank
             raise UsageError(
                 "--sync-batchnorm", found=f"device {device.type}", expected="GPUs, the only ones it runs on"
             )
+        if config.precision.cuda_graphs:
+            # Processes that wait for each other inside a graph wait for ever where one of them records anew.
+            raise UsageError("--cuda-graphs", found="--sync-batchnorm", expected="one of the two")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     method = build_method(config.run.method, model, config.adversarial, source.num_classes, config.run.seed)
     method.to(device)
     if config.precision.compile == "on":
-        method.compile_parts()
+        method.compile_parts("reduce-overhead" if config.precision.cuda_graphs else None)
     ranks.require_equal(
         {
             **flat_settings(config.to_dict()),
-            "source images": _summary(source),
-            "target images": _summary(target),
+            "source images": summary(source),
+            "target images": summary(target),
             "initial parameters": digest(method.state_dict()),
         }
     )
     if ranks.several:
         # Parameters are drawn by now; what is drawn from here on (dropout) is drawn for this rank's own images.
-        torch.manual_seed(config.run.seed + ranks.rank)
+        seed_generators(config.run.seed + ranks.rank)
     scale = ranks.world_size if config.distributed.scale_learning_rate else 1
     optimizer = replace(
         config.optimizer,
@@ -168,4 +178,15 @@ def build_trainer(config: Config, source: ImageDomain, target: ImageDomain, rank
         log_every=config.run.log_every,
         ranks=ranks,
         scale_losses=config.precision.precision == "fp16",
+        test_crops=config.data.test_crops,
+        stop=stop,
+        cuda_graphs=config.precision.cuda_graphs,
+        floors=device_floors(
+            device,
+            config.precision.precision,
+            config.model,
+            recipe,
+            num_classes=source.num_classes,
+            images=2 * config.run.batch_size,
+        ),
     )

@@ -15,7 +15,7 @@ _TRAILER_LENGTH = len(_MAGIC) + hashlib.sha256().digest_size
 
 
 class DamagedCheckpoint(Exception):
-    """A checkpoint whose bytes are not those that were written."""
+    """A checkpoint whose bytes cannot be read or are not those that were written."""
 
 
 class CheckpointFolder:
@@ -38,17 +38,28 @@ class CheckpointFolder:
         return self.path / f"step-{step:08d}.pt"
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Writes `state` (tensors, numbers, strings, lists and dicts) as the checkpoint of `step`."""
+        """Writes `state` (tensors, numbers, strings, lists and dicts) as the checkpoint of `step`.
+
+        Raises:
+            OSError: it cannot be written, for lack of space for one; the checkpoints before it are as they were.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         temporary = self.path / f"step-{step:08d}.tmp"
-        with temporary.open("wb") as file:
-            digest = _HashingWriter(file)
-            torch.save(state, digest)  # type: ignore[arg-type]
-            file.write(_MAGIC + digest.sha256.digest())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.file(step))
+        try:
+            with temporary.open("wb") as file:
+                digest = _HashingWriter(file)
+                digest.save(state)
+                file.write(_MAGIC + digest.sha256.digest())
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.file(step))
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
         _sync_folder(self.path)
+        self._drop_old()
+
+    def _drop_old(self) -> None:
         for old in self.steps()[: -self.keep]:
             self.file(old).unlink()
 
@@ -58,12 +69,7 @@ class CheckpointFolder:
         Raises:
             DamagedCheckpoint: truncated or altered bytes, which `torch.load` alone would not notice.
         """
-        content = self.file(step).read_bytes()
-        payload, trailer = content[:-_TRAILER_LENGTH], content[-_TRAILER_LENGTH:]
-        if trailer != _MAGIC + hashlib.sha256(payload).digest():
-            raise DamagedCheckpoint(f"{self.file(step)}: its content does not match its digest")
-        state: dict[str, Any] = torch.load(BytesIO(payload), map_location=device, weights_only=True)
-        return state
+        return read_checkpoint(self.file(step), device)
 
     def load_newest(self, device: torch.device | str = "cpu") -> tuple[dict[str, Any] | None, list[str]]:
         """The newest sound checkpoint's state, or None, and a line for each damaged one that was passed over."""
@@ -75,16 +81,67 @@ class CheckpointFolder:
                 damage.append(str(error))
         return None, damage
 
+    def tidy(self, newest: int | None) -> None:
+        """Removes what a kill has left half written or not removed yet, and sets damaged checkpoints aside.
+
+        Under their names they would count among those that are kept, in the place of sound ones.
+
+        Args:
+            newest: the newest sound checkpoint; those after it are damaged, or all of them if there is none.
+        """
+        for file in self.path.glob("step-*.tmp"):
+            file.unlink()
+        for step in self.steps():
+            if newest is None or step > newest:
+                self.file(step).replace(self.file(step).with_suffix(".damaged"))
+        self._drop_old()
+
+
+def read_checkpoint(file: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The state that a file holds.
+
+    Raises:
+        DamagedCheckpoint: it cannot be read, or its bytes are truncated or altered, which `torch.load` alone would not
+            notice.
+    """
+    try:
+        content = memoryview(file.read_bytes())
+    except OSError as error:
+        raise DamagedCheckpoint(f"{file}: {error.strerror}") from error
+    payload, trailer = content[:-_TRAILER_LENGTH], content[-_TRAILER_LENGTH:]
+    if trailer != _MAGIC + hashlib.sha256(payload).digest():
+        raise DamagedCheckpoint(f"{file}: its content does not match its digest")
+    state: dict[str, Any] = torch.load(BytesIO(payload), map_location=device, weights_only=True)
+    return state
+
 
 class _HashingWriter:
     """A binary file that hashes what is written to it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.sha256 = file, hashlib.sha256()
+        self._error: OSError | None = None
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Writes a state.
+
+        Raises:
+            OSError: the file cannot be written. `torch.save` makes it an error of its own, without the reason.
+        """
+        try:
+            torch.save(state, self)  # type: ignore[arg-type]
+        except RuntimeError:
+            if self._error is not None:
+                raise self._error from None
+            raise
 
     def write(self, data: bytes) -> int:
         self.sha256.update(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self._error = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()

@@ -15,15 +15,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
-from gsda_fast.errors import TrainingError, UsageError
+from gsda_fast.errors import Stopped, TrainingError, UsageError
 
 T = TypeVar("T")
+Shared = UsageError | TrainingError | Stopped
+_SHARED = (UsageError, TrainingError, Stopped)
+"""What ends all ranks alike, once one of them has found it."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ class Ranks:
         """What `make` returns on the first rank, the only one that calls it.
 
         Raises:
-            UsageError: raised by `make`; every rank raises it, the first one tells of it.
+            UsageError, TrainingError, Stopped: raised by `make`; every rank raises it, the first one tells of it.
         """
         if not self.several:
             return make()
@@ -161,7 +165,7 @@ class Ranks:
         if self.first:
             try:
                 result[0] = make()
-            except UsageError as error:
+            except _SHARED as error:
                 result[1] = error
         dist.broadcast_object_list(result, src=0)
         if result[1] is not None:
@@ -173,19 +177,30 @@ class Ranks:
         """What `make` returns here, if no rank fails: a mistake that one rank finds ends all of them, told once.
 
         Raises:
-            UsageError: the one of the lowest rank.
+            UsageError, TrainingError, Stopped: the one of the lowest rank.
         """
         value: T | None = None
-        failure: UsageError | None = None
+        failure: Shared | None = None
         try:
             value = make()
-        except UsageError as error:
+        except _SHARED as error:
             failure = error
         failures = [each for each in self.gather_objects(failure) if each is not None]
         if failures:
             raise self._told(failures[0])
-        assert value is not None
-        return value
+        return cast(T, value)
+
+    def one_after_another(self, make: Callable[[], object]) -> None:
+        """Calls `make` on one rank of each machine, on the first machine before all others; every rank waits for it.
+
+        For what lands in a cache: on a disk that all machines share it is found there after the first call, on disks
+        of their own each machine has it once.
+
+        Raises:
+            UsageError: raised by `make`; every rank raises it, the first one tells of it.
+        """
+        for mine in (self.first, self.local_rank == 0 and not self.first):
+            self.together(lambda mine=mine: make() if mine else None)  # type: ignore[misc]
 
     def require_equal(self, values: Mapping[str, Any]) -> None:
         """Checks that all ranks train the same thing.
@@ -209,7 +224,7 @@ class Ranks:
                         )
                     )
 
-    def _told(self, error: UsageError) -> UsageError:
+    def _told(self, error: Shared) -> Shared:
         error.told = not self.first
         return error
 
@@ -248,6 +263,9 @@ def join(device_type: str, timeout: int) -> Iterator[Ranks]:
         dist.init_process_group(
             "nccl" if device_type == "cuda" else "gloo",
             timeout=timedelta(seconds=timeout),
+            store=_store(rank, world_size, timedelta(seconds=timeout)),
+            rank=rank,
+            world_size=world_size,
             device_id=torch.device("cuda", ranks.local_rank) if device_type == "cuda" else None,
         )
         yield ranks
@@ -264,9 +282,29 @@ def join(device_type: str, timeout: int) -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
+def _store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """The store through which the processes find each other, of this attempt alone.
+
+    torchrun's own store outlives the processes. Where torchrun starts them again, the addresses of the dead ones are in
+    it still, and would be taken for those of the living. Machines can count their attempts differently; one cannot.
+    """
+    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        return store
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
 def rank_of_environment() -> int:
     """The number that torchrun gave this process; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))
+
+
+def mean_of_buffers(of_ranks: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """What `Ranks.mean_buffers` would come to, from the buffers of all ranks."""
+    first, *others = of_ranks
+    if all(torch.equal(first[name], each[name]) for each in others for name in first):
+        return dict(first)
+    return {name: torch.stack([each[name] for each in of_ranks]).mean(dim=0) for name in first}
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -1,4 +1,4 @@
-"""Keeps numbers that are not finite out of the parameters, without the host waiting for the device at each step."""
+"""What ranks tell each other in each step, without the host waiting for the device: bad numbers, a wish to stop."""
 
 from __future__ import annotations
 
@@ -17,14 +17,21 @@ class Guard:
     """A flag on the device that keeps every optimizer from moving, from the first step with a bad number on.
 
     All ranks come to the same flag: the loss terms' indicators are averaged over them with the gradients, and a bad
-    number in one rank's gradients is one in the averaged gradients.
+    number in one rank's gradients is one in the averaged gradients. The wish to stop, which a signal has told some of
+    the ranks, goes the same way; so all of them know of it after the same step.
 
     Args:
         device: where training runs.
+
+    Attributes:
+        stop: whether a rank wants to stop, and all of them know by now.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self.stop = False
+        self._wish = torch.zeros(1, device=device)
+        self._wishes = torch.zeros((), device=device)
         self._stopped = torch.zeros((), device=device)
         self._skipped = torch.zeros((), device=device)
         self._step = torch.full((), -1, dtype=torch.int64, device=device)
@@ -38,11 +45,14 @@ class Guard:
         self._skipped = self._stopped
         self._names, self._moves = [], []
 
-    @staticmethod
-    def indicators(total: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
-        """(1 + terms,) float32: 1 for each loss that is not finite, the objective first."""
+    def ask_to_stop(self) -> None:
+        """Tells the other ranks in the next step; within ten steps, `stop` is set on all of them at once."""
+        self._wish.fill_(1)
+
+    def indicators(self, total: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
+        """(1 + terms + 1,) float32: 1 for each loss that is not finite, the objective first; 1 for the wish to stop."""
         values = torch.stack([total.detach().float(), *(term.detach().float() for term in terms.values())])
-        return (~torch.isfinite(values)).float()
+        return torch.cat([(~torch.isfinite(values)).float(), self._wish])
 
     def check(
         self,
@@ -66,7 +76,8 @@ class Guard:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         bad_gradient = (~torch.isfinite(norm)).float().reshape(1)
-        bad = torch.cat([(indicators > 0).float(), bad_gradient])
+        self._wishes = torch.maximum(self._wishes, indicators[-1])
+        bad = torch.cat([(indicators[:-1] > 0).float(), bad_gradient])
         self._skipped = torch.maximum(self._skipped, bad.amax())
         self._names += [f"objective of the {player}", *terms, f"gradient norm of the {player}"]
         self._moves.append(bad if not scaled else torch.cat([bad[:-1], torch.zeros_like(bad_gradient)]))
@@ -92,11 +103,12 @@ class Guard:
             self._start_copy()
 
     def require_finite(self) -> None:
-        """Waits for the device and raises if any step so far had a number that was not finite.
+        """Waits for the device and raises if any step so far had a number that was not finite. Sets `stop` as well.
 
         Raises:
             TrainingError: naming the first such step and what was not finite in it.
         """
+        self.stop = self.stop or bool(self._wishes)
         if not bool(self._stopped):
             return
         assert self._bad is not None
@@ -122,8 +134,8 @@ class Guard:
             )
 
     def _start_copy(self) -> None:
-        copy = torch.empty((), pin_memory=True)
-        copy.copy_(self._stopped, non_blocking=True)
+        copy = torch.empty(2, pin_memory=True)
+        copy.copy_(torch.stack([self._stopped, self._wishes]), non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         self._copy = copy, event
@@ -134,5 +146,7 @@ class Guard:
         copy, event = self._copy
         if event is not None:
             event.synchronize()
-        if bool(copy):
+        stopped, wishes = copy.tolist()
+        self.stop = self.stop or wishes > 0
+        if stopped:
             self.require_finite()

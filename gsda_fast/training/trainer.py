@@ -11,14 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gsda_fast.data.batches import Batch, Loader, Role
+from gsda_fast.data.batches import Batch, Crops, Loader, Role
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.sampling import SamplingPlan
+from gsda_fast.errors import Stopped
 from gsda_fast.methods import Method, StepInputs
 from gsda_fast.model import ModelOutput
 from gsda_fast.results.metrics import AccuracyHistory, EvaluationFigures, evaluation_figures
-from gsda_fast.training.distributed import Ranks
-from gsda_fast.training.figures import peak_memory
+from gsda_fast.training.distributed import Ranks, mean_of_buffers
+from gsda_fast.training.figures import Floors, peak_memory
+from gsda_fast.training.generators import generator_states, set_generator_states
 from gsda_fast.training.optim import OptimizerSettings, build_optimizers, set_learning_rate
 from gsda_fast.training.pseudo_labels import confident_labels
 from gsda_fast.training.schedules import Schedule
@@ -53,9 +55,15 @@ class Trainer:
         ranks: the processes of the run. Its calls are made by all of them, at the same steps: nearly every method of
             this class is one for all ranks together.
         scale_losses: for fp16.
+        test_crops: crops of a target image over which the figures average its probabilities. Nothing that trains
+            depends on it: pseudo-labels and what the method refreshes come from the centre crop.
+        stop: whether this process has been asked to stop, looked at in each step.
+        cuda_graphs: whether compiled parts are replayed as CUDA graphs.
+        floors: what the network costs at least here, for figures; None where that is not known.
 
     Attributes:
         profiler: told of each step, if there is one.
+        unscored: the figures of the last step, which wait for those of the target's scoring that follows.
     """
 
     def __init__(
@@ -72,14 +80,21 @@ class Trainer:
         log_every: int,
         ranks: Ranks | None = None,
         scale_losses: bool = False,
+        test_crops: Crops = 1,
+        stop: Callable[[], bool] = lambda: False,
+        cuda_graphs: bool = False,
+        floors: Floors | None = None,
     ) -> None:
         self.method, self.loader, self.plan, self.schedule = method, loader, plan, schedule
-        self.target_labels = torch.from_numpy(target.labels)
+        self.target_labels, self.classes = torch.from_numpy(target.labels), target.classes
         self.confidence_threshold, self.device, self.log_every = confidence_threshold, device, log_every
+        self.test_crops: Crops = test_crops
         self.optimizers = build_optimizers(method.players(), optimizer)
-        self.ranks = ranks or Ranks()
+        self.ranks, self.floors, self.cuda_graphs = ranks or Ranks(), floors, cuda_graphs
         self.updater = Updater(method.players(), self.optimizers, self.ranks, device, scale_losses)
+        self._stop = stop
         self.profiler: torch.profiler.profile | None = None
+        self.unscored: dict[str, float | None] | None = None
         self.history = AccuracyHistory()
         self.step = 0
         self.probabilities: Tensor | None = None
@@ -91,37 +106,59 @@ class Trainer:
         """Wall-clock time of the run so far, that of interrupted attempts included."""
         return self._earlier_seconds + time.perf_counter() - self._started
 
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done and the target has been scored after the last one."""
+        return self.step >= self.schedule.steps and self.unscored is None
+
     def run(self, on_scored: Callable[[], None]) -> Iterator[Report]:
         """Trains to the last step, yielding a report at each log step and each scoring.
 
+        It ends before, on all ranks after the same step, if one of them is asked to stop; `finished` tells. Then, too,
+        the state is whole: a run that goes on from it reports what it would have reported without the interruption.
+
         Args:
             on_scored: called after the report of each scoring has been taken, with the plan renewed: the moment at
-                which a checkpoint is whole.
+                which a checkpoint is due.
         """
-        while self.step < self.schedule.steps:
-            segment = range(self.step, self.schedule.segment_end(self.step))
-            for values in self._steps(segment):
-                memory = self.ranks.max(peak_memory(self.device), self.device)
-                if self.step < segment.stop:
-                    yield Report(self.step, values, memory)
-                    continue
+        while not self.finished:
+            if self.unscored is None:
+                segment = range(self.step, self.schedule.segment_end(self.step))
+                for values in self._steps(segment):
+                    if self.step == segment.stop:
+                        self.unscored = values
+                    else:
+                        yield self._report(values)
+                if self.updater.stop:
+                    return
+            assert self.unscored is not None
+            try:
                 figures = self._score_target()
-                values |= {"accuracy": figures.accuracy, "mean_per_class": figures.mean_per_class}
-                values["mutual_information"] = figures.mutual_information
-                yield Report(self.step, values, memory, figures)
-                on_scored()
+            except Stopped:
+                return
+            values, self.unscored = self.unscored, None
+            values |= {"accuracy": figures.accuracy, "mean_per_class": figures.mean_per_class}
+            values["mutual_information"] = figures.mutual_information
+            yield self._report(values, figures)
+            on_scored()
+
+    def _report(self, values: dict[str, float | None], figures: EvaluationFigures | None = None) -> Report:
+        return Report(self.step, values, self.ranks.max(peak_memory(self.device), self.device), figures)
 
     def _steps(self, segment: range) -> Iterator[dict[str, float | None]]:
-        """The training steps of a segment; figures at log steps and after the last one."""
+        """The training steps of a segment, unless a rank wants to stop; figures at log steps and after the last one."""
         self.method.train()
         batches = self.loader.train(self.plan, segment, self.ranks.rank)
         clock = _Clock()
         for step in segment:
+            if self._stop():
+                self.updater.ask_to_stop()
             before = time.perf_counter()
             batch = next(batches)
             clock.waiting += time.perf_counter() - before
             terms = self._train_step(step, batch)
             clock.images += len(batch.source_images) + len(batch.target_images)
+            clock.computed += len(batch.source_images) * (1 if self._source_alone(step) else 2)
             self.step = step + 1
             if self.profiler is not None:
                 self.profiler.step()
@@ -129,6 +166,9 @@ class Trainer:
                 self.updater.require_finite()
                 yield {**self._mean_terms(terms), **self._rates(step, clock)}
                 clock = _Clock()
+            if self.updater.stop:
+                self._note(clock)
+                return
 
     def _mean_terms(self, terms: dict[str, Tensor]) -> dict[str, float | None]:
         """Means over the ranks, in one transfer to the host."""
@@ -136,21 +176,34 @@ class Trainer:
         return dict(zip(terms, values))
 
     def _rates(self, step: int, clock: _Clock) -> dict[str, float | None]:
-        seconds, images = clock.seconds(), clock.images * self.ranks.world_size
-        self.images_seen += images
-        self.training_seconds += seconds
+        seconds, images = self._note(clock)
         waited = self.ranks.mean(torch.tensor(clock.waiting / seconds, device=self.device))
         return {
             "learning_rate": max(g["lr"] for o in self.optimizers.values() for g in o.param_groups),
             "adversarial_ramp": self.schedule.adversarial_ramp(step),
             "images_per_second": images / seconds,
             "data_wait": float(waited),
+            **({} if self.floors is None else self.floors.shares(clock.computed, seconds)),
         }
+
+    def _note(self, clock: _Clock) -> tuple[float, int]:
+        """Adds what the clock has counted, on all ranks, to the run's sums."""
+        seconds, images = clock.seconds(), clock.images * self.ranks.world_size
+        self.images_seen += images
+        self.training_seconds += seconds
+        return seconds, images
+
+    def _source_alone(self, step: int) -> bool:
+        return self.schedule.warming_up(step) or self.method.target_samples == "none"
 
     def _train_step(self, step: int, batch: Batch) -> dict[str, Tensor]:
         sizes = len(batch.source_images), len(batch.target_images)
         # The mean over ranks of local means is the global mean for equal parts alone.
         assert sizes == (self.plan.batch_size, self.plan.batch_size), f"a batch of {sizes}, {self.plan.batch_size} each"
+        if self.cuda_graphs:
+            # Without it, the discriminators' backward pass would end the step for the graphs, and their second forward
+            # pass take over the memory of the features that the encoder's backward pass still needs.
+            torch.compiler.cudagraph_mark_step_begin()
         set_learning_rate(self.optimizers, self.schedule.learning_rate_factor(step))
         inputs = StepInputs(
             source_images=batch.source_images,
@@ -164,69 +217,111 @@ class Trainer:
 
     def _score_target(self) -> EvaluationFigures:
         """Scores the target, notes the figures, and renews the choice of the target samples that train."""
-        self.probabilities = self.predict("target")
+        of_centre = self.predict("target", 1, stoppable=True)
+        self.probabilities = of_centre
+        if self.test_crops != 1:
+            self.probabilities = self.predict("target", self.test_crops, stoppable=True)
         figures = evaluation_figures(self.target_labels, self.probabilities)
         self.history.add(self.step, figures)
+        self.method.refresh(of_centre)
         if self.method.target_samples == "confident":
-            self.plan = self.plan.with_target(confident_labels(self.probabilities, self.confidence_threshold))
+            self.plan = self.plan.with_target(confident_labels(of_centre, self.confidence_threshold))
         return figures
 
-    def predict(self, domain: Role) -> Tensor:
-        """(n, r) float32 class probabilities of a domain, in its order, on the CPU."""
-        return self._evaluate(domain, None, lambda output: output.logits.float().softmax(1))
+    def predict(self, domain: Role, crops: Crops = 1, *, stoppable: bool = False) -> Tensor:
+        """(n, r) float32 class probabilities of a domain, means over the crops, in its order, on the CPU.
+
+        Raises:
+            Stopped: a rank has been asked to stop, and this is `stoppable`.
+        """
+
+        def probabilities(output: ModelOutput) -> Tensor:
+            return output.logits.float().softmax(1).unflatten(0, (-1, crops)).mean(1)
+
+        return self._evaluate(domain, None, probabilities, crops, stoppable=stoppable)
 
     def features(self, domain: Role, index: np.ndarray) -> np.ndarray:
         """(len(index), D) float32 features of the samples `index` of a domain."""
         return self._evaluate(domain, index, lambda output: output.features.float()).numpy()
 
     @torch.no_grad()
-    def _evaluate(self, domain: Role, index: np.ndarray | None, of: Callable[[ModelOutput], Tensor]) -> Tensor:
+    def _evaluate(
+        self,
+        domain: Role,
+        index: np.ndarray | None,
+        of: Callable[[ModelOutput], Tensor],
+        crops: Crops = 1,
+        *,
+        stoppable: bool = False,
+    ) -> Tensor:
         """Rows for the samples `index`, or for all of a domain, each rank computing its share, on the CPU."""
         self.ranks.mean_buffers(self.method)
         self.method.eval()
         count = len(self.plan.source_labels) if domain == "source" else self.plan.num_target
         samples = np.arange(count) if index is None else index
         share = samples[self.ranks.shard(len(samples))]
-        # Not the compiled network: it would be compiled anew for the shapes of evaluation.
-        rows = [of(self.method.model.forward(images)) for images, _ in self.loader.evaluate(domain, share)]
+        rows = []
+        for images, _ in self.loader.evaluate(domain, share, crops):
+            if stoppable and self.ranks.max(self._stop(), self.device):
+                raise Stopped
+            # Not the compiled network: it would be compiled anew for the shapes of evaluation.
+            rows.append(of(self.method.model.forward(images)))
         return self.ranks.gather(torch.cat(rows), len(samples)).cpu()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that must survive a crash; all else is a function of it and the configuration."""
+        """Everything that must survive a crash; all else is a function of it and the configuration.
+
+        All ranks call it and get the same: what belongs to each of them is in a list over the ranks. Buffers do,
+        between two scorings; as part of the method they are what a scoring would make of them.
+        """
         table = self.plan.target_table
+        own = {"random": generator_states(self.device), "buffers": self._own_buffers()}
+        of_ranks = self.ranks.gather_objects(own)
         return {
             "step": self.step,
-            "method": self.method.state_dict(),
+            "classes": list(self.classes),
+            "method": {**self.method.state_dict(), **mean_of_buffers([each["buffers"] for each in of_ranks])},
             **self.updater.state_dict(),
             "target_table": None if table is None else torch.from_numpy(table),
+            "unscored": self.unscored,
             "history": self.history.state_dict(),
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "ranks": of_ranks,
             "images_seen": self.images_seen,
             "training_seconds": self.training_seconds,
             "seconds": self.seconds,
         }
 
+    def _own_buffers(self) -> dict[str, Tensor]:
+        """The buffers that differ between ranks, on the host."""
+        if not self.ranks.several:
+            return {}
+        stored = self.method.state_dict()
+        buffers = {name: buffer for name, buffer in self.method.named_buffers() if name in stored}
+        return {name: buffer.cpu().clone() for name, buffer in buffers.items() if buffer.is_floating_point()}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`. As many ranks as there were go on with what was theirs; others evaluate only."""
         self.step = state["step"]
-        self.method.load_state_dict(state["method"])
         self.updater.load_state_dict(state)
         if state["target_table"] is not None:
             self.plan = self.plan.with_target(state["target_table"].numpy())
+        self.unscored = state["unscored"]
         self.history.load_state_dict(state["history"])
-        torch.set_rng_state(state["random"].cpu())
-        # A checkpoint may be read on a machine without a GPU, or go on there.
-        if state["random_cuda"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random_cuda"].cpu(), self.device)
+        if len(state["ranks"]) != self.ranks.world_size:
+            self.method.load_state_dict(state["method"])
+        else:
+            own = state["ranks"][self.ranks.rank]
+            self.method.load_state_dict({**state["method"], **own["buffers"]})
+            set_generator_states(own["random"], self.device)
         self.images_seen, self.training_seconds = state["images_seen"], state["training_seconds"]
         self._earlier_seconds, self._started = state["seconds"], time.perf_counter()
 
 
 class _Clock:
-    """Seconds and images since the last report."""
+    """Seconds and images of this rank since the last report; `computed`: images that went through the network."""
 
     def __init__(self) -> None:
-        self.start, self.waiting, self.images = time.perf_counter(), 0.0, 0
+        self.start, self.waiting, self.images, self.computed = time.perf_counter(), 0.0, 0, 0
 
     def seconds(self) -> float:
         return time.perf_counter() - self.start

@@ -68,6 +68,15 @@ class Updater:
         self._guard.end(step)
         return terms
 
+    @property
+    def stop(self) -> bool:
+        """Whether a rank wants to stop; it changes after the same step on all of them."""
+        return self._guard.stop
+
+    def ask_to_stop(self) -> None:
+        """Tells all ranks, within ten steps, that this one wants to stop."""
+        self._guard.ask_to_stop()
+
     def require_finite(self) -> None:
         """Waits for the device; before a checkpoint.
 

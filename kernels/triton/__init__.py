@@ -13,6 +13,9 @@ _INSTALLED = importlib.util.find_spec("triton") is not None
 # Triton's own switch, which it reads when it is imported: kernels then run on CPU tensors, for tests.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+# Triton's own bound, and the least that has tensor cores for bfloat16.
+_LEAST_CAPABILITY = (8, 0)
+
 
 class TritonBackend:
     """float32, bfloat16 and float16 on a CUDA device, float32 parameters beside half-precision features included."""
@@ -24,6 +27,13 @@ class TritonBackend:
             return None
         if device.type != "cuda" or not torch.cuda.is_available():
             return "no CUDA device"
+        if torch.version.hip is not None:
+            return "AMD GPUs are not supported"
+        # Not `get_device_capability`: torch.compile takes these properties for the constants that they are.
+        properties = torch.cuda.get_device_properties(device)
+        if (properties.major, properties.minor) < _LEAST_CAPABILITY:
+            found, least = f"{properties.major}.{properties.minor}", "{}.{}".format(*_LEAST_CAPABILITY)
+            return f"compute capability {found}; expected {least} or newer"
         return None
 
     def unsupported(self, dtype: torch.dtype) -> str | None:

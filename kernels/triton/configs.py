@@ -1,10 +1,36 @@
-"""Tile sizes and launch parameters of the products: a pure function of shapes. Nothing is tuned at first call."""
+"""Tile sizes and launch parameters of the products: a pure function of shapes. Nothing is tuned at first call.
+
+The values stand in table.py, which benchmarks/tune_triton.py writes.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
+
+from gsda_kernels.triton.table import TABLE
+
+KINDS = ("half", "mixed", "tf32", "float32")
+SHAPE_CLASSES = ("small", "medium", "large", "unaligned")
+ANY_CHIP = "any"
+
+
+class Key(NamedTuple):
+    """What a row of the table is for.
+
+    Attributes:
+        chip: ``sm_90`` and the like, or ``any``, whose rows stand in where a chip has none of its own.
+        kind: of the operands: ``half`` (bfloat16, float16), ``mixed`` (those, with float32 parameters), ``tf32``,
+            ``float32``.
+        shape_class: see `shape_class`.
+    """
+
+    chip: str
+    kind: str
+    shape_class: str
 
 
 @dataclass(frozen=True)
@@ -40,40 +66,59 @@ class Configuration:
         return self.layer.block_rows
 
 
+Rows = Mapping[tuple[str, str, str], Mapping[str, tuple[int, int, int, int, int]]]
+
+
 def configure(
-    num_samples: int, dim: int, hidden: int, dtype: torch.dtype, parameter_dtype: torch.dtype, precision: str
+    num_samples: int,
+    dim: int,
+    hidden: int,
+    dtype: torch.dtype,
+    parameter_dtype: torch.dtype,
+    precision: str,
+    chip: str | None = None,
+    table: Rows = TABLE,
 ) -> Configuration:
-    """The configuration for one shape class.
+    """The configuration for one shape class, operand kind and chip.
 
     Args:
         num_samples: bounds the pairs of one discriminator. dim, hidden: D and H.
         dtype: of the features and of the products. parameter_dtype: of the weights as they are stored.
         precision: ``ieee`` or ``tf32``, for float32 products.
+        chip: ``sm_90`` and the like; None where there is none to ask.
     """
-    # An iteration takes as many bytes in every dtype.
-    unaligned = dim % 16 != 0 or hidden % 16 != 0
-    wide = parameter_dtype.itemsize > 2
-    inner, warps = (32, 8) if wide else (64, 4)
-    weight = Product(64, 128, inner, warps, num_stages=2)
-    if dtype == torch.float32 and precision == "ieee":
-        # Without tensor cores a tile lives in registers: small ones, or it spills.
-        layer = jacobian = weight = Product(64, 32 if unaligned else 64, 16, num_warps=8, num_stages=3)
-    elif unaligned:
-        # Rows that start anywhere are loaded one element at a time, an address each.
-        layer = jacobian = weight = Product(64, 32, 32, num_warps=8, num_stages=2)
-    elif num_samples <= 96:
-        # One or two tiles to a discriminator: reading the weights is the cost, so many programs keep loads in flight.
-        layer = Product(64, 64, inner, num_warps=4, num_stages=4)
-        jacobian = Product(64, 32, inner, num_warps=4, num_stages=4)
-    elif num_samples <= 512:
-        layer = Product(64, 128, inner, warps, num_stages=3)
-        jacobian = Product(64, 64, inner, num_warps=4, num_stages=4)
-    else:
-        layer = Product(128, 64 if wide else 128, inner, num_warps=8, num_stages=3)
-        jacobian = Product(128, 64, inner, num_warps=8, num_stages=3)
-        weight = weight if wide else Product(128, 128, inner, num_warps=8, num_stages=3)
+    kind, size = operand_kind(dtype, parameter_dtype, precision), shape_class(num_samples, dim, hidden)
+    found = look_up(Key(chip or ANY_CHIP, kind, size), table)
     widest = max(dim, hidden)
-    return Configuration(_fit(layer, hidden, widest), _fit(jacobian, dim, hidden), _fit(weight, widest, num_samples))
+    return Configuration(
+        _fit(found.layer, hidden, widest), _fit(found.jacobian, dim, hidden), _fit(found.weight, widest, num_samples)
+    )
+
+
+def look_up(key: Key, table: Rows = TABLE) -> Configuration:
+    """The chip's own row of the table, else the row for any chip."""
+    row = table[key if key in table else key._replace(chip=ANY_CHIP)]
+    return Configuration(**{product: Product(*numbers) for product, numbers in row.items()})
+
+
+def operand_kind(dtype: torch.dtype, parameter_dtype: torch.dtype, precision: str) -> str:
+    """How many bytes the operands take, and which units multiply them."""
+    if dtype == torch.float32:
+        return "tf32" if precision == "tf32" else "float32"
+    return "mixed" if parameter_dtype.itemsize > dtype.itemsize else "half"
+
+
+def shape_class(num_samples: int, dim: int, hidden: int) -> str:
+    """What decides which tiles are fast.
+
+    Few samples make one or two tiles to a discriminator: reading the weights is the cost then, so many programs keep
+    loads in flight. Rows that start anywhere (``unaligned``) are loaded one element at a time, an address each.
+    """
+    if dim % 16 != 0 or hidden % 16 != 0:
+        return "unaligned"
+    if num_samples <= 96:
+        return "small"
+    return "medium" if num_samples <= 512 else "large"
 
 
 def _fit(product: Product, columns: int, inner: int) -> Product:

@@ -224,7 +224,15 @@ def _parameter_gradients(
 
 def _configuration(features: Tensor, w1: Tensor) -> Configuration:
     num_samples, dim = features.shape
-    return configure(num_samples, dim, w1.shape[1], features.dtype, w1.dtype, _precision(features.dtype))
+    precision, chip = _precision(features.dtype), _chip(features.device)
+    return configure(num_samples, dim, w1.shape[1], features.dtype, w1.dtype, precision, chip)
+
+
+def _chip(device: torch.device) -> str | None:
+    """The device's name in the table of configurations; None for a device that is not there, as in tests."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 def _precision(dtype: torch.dtype) -> str:

@@ -1,7 +1,7 @@
 """Compiling the Triton kernels for GPUs that are not there: the host code's own launches, and what the compiler made.
 
 The head's host code runs on fake CUDA tensors; each launch is recorded instead of made, and compiled by Triton's own
-`warmup`, with the specialisation that the launch itself would have had.
+`warmup`, with the specialisation that the launch itself would have had. Tests and benchmarks/tune_triton.py rest on it.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import re
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-import pytest
 import torch
 import triton
 from torch import Tensor
@@ -24,15 +24,26 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction, MockTensor
 
 from gsda_kernels import backends
+from gsda_kernels.triton import head
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# Bytes that one block may take: compute capability 8.0, 9.0, 10.0 and the tightest supported chips.
-SHARED_MEMORY = {80: 166912, 86: 101376, 90: 232448, 100: 232448}
+# Bytes that one block may take, by compute capability.
+SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
+TENSOR_CORES = {8: "mma.sync", 9: "wgmma.mma_async", 10: "tcgen05.mma", 12: "mma.sync"}  # by its major number
+# Which of a configuration's products a kernel is cut by.
+PRODUCT_OF = {
+    "first_layer_kernel": "layer",
+    "second_layer_kernel": "layer",
+    "hidden_gradient_kernel": "layer",
+    "hidden_backward_kernel": "layer",
+    "jacobian_kernel": "jacobian",
+    "weight_gradient_kernel": "weight",
+}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of the host code: `args` with fake tensors, `options` the constexprs and num_warps, num_stages."""
+    """One launch: `args` its tensors and numbers, `options` the constexprs, num_warps and num_stages."""
 
     kernel: JITFunction
     grid: tuple[int, ...]
@@ -42,6 +53,9 @@ class Launch:
     @property
     def name(self) -> str:
         return self.kernel.fn.__name__
+
+    def __call__(self) -> None:
+        self.kernel.run(*self.args, grid=self.grid, warmup=False, **self.options)
 
 
 @dataclass(frozen=True)
@@ -54,24 +68,43 @@ class Compiled:
     local_accesses: int
     shared: int
 
+    def flaw(self, capability: int, tensor_cores: bool) -> str | None:
+        """Why this code should not run on a chip, in a few words; None where it should."""
+        if self.local_accesses or self.stack:
+            return f"spills ({self.local_accesses} accesses, a stack of {self.stack} bytes)"
+        if self.shared > SHARED_MEMORY[capability]:
+            return f"{self.shared} bytes of shared memory; the chip has {SHARED_MEMORY[capability]}"
+        if tensor_cores and TENSOR_CORES[capability // 10] not in self.ptx:
+            return f"no {TENSOR_CORES[capability // 10]}"
+        return None
+
 
 @contextlib.contextmanager
-def recorded_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
-    """Fake tensors instead of real ones, and a list of launches instead of launches."""
+def recorded_launches(execute: Collection[str] = ()) -> Iterator[list[Launch]]:
+    """A list of launches instead of launches; kernels of the names in `execute` run as well."""
     found: list[Launch] = []
+    run = JITFunction.run
 
     def record(kernel: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
         found.append(Launch(kernel, grid, args, options))
+        if kernel.fn.__name__ in execute:
+            run(kernel, *args, grid=grid, warmup=warmup, **options)
 
-    with monkeypatch.context() as patch, FakeTensorMode():
-        patch.setattr(JITFunction, "run", record)
-        # Entering a device asks the CUDA driver for it.
-        patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    with mock.patch.object(JITFunction, "run", record):
         yield found
 
 
+@contextlib.contextmanager
+def fake_device(capability: int | None = None) -> Iterator[None]:
+    """Fake tensors on a CUDA device that need not exist, of a compute capability that the host code is told."""
+    chip = None if capability is None else f"sm_{capability}"
+    # Entering a device asks the CUDA driver for it.
+    no_device = mock.patch.object(torch.cuda, "device", return_value=contextlib.nullcontext())
+    with no_device, mock.patch.object(head, "_chip", return_value=chip), FakeTensorMode():
+        yield
+
+
 def head_launches(
-    monkeypatch: pytest.MonkeyPatch,
     *,
     num_samples: int,
     num_discriminators: int,
@@ -82,12 +115,13 @@ def head_launches(
     max_pairs: int | None = None,
     needs_grad: Sequence[bool] = (True,) * 7,
     loss_feature_scale: bool = False,
+    capability: int | None = None,
 ) -> tuple[list[Launch], list[Launch]]:
     """The launches of one forward and of one backward on fake CUDA tensors."""
     n, k, parameter_dtype = num_samples, num_discriminators, parameter_dtype or dtype
     shapes = ((k, hidden, dim), (k, hidden), (k, hidden, hidden), (k, hidden), (k, hidden), (k,))
     backend = backends.get("triton")
-    with recorded_launches(monkeypatch) as launches:
+    with fake_device(capability), recorded_launches() as launches:
         place = torch.device("cuda")
 
         def empty(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:

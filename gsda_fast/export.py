@@ -1,0 +1,115 @@
+"""`python -m gsda_fast.export RUN`: the network of a run in files that load without this project."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import tyro
+from torch import Tensor, nn
+
+from gsda_fast.commands import parse_command_line, run_command
+from gsda_fast.errors import UsageError
+from gsda_fast.model import AdaptationModel, output_layer
+from gsda_fast.results.run_folder import RunFolder, atomic_file
+from gsda_fast.training.trained import TrainedModel, load_trained
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What to export."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of a finished or interrupted run."""
+    checkpoint: int | None = None
+    """Step of the checkpoint; the newest one if not given."""
+    output: Path | None = None
+    """Folder for model.safetensors and model.pt2; `export` in the run's folder if not given."""
+
+
+class _Network(nn.Module):
+    """Encoder and classifier as they are kept: float32, and nothing of this project in what comes out."""
+
+    def __init__(self, model: AdaptationModel) -> None:
+        super().__init__()
+        self.backbone, self.bottleneck, self.classifier = model.backbone, model.bottleneck, model.classifier
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.bottleneck(self.backbone(images))
+        return features, self.classifier(features)
+
+
+def export(settings: ExportSettings) -> list[Path]:
+    """Writes two files with the same float32 network, for images (N, C, crop, crop) normalised as `facts` says.
+
+    - ``model.safetensors``: parameters and buffers, named ``backbone.* bottleneck.* classifier.*``; the metadata has
+      the facts as JSON under ``facts``.
+    - ``model.pt2``: a program of `torch.export` for any N >= 1 returning features (N, D) and logits (N, r); its extra
+      file ``facts.json`` has the same facts.
+
+    Returns:
+        The files.
+
+    Raises:
+        UsageError: no run, no such checkpoint, a damaged one, or a folder that cannot be written.
+    """
+    trained = load_trained(settings.run, settings.checkpoint)
+    folder = settings.output or RunFolder(settings.run).exported
+    told = json.dumps(facts(trained))
+    network = _Network(trained.model).to(memory_format=torch.contiguous_format)
+    weights, program = folder / "model.safetensors", folder / "model.pt2"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_file(weights) as file:
+            file.write(safetensors.torch.save(network.state_dict(), {"format": "pt", "facts": told}))
+        with atomic_file(program) as file:
+            torch.export.save(_program(network, trained), file, extra_files={"facts.json": told})
+    except OSError as error:
+        raise UsageError("--output", found=f"{folder} ({error.strerror})", expected="a folder to write") from error
+    return [weights, program]
+
+
+def facts(trained: TrainedModel) -> dict[str, Any]:
+    """All that one has to know to use the network: what it was trained as, its layers, its images, its classes."""
+    config, model, recipe = trained.config, trained.config.model, trained.recipe
+    return {
+        "task": config.task,
+        "source": config.data.source,
+        "target": config.data.target,
+        "method": config.run.method,
+        "seed": config.run.seed,
+        "step": trained.step,
+        "backbone": model.backbone,
+        "output_layer": output_layer(model.backbone),
+        "bottleneck_dim": model.bottleneck_dim,
+        "bottleneck_activation": model.bottleneck_activation,
+        **{name: dataclasses.asdict(recipe)[name] for name in ("resize", "crop", "channels", "mean", "std")},
+        "classes": trained.classes,
+    }
+
+
+def _program(network: _Network, trained: TrainedModel) -> torch.export.ExportedProgram:
+    recipe = trained.recipe
+    # Two images: a batch of one would be taken for a constant.
+    images = torch.zeros(2, recipe.channels, recipe.crop, recipe.crop)
+    return torch.export.export(
+        network, (images,), dynamic_shapes={"images": {0: torch.export.Dim("images", min=1)}}, strict=False
+    )
+
+
+def main() -> None:
+    settings = parse_command_line(
+        lambda: tyro.cli(ExportSettings, args=sys.argv[1:], prog="python -m gsda_fast.export")
+    )
+    for path in export(settings):
+        print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    run_command(main)

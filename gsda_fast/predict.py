@@ -1,0 +1,113 @@
+"""`python -m gsda_fast.predict RUN FOLDER`: class probabilities for a folder of images, as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TextIO
+
+import torch
+import tyro
+from rich.console import Console
+from torch import Tensor
+
+from gsda_fast.commands import parse_command_line, run_command
+from gsda_fast.data.domains import ImageDomain, open_images
+from gsda_fast.data.torch_loader import TorchLoader
+from gsda_fast.data.verify import progress_bars, unreadable_files
+from gsda_fast.errors import UsageError
+from gsda_fast.results.run_folder import atomic_file
+from gsda_fast.training.trained import TrainedModel, load_trained
+
+COLUMNS = ("file", "predicted_class", "confidence")
+"""What stands before the probabilities, one column for each class by its name."""
+
+
+@dataclass(frozen=True)
+class PredictSettings:
+    """What to classify, and with what."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of a finished or interrupted run."""
+    folder: tyro.conf.Positional[Path]
+    """Folder of images; they may lie anywhere below it."""
+    checkpoint: int | None = None
+    """Step of the checkpoint; the newest one if not given."""
+    output: Path | None = None
+    """CSV file to write; standard output if not given."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto: the GPU if there is one."""
+    batch_size: int = 256
+    """Images in a batch."""
+
+
+def predict(trained: TrainedModel, images: ImageDomain, batch_size: int = 256) -> Iterator[tuple[str, Tensor]]:
+    """(path below the folder, class probabilities (r,) float32 on the CPU) for each image, in order.
+
+    An image is read, resized, cropped (ten times where the run is tested so) and normalised as for the run's own
+    evaluation.
+
+    Raises:
+        UsageError: while iterating, if a file cannot be read; the message names the file.
+    """
+    loader = TorchLoader(images, images, trained.recipe, batch_size=batch_size, device=trained.device)
+    try:
+        crops = trained.config.data.test_crops
+        for batch, index in loader.evaluate("target", crops=crops):
+            with torch.no_grad():
+                probabilities = trained.model(batch).logits.softmax(1).unflatten(0, (-1, crops)).mean(1).cpu()
+            yield from zip((images.paths[i] for i in index.tolist()), probabilities)
+    finally:
+        loader.close()
+
+
+@contextmanager
+def _open(output: Path | None) -> Iterator[TextIO]:
+    """Standard output, or a file that appears when it is complete."""
+    if output is None:
+        yield sys.stdout
+        return
+    try:
+        with atomic_file(output) as file:
+            text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+            yield text
+            text.flush()
+            text.detach()
+    except OSError as error:
+        raise UsageError("--output", found=f"{output} ({error.strerror})", expected="a file to write") from error
+
+
+def main() -> int:
+    """Exit code 1 if files could not be read; each of them is named on standard error and left out."""
+    settings = parse_command_line(
+        lambda: tyro.cli(PredictSettings, args=sys.argv[1:], prog="python -m gsda_fast.predict")
+    )
+    if settings.batch_size < 1:
+        raise UsageError("--batch-size", found=str(settings.batch_size), expected="a whole number >= 1")
+    trained = load_trained(settings.run, settings.checkpoint, settings.device)
+    images = open_images(settings.folder, trained.classes)
+    with progress_bars(Console(stderr=True)) as progress:
+        unreadable = dict(unreadable_files(images, progress=progress))
+        for path, problem in unreadable.items():
+            print(f"warning: {path}: {problem}; left out", file=sys.stderr)
+        images = images.take([i for i in range(len(images)) if images.file(i) not in unreadable])
+        if not len(images):
+            raise UsageError("FOLDER", found=f"{settings.folder} without a readable image", expected="images")
+        with _open(settings.output) as file:
+            table = csv.writer(file, lineterminator="\n")
+            table.writerow([*COLUMNS, *trained.classes])
+            for done, (path, probabilities) in enumerate(predict(trained, images, settings.batch_size), start=1):
+                confidence, label = probabilities.max(0)
+                row = [f"{probability:.6g}" for probability in probabilities.tolist()]
+                table.writerow([path, trained.classes[int(label)], f"{float(confidence):.6g}", *row])
+                progress("predict", done, len(images))
+    return 1 if unreadable else 0
+
+
+if __name__ == "__main__":
+    run_command(main)

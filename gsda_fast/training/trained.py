@@ -1,0 +1,111 @@
+"""What training left behind: a checkpoint of a run, and the network in it, on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from gsda_fast.config import Config, config_from_dict
+from gsda_fast.data.benchmarks import ImageRecipe, find_benchmark
+from gsda_fast.errors import UsageError
+from gsda_fast.model import AdaptationModel, build_model
+from gsda_fast.results.run_folder import RunFolder
+from gsda_fast.training.assemble import choose_device
+from gsda_fast.training.checkpoint import CheckpointFolder, DamagedCheckpoint
+from gsda_fast.training.distributed import DistributedSettings
+from gsda_fast.training.precision import AUTOCAST_DTYPES, PrecisionSettings
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """Encoder and classifier of a run, in evaluation mode.
+
+    Attributes:
+        model: on `device`. classes: names in label order. config: of the run, as `for_scoring` changes it.
+        step: of the checkpoint. device: where the model is.
+    """
+
+    model: AdaptationModel
+    classes: tuple[str, ...]
+    config: Config
+    step: int
+    device: torch.device
+
+    @property
+    def recipe(self) -> ImageRecipe:
+        """How an image file becomes what the model was evaluated on."""
+        return find_benchmark(self.config.task).recipe
+
+
+def load_trained(run: Path, checkpoint: int | None = None, device: Device = "cpu") -> TrainedModel:
+    """The network of a finished or interrupted run; neither its data nor pretrained weights are needed.
+
+    Args:
+        run: the run's folder. checkpoint: a step; the newest checkpoint if None. device: where the network is put.
+
+    Raises:
+        UsageError: no run, no such checkpoint, a damaged one, or no such device.
+    """
+    folder = RunFolder.existing(run)
+    step, state = read_checkpoint(folder, checkpoint)
+    config = for_scoring(read_settings(folder), device)
+    model = build_model(config.model, len(state["classes"]))
+    own = "model."
+    parameters = {name.removeprefix(own): each for name, each in state["method"].items() if name.startswith(own)}
+    model.load_state_dict(parameters)
+    model.autocast_dtype = AUTOCAST_DTYPES[config.precision.precision]
+    place = torch.device(config.run.device)
+    return TrainedModel(model.to(place).eval(), tuple(state["classes"]), config, step, place)
+
+
+def read_settings(folder: RunFolder) -> Config:
+    """The settings that a run was trained with."""
+    return config_from_dict(folder.read_config(), str(folder.config_path))
+
+
+def read_checkpoint(folder: RunFolder, step: int | None = None) -> tuple[int, dict[str, Any]]:
+    """The step and the state of a checkpoint, the newest one if none is named.
+
+    Raises:
+        UsageError: there is none, or not that one, or its file is damaged.
+    """
+    checkpoints = CheckpointFolder(folder.checkpoints)
+    steps = checkpoints.steps()
+    if not steps:
+        raise UsageError(str(folder.path), found="no checkpoint", expected="a run that was scored at least once")
+    chosen = steps[-1] if step is None else step
+    if chosen not in steps:
+        raise UsageError("--checkpoint", found=str(chosen), expected=f"one of {', '.join(map(str, steps))}")
+    try:
+        return chosen, checkpoints.load(chosen)
+    except DamagedCheckpoint as error:
+        raise UsageError("--checkpoint", found=str(error), expected="an undamaged file") from error
+
+
+def for_scoring(config: Config, device: Device) -> Config:
+    """The settings of a run for scoring images with its parameters, perhaps on another kind of machine.
+
+    Nothing is fetched, compiled or optimised. What was chosen for the run's device (precision, loader) stays where this
+    one is of the same kind, and is chosen anew where it is not.
+
+    Raises:
+        UsageError: a GPU is asked for and not there.
+    """
+    here = choose_device(replace(config, run=replace(config.run, device=device)))
+    alike = config.run.device == here
+    precision = PrecisionSettings(config.precision.precision if alike else "auto", "off")
+    return replace(
+        config,
+        run=replace(config.run, device=here),
+        data=replace(config.data, loader=config.data.loader if alike else "auto"),
+        model=replace(config.model, weights="none"),
+        adversarial=replace(config.adversarial, backend="auto"),
+        optimizer=replace(config.optimizer, optimizer="auto"),
+        precision=precision.resolved(here),
+        distributed=DistributedSettings(),
+    )

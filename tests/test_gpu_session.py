@@ -1,0 +1,54 @@
+"""The session on a GPU, rehearsed on a CPU as far as that goes: what is measured, in which files, and how it fails."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_session
+
+
+def test_rows_hold_every_player_and_contender(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_session, "_timed", lambda run, graph: {"eager_ms": float(len(run())), "graph": graph})
+    rows = list(gpu_session._rows(["digits"], ["float32"], device="cpu"))
+    assert {row["player"]: row["eager_ms"] for row in rows} == {
+        "discriminator step": 6.0,
+        "encoder step": 1.0,
+        "both players": 7.0,
+    }
+    assert [row for row in rows if "failed" in row] == []
+    assert {"strong autograd baseline", "torch"} <= {row["contender"] for row in rows}
+    # Against the first contender, in float32.
+    assert all(row["error"] < 1e-4 for row in rows)
+
+
+def test_a_contender_that_fails_is_a_row_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(run: object, graph: bool) -> dict[str, float]:
+        raise torch.cuda.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(gpu_session, "_timed", out_of_memory)
+    rows = list(gpu_session._rows(["digits"], ["float32"], device="cpu"))
+    assert len(rows) > 5
+    assert all("no more" in row["failed"] for row in rows)
+
+
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu_session.py"])
+    assert gpu_session.main() == 2
+    assert capsys.readouterr().err.startswith("error: found no CUDA device; expected one")
+
+
+@pytest.mark.slow
+def test_the_training_step_is_timed_into_a_file(tmp_path: Path) -> None:
+    options = ["--device=cpu", "--task=digits", "--batch-size=4", "--steps=2"]
+    options += ["-k", "test_step and fp32 and eager and (source-only or gsda)"]
+    assert gpu_session.time_training_steps(tmp_path, options) == 0
+    found = json.loads((tmp_path / "step.json").read_text())
+    assert len(found["benchmarks"]) == 2
+    assert all(each["extra_info"]["images_per_second"] > 0 for each in found["benchmarks"])
+    assert found["machine_info"]["torch"] == torch.__version__
+    assert found["commit_info"]["id"]
+    assert "2 passed" in (tmp_path / "step.txt").read_text()
