@@ -139,7 +139,7 @@ def _set_up(
     # Read by one process and handed to the others, which may not see its disk.
     start = ranks.from_first(lambda: find_start(config, folder, identity))
     for line in start.warnings:
-        console.print(f"warning: {line}; going back to the one before it", style="yellow", soft_wrap=True)
+        console.print(f"warning: {line}; passed over", style="yellow", soft_wrap=True)
 
     if config.data.verify and not config.data.synthetic:
         with progress_bars(console) as progress:

@@ -68,13 +68,17 @@ def zero_one_page(content: bytearray) -> bytes:
     return bytes(content)
 
 
+def zero_everything(content: bytearray) -> bytes:
+    return bytes(len(content))
+
+
 def empty(content: bytearray) -> bytes:
     return b""
 
 
 @pytest.mark.parametrize(
     "damage",
-    [cut_off, cut_off_by_one, flip_one_bit, flip_in_the_digest, zero_one_page, empty],
+    [cut_off, cut_off_by_one, flip_one_bit, flip_in_the_digest, zero_one_page, zero_everything, empty],
     ids=lambda f: f.__name__,
 )
 def test_damage_is_noticed_and_the_one_before_is_used(
@@ -90,6 +94,70 @@ def test_damage_is_noticed_and_the_one_before_is_used(
     assert differences(found, state(50)) == []
     assert len(lines) == 1
     assert str(file) in lines[0]
+
+
+def test_damage_anywhere_is_noticed(folder: CheckpointFolder) -> None:
+    file = folder.file(100)
+    whole = file.read_bytes()
+    for place in range(0, len(whole), len(whole) // 100):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        zeroed = whole[:place] + bytes(64) + whole[place + 64 :]
+        for changed in (bytes(flipped), whole[:place], zeroed[: len(whole)]):
+            if changed != whole:
+                file.write_bytes(changed)
+                with pytest.raises(DamagedCheckpoint):
+                    folder.load(100)
+    file.write_bytes(whole)
+    assert differences(folder.load(100), state(100)) == []
+
+
+def test_a_file_that_cannot_be_read_is_passed_over(folder: CheckpointFolder) -> None:
+    folder.file(100).unlink()
+    folder.file(100).mkdir()
+    found, lines = folder.load_newest()
+    assert differences(found, state(50)) == []
+    assert lines == [f"{folder.file(100)}: Is a directory"]
+
+
+def test_what_is_damaged_takes_no_place_among_those_kept(folder: CheckpointFolder) -> None:
+    folder.file(100).write_bytes(b"x")
+    folder.tidy(newest=50)
+    assert sorted(file.name for file in folder.path.iterdir()) == ["step-00000050.pt", "step-00000100.damaged"]
+    folder.save(75, state(75))
+    assert folder.steps() == [50, 75]
+
+
+def test_tidying_removes_what_is_half_written_and_nothing_else(folder: CheckpointFolder) -> None:
+    (folder.path / "step-00000150.tmp").write_bytes(b"half")
+    (folder.path / "notes.tmp").write_bytes(b"mine")
+    folder.tidy(newest=100)
+    expected = ["notes.tmp", "step-00000050.pt", "step-00000100.pt"]
+    assert sorted(file.name for file in folder.path.iterdir()) == expected
+
+
+def test_tidying_removes_what_a_kill_in_the_middle_of_a_save_has_left(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointFolder, "_drop_old", lambda self: None)
+        folder.save(150, state(150))
+    assert folder.steps() == [50, 100, 150]
+    folder.tidy(newest=150)
+    assert folder.steps() == [100, 150]
+
+
+def test_two_are_there_at_every_moment_of_a_save(folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[int]] = []
+
+    def seeing(name: str) -> None:
+        original = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, **kinds: (seen.append(folder.steps()), original(*args, **kinds))[1])
+
+    for name in ("fsync", "replace", "unlink"):
+        seeing(name)
+    folder.save(150, state(150))
+    assert seen == [[50, 100], [50, 100], [50, 100, 150], [50, 100, 150]]
 
 
 def test_all_damaged_is_none_with_a_line_each(folder: CheckpointFolder) -> None:

@@ -472,12 +472,12 @@ def torchrun_command(*arguments: str, script: Path | None = None, restarts: int 
 
 def torchrun(*arguments: str, script: Path | None = None, restarts: int = 0) -> subprocess.CompletedProcess[str]:
     command = torchrun_command(*arguments, script=script, restarts=restarts)
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
 def one_process(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "gsda_fast.train", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
 TWO = ("digits", *STEPS, "--batch-size", "16")

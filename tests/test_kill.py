@@ -118,11 +118,11 @@ def of_third_save(moments: list[str]) -> list[int]:
 
 
 def some(runs: Runs) -> list[int]:
-    """One moment of each kind in a save, and the step before."""
+    """One moment of each kind in a save, the step before, and the removal of the oldest in the last save of all."""
     chosen: dict[str, int] = {}
     for moment in of_third_save(runs.moments):
-        chosen.setdefault(runs.moments[moment].replace("00000006.pt", ""), moment)
-    return list(chosen.values())
+        chosen.setdefault(runs.moments[moment], moment)
+    return [*chosen.values(), runs.moments.index("unlink step-00000004.pt")]
 
 
 @pytest.mark.filterwarnings("ignore:domain .* found .* images")

@@ -13,6 +13,7 @@ from gsda_fast.results.run_folder import RunFolder, RunResult
 from gsda_fast.results.suite_folder import (
     Layout,
     SuiteFolder,
+    paired_sweep_tables,
     paired_tables,
     read_settings,
     suite_tables,
@@ -255,6 +256,26 @@ def test_sweep_tables_by_hand(tmp_path: Path) -> None:
     assert [(row.label, [cell.mean for cell in row.cells]) for row in dann.rows] == [("alpha=0.1", [50.0, None, None])]
     assert gsda.header == ("setting", "M->F", "O->F", "avg")
     assert gsda.title == "digits gsda: overall accuracy, last step"
+
+
+def on_ten_crops(found: list[RunResult]) -> list[RunResult]:
+    return [replace(result, test_crops=10) for result in found]
+
+
+def test_a_sweep_tells_of_ten_crops_what_holds_for_all_of_it(tmp_path: Path) -> None:
+    variants, layout = sweep(tmp_path)
+    for ten, notes in ((("alpha=0.1", "alpha=1"), ("ten-crop test",)), (("alpha=0.1",), ()), ((), ())):
+        tested = {name: on_ten_crops(of) if name in ten else of for name, of in variants.items()}
+        assert [table.notes for table in sweep_tables(tested, layout) if table.subject == "gsda"] == [notes] * 3
+
+
+def test_paired_differences_between_settings_by_hand(tmp_path: Path) -> None:
+    (table,) = paired_sweep_tables(*sweep(tmp_path))  # dann has one setting alone
+    assert table.title == "digits gsda: paired differences of overall accuracy after the last step, in points"
+    assert table.header == ("difference", "M->F", "O->F", "all", "higher in")
+    assert table.lines == [("alpha=1 - alpha=0.1", "+10.0 (1)", "-", "+10.0 (1)", "1 of 1")]
+    # A setting such as warmup is no part of what two runs have in common.
+    assert "share" not in table.caption
 
 
 def test_files_of_a_sweep(tmp_path: Path) -> None:

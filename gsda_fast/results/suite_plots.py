@@ -103,7 +103,10 @@ def bars(rows: Sequence[Bars], columns: Sequence[str], title: str, unit: str, *,
 
 
 def _mark(axes: Axes, value: float, position: float, thickness: float) -> None:
-    axes.plot([value, value], [position - thickness / 2, position + thickness / 2], "k-", linewidth=1.8)
+    ends = [position - thickness / 2, position + thickness / 2]
+    # White at its sides, so that it is seen on a black bar too.
+    axes.plot([value, value], ends, "w-", linewidth=4)
+    axes.plot([value, value], ends, "k-", linewidth=1.8)
 
 
 def _legend_of_marks(figure: Figure, axes: Axes, rows: Sequence[Bars], marked: str, methods: bool = False) -> None:

@@ -57,6 +57,9 @@ class CheckpointFolder:
             temporary.unlink(missing_ok=True)
             raise
         _sync_folder(self.path)
+        self._drop_old()
+
+    def _drop_old(self) -> None:
         for old in self.steps()[: -self.keep]:
             self.file(old).unlink()
 
@@ -79,9 +82,9 @@ class CheckpointFolder:
         return None, damage
 
     def tidy(self, newest: int | None) -> None:
-        """Removes what a kill has left half written, and sets damaged checkpoints aside, under another name.
+        """Removes what a kill has left half written or not removed yet, and sets damaged checkpoints aside.
 
-        They would else count among those that are kept, in the place of sound ones.
+        Under their names they would count among those that are kept, in the place of sound ones.
 
         Args:
             newest: the newest sound checkpoint; those after it are damaged, or all of them if there is none.
@@ -91,6 +94,7 @@ class CheckpointFolder:
         for step in self.steps():
             if newest is None or step > newest:
                 self.file(step).replace(self.file(step).with_suffix(".damaged"))
+        self._drop_old()
 
 
 def read_checkpoint(file: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
