@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from equivalence import INPUTS, assert_equivalent, compute, make_problem, non_contiguous
+from equivalence import INPUTS, assert_equivalent, assert_nan_stays_visible, compute, make_problem, non_contiguous
 from triton_cases import SHAPES
 
 import gsda_kernels as gk
@@ -66,6 +66,14 @@ def test_frozen(frozen: list[str]) -> None:
 def test_options() -> None:
     assert_equivalent(_problem(), "triton", loss_feature_scale=-0.7, min_weight=0.4)
     assert_equivalent(non_contiguous(_problem()), "triton")
+
+
+def test_nan_in_an_input_stays_visible() -> None:
+    assert_nan_stays_visible("triton", device="cuda")
+
+
+def test_more_samples_than_a_grid_has_rows() -> None:
+    assert_equivalent(_problem(num_source=0, num_target=70_000, num_discriminators=1), "triton")
 
 
 def test_more_than_max_pairs_is_nan() -> None:
