@@ -84,6 +84,11 @@ def test_frozen(backend: str, frozen: list[str]) -> None:
     assert_equivalent(make_problem(dtype=torch.float64), backend, frozen=frozen)
 
 
+@pytest.mark.parametrize("wanted", INPUTS)
+def test_only_one_gradient(backend: str, wanted: str) -> None:
+    assert_equivalent(make_problem(dtype=torch.float64), backend, frozen=[name for name in INPUTS if name != wanted])
+
+
 def test_non_contiguous_inputs_and_expanded_upstream_gradients(backend: str) -> None:
     assert_equivalent(non_contiguous(make_problem(dtype=torch.float64)), backend)
 
