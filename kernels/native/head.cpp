@@ -192,9 +192,8 @@ void gradient_product(int64_t rows, int64_t columns, int64_t depth, const T *a, 
       const int64_t cell = row * columns + column;
       Vector<T> sums[M][N] = {};
       outer_tile<M, N, T>(sums, a + row, 1, a_stride, b + column, b_stride, depth, [=](int64_t k) {
-        // The next strip: the weight's tile, which comes from far, line by line.
-        if constexpr (SecondLayer)
-          return k < M * N ? weight + cell + k / N * columns + (k % N + N) * kLanes<T> : weight;
+        // The next strip: of the weight, which comes from far, the tile, and then on down its rows.
+        if constexpr (SecondLayer) return weight + cell + k / N * columns + (k % N + N) * kLanes<T>;
         else return b + column + N * kLanes<T> + k * b_stride;
       });
       for_tile<M, N>([&](int m, int n) {
