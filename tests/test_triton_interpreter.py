@@ -163,7 +163,7 @@ def test_registered_operation() -> None:
     problem = make_problem(zero_weights=0.0)
     inputs = [tensor.requires_grad_() for tensor in problem.inputs.values()]
     weight, label = problem.sample_weight, problem.domain.float()
-    args = (*inputs, weight, label, None, weight.numel(), [True] * len(inputs), "triton")
+    args = (inputs, weight, label, None, weight.numel(), [True] * len(inputs), "triton")
     torch.library.opcheck(ops.adversarial_forward, args)
 
 
