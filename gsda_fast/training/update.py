@@ -12,6 +12,7 @@ from gsda_fast.methods import Move
 from gsda_fast.training.distributed import Ranks
 from gsda_fast.training.guard import Guard
 from gsda_fast.training.optim import takes_skip_flag
+from gsda_kernels.restore import restore_where
 
 
 class Updater:
@@ -36,7 +37,7 @@ class Updater:
     ) -> None:
         self.optimizers = optimizers
         self._parameters = {name: list(module.parameters()) for name, module in players.items()}
-        self._ranks, self._device = ranks, device
+        self._ranks = ranks
         self._guard = Guard(device)
         self._scaler = torch.amp.GradScaler(device.type, enabled=scale_losses)
         self._copies: dict[str, list[Tensor]] = {}
@@ -62,8 +63,9 @@ class Updater:
             for player in move.players:
                 self._move(player, skip)
             terms.update(move.objective.terms)
-        if skip is not None and provisional:
-            self._undo(provisional, skip)
+        if skip is not None:
+            for player in provisional:
+                restore_where(skip, self._tensors(player), self._copies[player])
         self._scaler.update()
         self._guard.end(step)
         return terms
@@ -122,15 +124,6 @@ class Updater:
             if player not in self._copies:
                 self._copies[player] = [torch.empty_like(tensor) for tensor in tensors]
             torch._foreach_copy_(self._copies[player], tensors)
-
-    @torch.no_grad()
-    def _undo(self, players: Sequence[str], skip: Tensor) -> None:
-        if self._device.type != "cuda" and not bool(skip):
-            return
-        for player in players:
-            for tensor, copy in zip(self._tensors(player), self._copies[player]):
-                # Chosen on the device: asking the host would make it wait for the encoder's backward pass.
-                torch.where(skip > 0, copy, tensor, out=tensor)
 
     def state_dict(self) -> dict[str, Any]:
         return {
