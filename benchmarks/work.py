@@ -22,9 +22,13 @@ from gsda_kernels import backends
 
 
 def needed_multiply_adds(shape: HeadShape, discriminators: bool) -> int:
-    """The closed form over active pairs: four units of a pair's D*H + H*H, two where the discriminators are frozen."""
-    per_pair = shape.hidden_dim * (shape.feature_dim + shape.hidden_dim)
-    return (4 if discriminators else 2) * per_pair * shape.num_pairs
+    """The closed form's products over active pairs (docs/method.md): 2 D*H + 2 H*H forward, 2 D*H + H*H backward.
+
+    The backward takes none where the discriminators are frozen.
+    """
+    first_layer, second_layer = shape.feature_dim * shape.hidden_dim, shape.hidden_dim**2
+    forward, backward = 2 * (first_layer + second_layer), 2 * first_layer + second_layer
+    return (forward + (backward if discriminators else 0)) * shape.num_pairs
 
 
 def counted_multiply_adds(name: str, shape: HeadShape, discriminators: bool) -> int:

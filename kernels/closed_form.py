@@ -2,8 +2,8 @@
 
 A ReLU network is piecewise linear, so the logit's gradient to the features is a chain of masked products, part of the
 forward; and since the masks are piecewise constant, the gradient of its norm is first-order too. Per pair of a sample
-and a discriminator this takes 4 units of D*H + H*H multiply-adds, 2 where the discriminators are frozen, and none for
-pairs of weight zero. docs/method.md derives the formulas.
+and a discriminator this takes 4 D*H + 3 H*H multiply-adds, 2 D*H + 2 H*H where the discriminators are frozen, and none
+for pairs of weight zero. docs/method.md derives the formulas.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class TorchBackend:
         sums = torch.float64 if features.dtype == torch.float64 else torch.float32
         saved = [buffers.empty((count, dim), features), *(features.new_empty(count, dtype=sums) for _ in range(2))]
         if any(needs_grad[1:]):
-            saved += [buffers.empty((count, hidden), features) for _ in range(3)]
+            saved += [buffers.empty((count, hidden), features, dtype) for dtype in (None, None, torch.bool)]
         return saved
 
     def forward(
@@ -47,14 +47,17 @@ class TorchBackend:
         for block in pairs.blocks(features, parameters[0], weight, label, max_pairs):
             w1, b1, w2, b2, w3, b3 = (parameter[block.discriminator] for parameter in parameters)
             if len(saved) > 3:
-                h1, h2, u1 = (block.view(buffer) for buffer in saved[3:])
+                h1, u1, active2 = (block.view(buffer) for buffer in saved[3:])
             else:
-                h1, h2, u1 = (features.new_empty(*block.shape, hidden_size) for _ in range(3))
+                h1, u1 = (features.new_empty(*block.shape, hidden_size) for _ in range(2))
+                active2 = None
             jacobian, residual, norm = block.view(jacobians), block.view(residuals), block.view(norms)
             _affine(block.gather(features), w1, b1, out=h1).relu_()
-            _affine(h1, w2, b2, out=h2).relu_()
+            h2 = _affine(h1, w2, b2).relu_()
             logit = _row_dot(h2.to(weight.dtype), w3.to(weight.dtype)) + b3.to(weight.dtype).unsqueeze(-1)
-            torch.matmul(_masked(w3, h2), w2, out=u1)
+            on = torch.gt(h2, 0, out=active2)
+            # u2 = dz/d(pre-activation 2) is w3 where the second ReLU is on.
+            torch.matmul(torch.where(on, w3.unsqueeze(-2), 0.0), w2, out=u1)
             u1.mul_(h1 > 0)
             torch.matmul(u1, w1, out=jacobian)
             signed_logit = block.sign * logit
@@ -123,34 +126,37 @@ def _add_parameter_gradients(
 
     Args:
         gradients: to w1, b1, w2, b2, w3, b3 of the block; None where not wanted.
-        features: the pairs' features, or (N, D) to be broadcast. saved: h1, h2 and u1 = dz/d(pre-activation 1).
+        features: the pairs' features, or (N, D) to be broadcast. saved: h1, u1 = dz/d(pre-activation 1), and the mask
+            of the second ReLU.
         dz: shape + (1,), gradient to the logits. q: shape + (D,), gradient to the jacobians, overwritten; None for 0.
     """
     grad_w1, grad_b1, grad_w2, grad_b2, grad_w3, grad_b3 = gradients
-    w1, _, w2, _, w3, _ = parameters
-    h1, h2, u1 = saved
+    w1, _, w2, b2, w3, _ = parameters
+    h1, u1, active2 = saved
     dz_row = dz.mT
-    g1 = None
-    if q is not None and (grad_w2 is not None or grad_w3 is not None):
-        g1 = torch.matmul(q, w1.mT).mul_(h1 > 0)
+    if grad_w2 is not None or grad_b2 is not None or grad_w3 is not None:
+        # The sums over pairs of m2 dz and of m2^T (dz h1 + g1): only then do w3 and W2 come in, once for all pairs.
+        mask = active2.to(dz.dtype)
+        bias_sum = torch.matmul(dz_row, mask).squeeze(-2)
+        if grad_b2 is not None:
+            torch.mul(w3, bias_sum, out=grad_b2)
+        if grad_w2 is not None or grad_w3 is not None:
+            right = dz * h1 if q is None else torch.matmul(q, w1.mT).mul_(h1 > 0).addcmul_(dz, h1)
+            in_place = grad_w2 is not None and grad_w2.dtype == dz.dtype
+            weight_sum = torch.matmul(mask.mT, right, out=grad_w2 if in_place else None)
+            if grad_w3 is not None:
+                grad_w3.copy_((w2 * weight_sum).sum(-1, dtype=_sum_dtype(dz)) + b2 * bias_sum)
+            if grad_w2 is not None:
+                torch.mul(weight_sum, w3.unsqueeze(-1), out=grad_w2)
     if grad_b1 is not None:
         _product(dz_row, u1, out=grad_b1.unsqueeze(-2))
     if grad_w1 is not None:
         _product(u1.mT, dz * features if q is None else q.addcmul_(dz, features), out=grad_w1)
     if grad_b3 is not None:
         grad_b3.copy_(dz.sum((-1, -2), dtype=_sum_dtype(dz)))
-    if grad_b2 is not None or grad_w2 is not None:
-        u2 = _masked(w3, h2)
-        if grad_b2 is not None:
-            _product(dz_row, u2, out=grad_b2.unsqueeze(-2))
-    if grad_w3 is not None:
-        g2 = dz * h2 if g1 is None else torch.matmul(g1, w2.mT).mul_(h2 > 0).addcmul_(dz, h2)
-        grad_w3.copy_(g2.sum(-2, dtype=_sum_dtype(dz)))
-    if grad_w2 is not None:
-        _product(u2.mT, dz * h1 if g1 is None else g1.addcmul_(dz, h1), out=grad_w2)
 
 
-def _affine(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
+def _affine(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.matmul(x, weight.mT, out=out).add_(bias.unsqueeze(-2))
 
 
@@ -163,11 +169,6 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 def _row_dot(rows: Tensor, vector: Tensor) -> Tensor:
     return torch.matmul(rows, vector.unsqueeze(-1)).squeeze(-1)
-
-
-def _masked(w3: Tensor, h2: Tensor) -> Tensor:
-    """u2 = dz/d(pre-activation 2): w3 where the second ReLU is on."""
-    return torch.where(h2 > 0, w3.unsqueeze(-2), 0.0)
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:

@@ -56,7 +56,8 @@ class NativeBackend:
             *(features.new_empty(max_pairs, dtype=kind) for _ in range(2)),
         ]
         if any(needs_grad[1:]):
-            saved += [buffers.empty((max_pairs, _row_stride(hidden)), features, kind) for _ in range(3)]
+            kept = (max_pairs, _row_stride(hidden))
+            saved += [buffers.empty(kept, features, each) for each in (kind, kind, torch.uint8)]
         return saved
 
     def forward(
@@ -68,7 +69,7 @@ class NativeBackend:
         if not _EXTENSION.forward(
             _plain(tensors, weight.dtype),
             *_plain((weight, label), weight.dtype),
-            saved,
+            *_apart(saved),
             _row_stride(tensors[1].shape[1]),
             loss,
             gradient_norm,
@@ -98,7 +99,7 @@ class NativeBackend:
         if not _EXTENSION.backward(
             _plain(tensors, weight.dtype),
             *_plain((weight, label), weight.dtype),
-            list(saved),
+            *_apart(saved),
             _row_stride(tensors[1].shape[1]),
             *_plain((grad_loss, grad_gradient_norm), weight.dtype),
             1.0 if loss_feature_scale is None else float(loss_feature_scale),
@@ -114,6 +115,11 @@ class NativeBackend:
 
 def _kind(features: Tensor) -> torch.dtype:
     return torch.float64 if features.dtype == torch.float64 else torch.float32
+
+
+def _apart(saved: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
+    """What is saved as numbers, and the mask, where it is kept."""
+    return list(saved[:5]), saved[5] if len(saved) > 5 else None
 
 
 def _plain(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -94,7 +94,7 @@ void for_discriminators(const Head<T> &head, int64_t scratch_size, int num_threa
 
 template <class T>
 Head<T> make_head(const std::vector<Array<T>> &tensors, const Array<T> &weight, const Array<T> &label,
-                  const std::vector<Array<T>> &saved, const Routing &routing) {
+                  const std::vector<Array<T>> &saved, const Wanted<uint8_t> &active2, const Routing &routing) {
   Head<T> head{};
   head.num_samples = int64_t(tensors[0].shape(0));
   head.dim = int64_t(tensors[0].shape(1));
@@ -108,18 +108,18 @@ Head<T> make_head(const std::vector<Array<T>> &tensors, const Array<T> &weight, 
   head.rows = routing.rows.data(), head.offsets = routing.offsets.data();
   head.jacobian = saved[0].data(), head.residual = saved[1].data(), head.norm = saved[2].data();
   head.dim_stride = int64_t(saved[0].shape(1));
-  if (saved.size() > 3) head.h1 = saved[3].data(), head.h2 = saved[4].data(), head.u1 = saved[5].data();
+  if (active2) head.h1 = saved[3].data(), head.u1 = saved[4].data(), head.active2 = active2->data();
   return head;
 }
 
 template <class T>
 bool forward(const std::vector<Array<T>> &tensors, const Array<T> &weight, const Array<T> &label,
-             const std::vector<Array<T>> &saved, int64_t hidden_stride, const Array<T> &loss,
+             const std::vector<Array<T>> &saved, const Wanted<uint8_t> &active2, int64_t hidden_stride, const Array<T> &loss,
              const Array<T> &gradient_norm, int num_threads, bool wide) {
   nb::gil_scoped_release release;
   const Routing routing = route(weight.data(), int64_t(weight.shape(0)), int64_t(weight.shape(1)));
   if (routing.rows.size() > saved[0].shape(0)) return false;
-  Head<T> head = make_head(tensors, weight, label, saved, routing);
+  Head<T> head = make_head(tensors, weight, label, saved, active2, routing);
   head.hidden_stride = hidden_stride;
   head.loss = loss.data(), head.gradient_norm = gradient_norm.data();
   const Code<T> &code = code_for<T>(wide);
@@ -129,13 +129,13 @@ bool forward(const std::vector<Array<T>> &tensors, const Array<T> &weight, const
 
 template <class T>
 bool backward(const std::vector<Array<T>> &tensors, const Array<T> &weight, const Array<T> &label,
-              const std::vector<Array<T>> &saved, int64_t hidden_stride, const Array<T> &grad_loss,
+              const std::vector<Array<T>> &saved, const Wanted<uint8_t> &active2, int64_t hidden_stride, const Array<T> &grad_loss,
               const Array<T> &grad_gradient_norm, double loss_feature_scale, const std::vector<Wanted<T>> &gradients,
               int num_threads, bool wide) {
   nb::gil_scoped_release release;
   const Routing routing = route(weight.data(), int64_t(weight.shape(0)), int64_t(weight.shape(1)));
   if (routing.rows.size() > saved[0].shape(0)) return false;
-  Head<T> head = make_head(tensors, weight, label, saved, routing);
+  Head<T> head = make_head(tensors, weight, label, saved, active2, routing);
   head.hidden_stride = hidden_stride;
   head.grad_loss = grad_loss.data(), head.grad_gradient_norm = grad_gradient_norm.data();
   head.loss_feature_scale = T(loss_feature_scale);
@@ -143,19 +143,10 @@ bool backward(const std::vector<Array<T>> &tensors, const Array<T> &weight, cons
   head.grad_w2 = pointer(gradients[3]), head.grad_b2 = pointer(gradients[4]);
   head.grad_w3 = pointer(gradients[5]), head.grad_b3 = pointer(gradients[6]);
   std::vector<T> coefficient(routing.rows.size());
-  head.feature_coefficient = coefficient.data();
+  head.feature_coefficient = coefficient.data(), head.grad_features = pointer(gradients[0]);
   const Code<T> &code = code_for<T>(wide);
   for_discriminators(head, code.scratch_size(head, routing.most_pairs), num_threads, code.backward);
-
-  if (T *out = pointer(gradients[0])) {
-    // In the pairs' own order on one thread: little work, and the same sum whatever the number of threads.
-    for (int64_t i = 0; i < head.num_samples * head.dim; ++i) out[i] = 0;
-    for (size_t pair = 0; pair < routing.rows.size(); ++pair) {
-      T *row = out + routing.rows[pair] * head.dim;
-      const T *jacobian = head.jacobian + int64_t(pair) * head.dim_stride, factor = coefficient[pair];
-      for (int64_t c = 0; c < head.dim; ++c) row[c] += factor * jacobian[c];
-    }
-  }
+  if (head.grad_features) code.feature_gradient(head);
   return true;
 }
 

@@ -23,6 +23,7 @@ constexpr int64_t kDepthBlock = 64;
 template <class T>
 struct VectorOf {
   typedef T type __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
+  typedef uint8_t bytes __attribute__((vector_size(kVectorBytes / sizeof(T)), aligned(1), may_alias));
 };
 template <class T>
 using Vector = typename VectorOf<T>::type;
@@ -36,6 +37,17 @@ inline Vector<T> load(const T *from) {
 template <class T>
 inline void store(T *to, Vector<T> value) {
   *reinterpret_cast<Vector<T> *>(to) = value;
+}
+// A mask of a vector's lanes as bytes, 0 or 1.
+template <class T>
+using Bytes = typename VectorOf<T>::bytes;
+template <class T>
+inline Vector<T> load_mask(const uint8_t *from) {
+  return __builtin_convertvector(*reinterpret_cast<const Bytes<T> *>(from), Vector<T>);
+}
+template <class T, class Mask>
+inline void store_mask(uint8_t *to, Mask on) {
+  *reinterpret_cast<Bytes<T> *>(to) = __builtin_convertvector(on & 1, Bytes<T>);
 }
 // Past the caches: results that nobody reads before they would have been evicted.
 inline void stream(float *to, Vector<float> value) {
@@ -57,6 +69,13 @@ inline float exp_of(float x) { return __builtin_expf(x); }
 inline double exp_of(double x) { return __builtin_exp(x); }
 inline float log1p_of(float x) { return __builtin_log1pf(x); }
 inline double log1p_of(double x) { return __builtin_log1p(x); }
+
+template <class T>
+inline T sum_of(Vector<T> value) {
+  T sum = 0;
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane) sum += value[lane];
+  return sum;
+}
 
 template <class T>
 constexpr int64_t padded(int64_t size) {
@@ -105,19 +124,22 @@ inline void for_column_strips(int64_t columns, Run run) {
   for (; first < columns; first += kLanes<T>) run(first, Size<1>{});
 }
 
-// c[m, :] (+)= sum_k a[m * a_row + k * a_depth] * b[k, :] for M rows and N vectors of columns. Beside its own work it
-// fetches one cache line at `soon` from each of the same rows: the hardware's own fetching stops at the end of a page.
-template <int M, int N, bool Streaming, class T>
-inline void outer_tile(const T *a, int64_t a_row, int64_t a_depth, const T *b, int64_t b_stride, int64_t depth, T *c,
-                       int64_t c_stride, bool accumulate, const T *soon) {
-  Vector<T> sums[M][N];
+// Calls `each` with every place of a tile of M rows and N vectors.
+template <int M, int N, class Each>
+inline void for_tile(Each each) {
 #pragma GCC unroll 6
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n)
-      sums[m][n] = accumulate ? load(c + m * c_stride + n * kLanes<T>) : Vector<T>{};
+    for (int n = 0; n < N; ++n) each(m, n);
+}
+
+// sums[m, :] += sum_k a[m * a_row + k * a_depth] * b[k, :] for M rows and N vectors of columns. Beside its own work it
+// fetches the cache lines `soon(k)`: the hardware's own fetching stops at the end of a page.
+template <int M, int N, class T, class Soon>
+inline void outer_tile(Vector<T> (&sums)[M][N], const T *a, int64_t a_row, int64_t a_depth, const T *b,
+                       int64_t b_stride, int64_t depth, Soon soon) {
   for (int64_t k = 0; k < depth; ++k) {
-    __builtin_prefetch(soon + k * b_stride, 0, 2);
+    __builtin_prefetch(soon(k), 0, 2);
     Vector<T> row[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) row[n] = load(b + k * b_stride + n * kLanes<T>);
@@ -128,14 +150,6 @@ inline void outer_tile(const T *a, int64_t a_row, int64_t a_depth, const T *b, i
       for (int n = 0; n < N; ++n) sums[m][n] += factor * row[n];
     }
   }
-#pragma GCC unroll 6
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) {
-      T *to = c + m * c_stride + n * kLanes<T>;
-      if constexpr (Streaming) stream(to, sums[m][n]);
-      else store(to, sums[m][n]);
-    }
 }
 
 // c (rows, columns) = a (rows, depth) @ b (depth, columns)
@@ -148,28 +162,53 @@ void product(int64_t rows, int64_t columns, int64_t depth, const T *a, int64_t a
     for_column_strips<T>(columns, [&](int64_t column, auto vectors) {
       const T *strip = b + from * b_stride + column, *next_strip = strip + vectors.value * kLanes<T>;
       for_row_tiles<kTileRows>(rows, [&](int64_t row, auto tile_rows) {
-        outer_tile<tile_rows.value, vectors.value, false>(
-            a + row * a_stride + from, a_stride, 1, strip, b_stride, block, c + row * c_stride + column, c_stride,
-            from > 0, next_strip + row / kTileRows * kLanes<T>);
+        constexpr int M = tile_rows.value, N = vectors.value;
+        T *to = c + row * c_stride + column;
+        const T *soon = next_strip + row / kTileRows * kLanes<T>;
+        Vector<T> sums[M][N] = {};
+        if (from > 0) for_tile<M, N>([&](int m, int n) { sums[m][n] = load(to + m * c_stride + n * kLanes<T>); });
+        outer_tile<M, N, T>(sums, a + row * a_stride + from, a_stride, 1, strip, b_stride, block,
+                            [=](int64_t k) { return soon + k * b_stride; });
+        for_tile<M, N>([&](int m, int n) { store(to + m * c_stride + n * kLanes<T>, sums[m][n]); });
       });
     });
     from += kDepthBlock;
   } while (from < depth);
 }
 
-// c (rows, columns) = a (depth, rows).T @ b (depth, columns), written once and past the caches: a weight's gradient.
-template <class T>
+// A weight's gradient c, from A = a (depth, rows).T @ b (depth, columns): A itself for the first layer. For the second,
+// c = scale[:, None] * A, and row_sums = (weight * A).sum(1) with weight, like c, (rows, columns). c is written once and
+// past the caches, or not at all if null.
+template <bool SecondLayer, class T>
 void gradient_product(int64_t rows, int64_t columns, int64_t depth, const T *a, int64_t a_stride, const T *b,
-                      int64_t b_stride, T *c, int64_t c_stride) {
-  const bool aligned = reinterpret_cast<uintptr_t>(c) % kVectorBytes == 0 && c_stride % kLanes<T> == 0;
+                      int64_t b_stride, T *c, const T *scale = nullptr, const T *weight = nullptr,
+                      T *row_sums = nullptr) {
+  const bool aligned = reinterpret_cast<uintptr_t>(c) % kVectorBytes == 0 && columns % kLanes<T> == 0;
   for_row_tiles<kTileRows>(rows, [&](int64_t row, auto tile_rows) {
+    constexpr int M = tile_rows.value;
+    Vector<T> parts[M] = {};
     for_column_strips<T>(columns, [&](int64_t column, auto vectors) {
-      const auto tile = aligned ? outer_tile<tile_rows.value, vectors.value, true, T>
-                                : outer_tile<tile_rows.value, vectors.value, false, T>;
-      const T *strip = b + column;
-      tile(a + row, 1, a_stride, strip, b_stride, depth, c + row * c_stride + column, c_stride, false,
-           strip + vectors.value * kLanes<T>);
+      constexpr int N = vectors.value;
+      const int64_t cell = row * columns + column;
+      Vector<T> sums[M][N] = {};
+      outer_tile<M, N, T>(sums, a + row, 1, a_stride, b + column, b_stride, depth, [=](int64_t k) {
+        // The next strip: the weight's tile, which comes from far, line by line.
+        if constexpr (SecondLayer) return k < M * N ? weight + cell + k / N * columns + (k % N + N) * kLanes<T> : weight;
+        else return b + column + N * kLanes<T> + k * b_stride;
+      });
+      for_tile<M, N>([&](int m, int n) {
+        const int64_t at = cell + m * columns + n * kLanes<T>;
+        if constexpr (SecondLayer) {
+          parts[m] += load(weight + at) * sums[m][n];
+          sums[m][n] *= scale[row + m];
+        }
+        if (!c) return;
+        if (aligned) stream(c + at, sums[m][n]);
+        else store(c + at, sums[m][n]);
+      });
     });
+    if constexpr (SecondLayer)
+      for (int m = 0; m < M; ++m) row_sums[row + m] = sum_of<T>(parts[m]);
   });
 }
 
@@ -298,8 +337,8 @@ Weights<T> weights_of(const Head<T> &head, int64_t k, Scratch<T> &scratch) {
 template <class T>
 int64_t scratch_size(const Head<T> &head, int64_t most_pairs) {
   const int64_t dp = padded<T>(head.dim), hp = padded<T>(head.hidden);
-  return 3 * most_pairs * head.dim_stride + 4 * most_pairs * head.hidden_stride + 3 * most_pairs // pairs
-         + 2 * (hp * dp + hp * hp) + 8 * hp + 16 * 24;                                            // padded copies
+  return 3 * most_pairs * (head.dim_stride + head.hidden_stride + 1) // pairs
+         + 2 * (hp * dp + hp * hp) + 8 * hp + 16 * 24;                // padded copies
 }
 
 template <class T>
@@ -324,14 +363,29 @@ void add_bias_and_rectify(int64_t rows, int64_t columns, const T *bias, T *x, in
     }
 }
 
-// x = values where the activation is on, else 0.
+// x where the activation is on, else 0.
 template <class T>
-void mask(int64_t rows, int64_t columns, const T *activation, const T *values, int64_t values_stride, T *x,
-          int64_t stride) {
+void mask(int64_t rows, int64_t columns, const T *activation, T *x, int64_t stride) {
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t c = 0; c < columns; c += kLanes<T>)
-      store(x + i * stride + c,
-            load(activation + i * stride + c) > T(0) ? load(values + i * values_stride + c) : Vector<T>{});
+      store(x + i * stride + c, load(activation + i * stride + c) > T(0) ? load(x + i * stride + c) : Vector<T>{});
+}
+
+// The second layer's end, with x before its bias: logit = w3 . relu(x + bias), and where the ReLU is on, x = w3 (which is
+// u2) and active = 1, else 0. `active` may be null. A NaN stays one in the logit.
+template <class T>
+void finish_second_layer(int64_t rows, int64_t columns, const T *bias, const T *w3, T *x, uint8_t *active,
+                         int64_t stride, T *logit) {
+  for (int64_t i = 0; i < rows; ++i) {
+    Vector<T> sums = {};
+    for (int64_t c = 0; c < columns; c += kLanes<T>) {
+      const Vector<T> value = load(x + i * stride + c) + load(bias + c), last = load(w3 + c);
+      sums += last * (value < T(0) ? Vector<T>{} : value);
+      store(x + i * stride + c, value > T(0) ? last : Vector<T>{});
+      if (active) store_mask<T>(active + i * stride + c, value > T(0));
+    }
+    logit[i] = sum_of<T>(sums);
+  }
 }
 
 template <class T>
@@ -342,26 +396,23 @@ void forward(const Head<T> &head, int64_t k, T *memory) {
   const int64_t dim = own.dim, hidden = own.hidden;
   const T *x = gather(head, first, n, scratch);
   T *h1 = head.h1 ? head.h1 + first * hs : scratch.take(n * hs);
-  T *h2 = head.h2 ? head.h2 + first * hs : scratch.take(n * hs);
   T *u1 = head.u1 ? head.u1 + first * hs : scratch.take(n * hs);
-  T *u2 = scratch.take(n * hs);
+  T *u2 = scratch.take(n * hs), *logits = scratch.take(n);
   T *jacobian = head.jacobian + first * ds;
 
   transposed_product(n, hidden, dim, x, ds, own.w1, dim, h1, hs);
   add_bias_and_rectify(n, hidden, own.b1, h1, hs);
-  transposed_product(n, hidden, hidden, h1, hs, own.w2, hidden, h2, hs);
-  add_bias_and_rectify(n, hidden, own.b2, h2, hs);
-  mask(n, hidden, h2, own.w3, int64_t(0), u2, hs);
+  transposed_product(n, hidden, hidden, h1, hs, own.w2, hidden, u2, hs);
+  finish_second_layer(n, hidden, own.b2, own.w3, u2, head.active2 ? head.active2 + first * hs : nullptr, hs, logits);
   product(n, hidden, hidden, u2, hs, own.w2, hidden, u1, hs);
-  mask(n, hidden, h1, u1, hs, u1, hs);
+  mask(n, hidden, h1, u1, hs);
   product(n, dim, hidden, u1, hs, own.w1, dim, jacobian, ds);
 
   double loss = 0, gradient_norm = 0;
   for (int64_t i = 0; i < n; ++i) {
     const int64_t sample = head.rows[first + i];
     const T weight = head.weight[sample * head.num_discriminators + k];
-    const T logit = dot(hidden, h2 + i * hs, own.w3) + head.b3[k];
-    const T signed_logit = (1 - 2 * head.label[sample]) * logit;
+    const T signed_logit = (1 - 2 * head.label[sample]) * (logits[i] + head.b3[k]);
     // |sigmoid(z) - label| = sigmoid((1 - 2 label) z), and BCE = softplus of the same: no cancellation.
     const T small = exp_of(signed_logit > 0 ? -signed_logit : signed_logit);
     const T residual = (signed_logit > 0 ? T(1) : small) / (1 + small);
@@ -399,7 +450,7 @@ void backward(const Head<T> &head, int64_t k, T *memory) {
   const Weights<T> own = weights_of(head, k, scratch);
   const int64_t dim = own.dim, hidden = own.hidden, h = head.hidden, d = head.dim;
   const bool aligned = dim == d && hidden == h;
-  const T *h1 = head.h1 + first * hs, *h2 = head.h2 + first * hs, *u1 = head.u1 + first * hs;
+  const T *h1 = head.h1 + first * hs, *u1 = head.u1 + first * hs;
   T *q = scratch.take(n * ds);
   for (int64_t i = 0; i < n; ++i)
     for (int64_t c = 0; c < dim; c += kLanes<T>) store(q + i * ds + c, direction[i] * load(jacobian + i * ds + c));
@@ -411,7 +462,7 @@ void backward(const Head<T> &head, int64_t k, T *memory) {
       for (int64_t c = 0; c < dim; c += kLanes<T>)
         store(both + i * ds + c, dz[i] * load(x + i * ds + c) + load(q + i * ds + c));
     T *to = aligned ? head.grad_w1 + k * h * d : scratch.take(hidden * dim);
-    gradient_product(hidden, dim, n, u1, hs, both, ds, to, dim);
+    gradient_product<false>(hidden, dim, n, u1, hs, both, ds, to);
     if (!aligned) unpad(to, dim, head.grad_w1 + k * h * d, h, d);
   }
   T *row = scratch.take(hidden); // a gradient (H,) with its padding
@@ -422,47 +473,57 @@ void backward(const Head<T> &head, int64_t k, T *memory) {
   if (head.grad_b3) head.grad_b3[k] = sum_dz;
   if (!head.grad_b2 && !head.grad_w2 && !head.grad_w3) return;
 
-  T *u2 = scratch.take(n * hs), *g1 = scratch.take(n * hs);
-  mask(n, hidden, h2, own.w3, int64_t(0), u2, hs);
+  // With A = sum_p m2 (dz h1 + g1)^T and a = sum_p dz m2: dW2 = w3 A, db2 = w3 a, dw3 = rowsum(W2 * A) + b2 a, which
+  // takes the product with W2 after the sum over pairs.
+  T *active2 = scratch.take(n * hs), *sum_active = scratch.take(hidden);
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t c = 0; c < hidden; c += kLanes<T>)
+      store(active2 + i * hs + c, load_mask<T>(head.active2 + (first + i) * hs + c));
+  product(1, hidden, n, dz, n, active2, hs, sum_active, hidden);
   if (head.grad_b2) {
-    product(1, hidden, n, dz, n, u2, hs, row, hidden);
+    for (int64_t c = 0; c < hidden; c += kLanes<T>) store(row + c, load(own.w3 + c) * load(sum_active + c));
     unpad(row, hidden, head.grad_b2 + k * h, 1, h);
   }
   if (!head.grad_w2 && !head.grad_w3) return;
 
-  // Without a gradient to the norm, q and all that follows from it is zero.
+  T *right = scratch.take(n * hs);
+  // Without a gradient to the norm, q and g1 are zero.
   const bool has_norm = head.grad_gradient_norm[k] != 0;
-  if (has_norm) {
-    transposed_product(n, hidden, dim, q, ds, own.w1, dim, g1, hs);
-    mask(n, hidden, h1, g1, hs, g1, hs);
-  }
-  if (head.grad_w3) {
-    product(1, hidden, n, dz, n, h2, hs, row, hidden);
-    if (has_norm) {
-      T *g2 = scratch.take(n * hs);
-      transposed_product(n, hidden, hidden, g1, hs, own.w2, hidden, g2, hs);
-      for (int64_t i = 0; i < n; ++i)
-        for (int64_t c = 0; c < hidden; c += kLanes<T>)
-          store(row + c, load(row + c) + (load(h2 + i * hs + c) > T(0) ? load(g2 + i * hs + c) : Vector<T>{}));
+  if (has_norm) transposed_product(n, hidden, dim, q, ds, own.w1, dim, right, hs);
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t c = 0; c < hidden; c += kLanes<T>) {
+      const Vector<T> activation = load(h1 + i * hs + c);
+      Vector<T> value = dz[i] * activation;
+      if (has_norm) value += activation > T(0) ? load(right + i * hs + c) : Vector<T>{};
+      store(right + i * hs + c, value);
     }
+  T *grad_w2 = head.grad_w2 ? head.grad_w2 + k * h * h : nullptr;
+  T *to = grad_w2 && !aligned ? scratch.take(hidden * hidden) : grad_w2;
+  gradient_product<true>(hidden, hidden, n, active2, hs, right, hs, to, own.w3, own.w2, row);
+  if (to != grad_w2) unpad(to, hidden, grad_w2, h, h);
+  if (head.grad_w3) {
+    for (int64_t c = 0; c < hidden; c += kLanes<T>)
+      store(row + c, load(row + c) + load(own.b2 + c) * load(sum_active + c));
     unpad(row, hidden, head.grad_w3 + k * h, 1, h);
   }
-  if (head.grad_w2) {
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t c = 0; c < hidden; c += kLanes<T>) {
-        const Vector<T> of_logit = dz[i] * load(h1 + i * hs + c);
-        store(g1 + i * hs + c, has_norm ? of_logit + load(g1 + i * hs + c) : of_logit);
-      }
-    T *to = aligned ? head.grad_w2 + k * h * h : scratch.take(hidden * hidden);
-    gradient_product(hidden, hidden, n, u2, hs, g1, hs, to, hidden);
-    if (!aligned) unpad(to, hidden, head.grad_w2 + k * h * h, h, h);
+}
+
+// In the pairs' own order on one thread: little work, and the same sum whatever the number of threads.
+template <class T>
+void feature_gradient(const Head<T> &head) {
+  for (int64_t i = 0; i < head.num_samples * head.dim; ++i) head.grad_features[i] = 0;
+  for (int64_t pair = 0; pair < head.offsets[head.num_discriminators]; ++pair) {
+    T *to = head.grad_features + head.rows[pair] * head.dim;
+    const T *jacobian = head.jacobian + pair * head.dim_stride, factor = head.feature_coefficient[pair];
+    for (int64_t c = 0; c < head.dim; ++c) to[c] += factor * jacobian[c];
   }
 }
 
 } // namespace
 
-extern const Code<float> code_float{scratch_size<float>, forward<float>, backward<float>};
-extern const Code<double> code_double{scratch_size<double>, forward<double>, backward<double>};
+extern const Code<float> code_float{scratch_size<float>, forward<float>, backward<float>, feature_gradient<float>};
+extern const Code<double> code_double{scratch_size<double>, forward<double>, backward<double>,
+                                      feature_gradient<double>};
 
 } // namespace GSDA_ISA
 } // namespace gsda

@@ -6,7 +6,7 @@
 namespace gsda {
 
 // Pointers into the caller's contiguous tensors, for N samples, K discriminators D -> H -> H -> 1 and M pairs of a
-// sample and a discriminator, sorted by discriminator. Null: not wanted (gradients), not kept (h1, h2, u1).
+// sample and a discriminator, sorted by discriminator. Null: not wanted (gradients), not kept (h1, u1, active2).
 template <class T>
 struct Head {
   int64_t num_samples, num_discriminators, dim, hidden;
@@ -20,7 +20,8 @@ struct Head {
 
   // Kept for the backward, a row for each pair. A row's stride is a multiple of every vector's length.
   int64_t dim_stride, hidden_stride;
-  T *h1, *h2, *u1;    // (M, hidden_stride): activations, and the logit's gradient to the first pre-activation
+  T *h1, *u1;         // (M, hidden_stride): first layer, and the logit's gradient to it before its ReLU
+  uint8_t *active2;   // (M, hidden_stride): where the second layer's ReLU is on, 0 or 1
   T *jacobian;        // (M, dim_stride): the logit's gradient to the features
   T *residual, *norm; // (M,): |sigmoid(z) - label|, ||jacobian||
 
@@ -29,6 +30,7 @@ struct Head {
   const T *grad_loss, *grad_gradient_norm;                // (K,) upstream
   T loss_feature_scale;                                   // factor on the loss's gradient to the features alone
   T *feature_coefficient;                                 // (M,): d features[row] += coefficient * jacobian
+  T *grad_features;                                       // (N, D)
   T *grad_w1, *grad_b1, *grad_w2, *grad_b2, *grad_w3, *grad_b3; // like the parameters
 };
 
@@ -38,6 +40,7 @@ struct Code {
   int64_t (*scratch_size)(const Head<T> &, int64_t most_pairs);
   void (*forward)(const Head<T> &, int64_t discriminator, T *scratch);
   void (*backward)(const Head<T> &, int64_t discriminator, T *scratch);
+  void (*feature_gradient)(const Head<T> &); // after every discriminator's backward
 };
 
 namespace avx2 {
