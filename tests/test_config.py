@@ -22,6 +22,7 @@ OPTIONS = """
 --device {auto,cpu,cuda}
 --threads INT
 --profile INT
+--checkpoint-seconds INT
 --output {None}|PATH
 --resume auto|never|PATH
 --weights-alone, --no-weights-alone
@@ -57,7 +58,7 @@ OPTIONS = """
 --backbone-learning-rate FLOAT
 --momentum FLOAT
 --weight-decay FLOAT
---precision {auto,fp32,bf16,fp16}
+--precision {auto,fp32,tf32,bf16,fp16}
 --compile {auto,on,off}
 --cuda-graphs, --no-cuda-graphs
 --scale-learning-rate, --no-scale-learning-rate

@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from gsda_fast.methods.gsda import AdversarialSettings
 from gsda_fast.methods.objective import Objective, target_class_weights
 from gsda_fast.model import AdaptationModel, ModelSettings, fetch_weights
 from gsda_fast.results.run_folder import RunFolder
+from gsda_fast.training import distributed
 from gsda_fast.training.assemble import build_trainer, resolve
 from gsda_fast.training.checkpoint import CheckpointFolder
 from gsda_fast.training.distributed import Ranks, digest, join
@@ -244,6 +246,10 @@ def work(rank: int, world_size: int, port: int, folder: str) -> None:
             found[update] = setup.step(ranks, inputs)
             setup = Setup(world_size, update, "pada")
             found[f"{update} with class weights"] = setup.step(ranks, inputs)
+        with mock.patch.object(distributed, "_ALONE_FROM", 50):
+            setup, inputs = fresh()
+            found["alone"] = setup.step(ranks, inputs)
+            found["of which alone"] = {parameter.numel() >= 50 for parameter in setup.method.parameters()}
         trainer = build(class_weights="pada", ranks=ranks)
         run(trainer)
         found["class weights"] = trainer.method.state_dict()["source_class_weights"]
@@ -307,6 +313,14 @@ def test_gradients_are_those_of_one_process_with_the_whole_batch(
     for found in world:
         assert largest_error(found[update]["gradients"], expected["gradients"], part) < 1e-12
         assert largest_error(found[update]["parameters"], expected["parameters"], part) < 1e-12
+
+
+def test_large_gradients_that_travel_alone_arrive_as_well(world: list[dict[str, Any]]) -> None:
+    expected = alone(len(world))
+    for found in world:
+        assert found["of which alone"] == {True, False}
+        for part in ("model", "discriminators"):
+            assert largest_error(found["alone"]["gradients"], expected["gradients"], part) < 1e-12
 
 
 @pytest.mark.parametrize("update", ["alternating", "reversal"])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gsda_fast.methods import Move
 from gsda_fast.training.distributed import Ranks
 from gsda_fast.training.guard import Guard
-from gsda_fast.training.optim import takes_skip_flag
+from gsda_fast.training.optim import load_momentum, momentum_of, takes_skip_flag
 from gsda_kernels.restore import restore_where
 
 
@@ -127,12 +127,13 @@ class Updater:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "optimizers": {name: momentum_of(optimizer) for name, optimizer in self.optimizers.items()},
             "scaler": self._scaler.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
-        if self._scaler.is_enabled():
+            load_momentum(optimizer, state["optimizers"][name])
+        # Empty where the checkpoint's run scaled no losses: the scale then starts afresh.
+        if self._scaler.is_enabled() and state["scaler"]:
             self._scaler.load_state_dict(state["scaler"])
