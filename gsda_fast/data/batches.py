@@ -43,6 +43,9 @@ class Loader(Protocol):
     def train(self, plan: SamplingPlan, steps: range, rank: int = 0) -> Iterator[Batch]:
         """One batch for each step, under one plan: a segment between two refreshes of the pseudo-labels.
 
+        On a GPU, whatever reads a batch is queued, on the current stream, before the next one is asked for; what is
+        wanted longer is copied. So it is with the batches of `evaluate`.
+
         Raises:
             UsageError: while iterating, if a file cannot be read; the message names the file.
         """

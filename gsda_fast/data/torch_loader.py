@@ -210,9 +210,14 @@ class TorchLoader:
         return images.to(self._dtype).contiguous(memory_format=torch.channels_last)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
-        if self._device.type != "cuda" or tensor.is_cuda:
-            return tensor.to(self._device)
-        return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(self._device, non_blocking=True)
+        return to_device(tensor, self._device)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`, without waiting for the transfer: page-locked memory of torch's own outlasts it."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
 
 
 def usable_cores() -> int:
