@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from gsda_fast.data.sampling import IntArray, SamplingPlan
@@ -15,6 +16,13 @@ Crops = Literal[1, 10]
 def samples_in_batch(images: int, crops: Crops) -> int:
     """Samples whose crops together make up a test batch of about that many images."""
     return max(1, images // crops)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`, without waiting for the transfer: page-locked memory of torch's own outlasts it."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,11 +30,11 @@ import torch
 from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 
-from gsda_fast.data.batches import Batch, Crops, Role, samples_in_batch
+from gsda_fast.data.batches import Batch, Crops, Role, samples_in_batch, to_device
 from gsda_fast.data.benchmarks import ImageRecipe
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.sampling import Augmentation, IntArray, SamplingPlan
-from gsda_fast.data.torch_loader import cut_crops, read_image, to_device, usable_cores
+from gsda_fast.data.torch_loader import cut_crops, read_image, usable_cores
 from gsda_fast.errors import UsageError
 
 _AHEAD = 2  # batches that DALI prepares beyond the one that is handed out
