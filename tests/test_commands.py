@@ -1,4 +1,5 @@
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal, NoReturn
@@ -7,7 +8,7 @@ import pytest
 import tyro
 
 from gsda_fast.commands import parse_command_line, run_command
-from gsda_fast.errors import UsageError
+from gsda_fast.errors import UsageError, UsageWarning
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,27 @@ def test_usage_error_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[s
         run_command(main)
     assert end.value.code == 2
     assert capsys.readouterr().err == "error: --steps: found 0; expected 1 or more; ask for one\n"
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", ["warning: domain amazon: found 31 images"]), ("1", [])])
+def test_warning_is_one_line_of_the_first_process(
+    rank: str, lines: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        with pytest.raises(SystemExit):
+            run_command(lambda: warnings.warn("domain amazon: found 31 images", UsageWarning, stacklevel=1))
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_warning_of_another_package_keeps_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, category, file, line, *_: print(f"{file}: {message}", file=sys.stderr)
+        with pytest.raises(SystemExit):
+            run_command(lambda: warnings.warn("old", DeprecationWarning, stacklevel=1))
+    assert capsys.readouterr().err.strip() == f"{__file__}: old"
 
 
 def test_interrupt(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from gsda_fast.data import digits
 from gsda_fast.data.benchmarks import Benchmark, DomainFacts, find_benchmark, plain_name
 from gsda_fast.data.frames import PackedDomain, PackedFrames, is_pack, read_domain
-from gsda_fast.errors import UsageError
+from gsda_fast.errors import UsageError, UsageWarning
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
 UNKNOWN = -1
@@ -181,9 +181,8 @@ def _open_domain(
         )
     expected = facts.expected_target_images if partial else facts.expected_images
     if expected is not None and len(domain) != expected:
-        warnings.warn(
-            f"domain {facts.name}: found {len(domain)} images in {domain.root}, published {expected}", stacklevel=5
-        )
+        told = f"domain {facts.name}: found {len(domain)} images in {domain.root}, published {expected}"
+        warnings.warn(told, UsageWarning, stacklevel=5)
     return domain
 
 

@@ -29,7 +29,7 @@ from gsda_fast.data.benchmarks import Benchmark, find_benchmark
 from gsda_fast.data.digits import cache_home
 from gsda_fast.data.domains import ImageDomain, open_domain, open_pair
 from gsda_fast.data.torch_loader import MOST_PIXELS, png_damage, read_image, usable_cores
-from gsda_fast.errors import UsageError
+from gsda_fast.errors import UsageError, UsageWarning
 
 FilesDone = Callable[[str, int, int], None]
 """Called with (what is worked on, files done, files in all)."""
@@ -232,7 +232,8 @@ def _remember(memory: Path, state: str, bad: list[tuple[str, str]]) -> None:
         temporary.write_text(json.dumps({"state": state, "unreadable": bad}), encoding="utf-8")
         temporary.replace(memory)
     except OSError as error:
-        warnings.warn(f"cannot remember what was verified: {memory.parent}: {error.strerror}", stacklevel=2)
+        told = f"cannot remember what was verified: {memory.parent}: {error.strerror}"
+        warnings.warn(told, UsageWarning, stacklevel=2)
 
 
 # ------------------------------------------------------------------------------------------------ what the user is told

@@ -103,7 +103,7 @@ def for_scoring(config: Config, device: Device) -> Config:
     return replace(
         config,
         run=replace(config.run, device=here),
-        data=replace(config.data, loader=config.data.loader if alike else "auto"),
+        data=replace(config.data, loader=config.data.loader if alike else "auto", cache_on_device=False),
         model=replace(config.model, weights="none"),
         adversarial=replace(config.adversarial, backend="auto"),
         optimizer=replace(config.optimizer, optimizer="auto"),
