@@ -373,7 +373,7 @@ def sweep_plots(made: Sequence[ResultTable]) -> dict[str, Figure]:
     Args:
         made: from `sweep_tables`.
     """
-    figures = {}
+    figures: dict[str, Figure] = {}
     for table in made:
         if table.choice != "last":
             continue
