@@ -384,9 +384,7 @@ def _read_tree(
 
 
 def _domain(name: str, root: Path, samples: list[tuple[str, int]], classes: tuple[str, ...]) -> ImageDomain:
-    for path, _ in samples:
-        if not path.isascii():
-            _require_utf8(root, path)
+    _require_utf8(root, (path for path, _ in samples))
     labels = np.fromiter((label for _, label in samples), dtype=np.int64, count=len(samples))
     return ImageDomain(name, root, [path for path, _ in samples], labels, classes)
 
@@ -427,10 +425,10 @@ def _without(domain: ImageDomain, left_out: frozenset[str]) -> ImageDomain:
 def _class_folders(root: Path) -> dict[str, str]:
     """Class folders by plain name, in sorted order; hidden folders and those of archive tools are none."""
     found: dict[str, str] = {}
-    for name in sorted(entry.name for entry in os.scandir(root) if entry.is_dir()):
-        if name.startswith((".", "__")):
-            continue
-        _require_utf8(root, name)
+    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    names = [name for name in names if not name.startswith((".", "__"))]
+    _require_utf8(root, names)
+    for name in names:
         if plain_name(name) in found:
             raise UsageError(
                 str(root),
@@ -464,16 +462,23 @@ def _require_images(place: Path, found: list[str] | list[tuple[str, int]]) -> No
         raise UsageError(str(place), found="no image", expected=f"at least one file ({kinds})")
 
 
-def _require_utf8(root: Path, path: str) -> None:
-    try:
-        path.encode()
-    except UnicodeEncodeError as error:
+def _require_utf8(root: Path, names: Iterable[str]) -> None:
+    bad = [repr(os.fsencode(name)) for name in names if not name.isascii() and not _is_utf8(name)]
+    if bad:
         raise UsageError(
             str(root),
-            found=f"the name {os.fsencode(path)!r}, which is not UTF-8",
+            found=f"{len(bad)} names that are not UTF-8: {_some(bad)}",
             expected="file names in UTF-8",
-            remedy="rename it",
-        ) from error
+            remedy="rename them",
+        )
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _some(names: Iterable[str], at_most: int = 8) -> str:

@@ -148,7 +148,7 @@ def unreadable_files(domain: ImageDomain, workers: int = 0, progress: FilesDone 
     frames = domain.frames
     files = [domain.file(i) for i in range(len(domain))] if frames is None else frames.files()
     check = file_problem if frames is None else frames.problem
-    with ThreadPoolExecutor(workers or usable_cores(), thread_name_prefix="verify") as pool:
+    with _pool(workers) as pool:
         state = _digest(files, pool.map(file_state, files))
         memory = _memory_of(domain)
         known = _recall(memory, state)
@@ -162,6 +162,17 @@ def unreadable_files(domain: ImageDomain, workers: int = 0, progress: FilesDone 
                 progress(domain.name, i + 1, len(files))
     _remember(memory, state, bad)
     return bad
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    with (
+        warnings.catch_warnings(),
+        ThreadPoolExecutor(workers or usable_cores(), thread_name_prefix="verify") as pool,
+    ):
+        # An image too large is a finding, in words of our own.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield pool
 
 
 def file_problem(path: str) -> str:
