@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -45,6 +46,9 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
             print(f"error: {_one_line(str(error))}", file=sys.stderr)
         code = 2 if isinstance(error, UsageError) else 1
     except Stopped as stopped:
+        # All is saved. A signal that comes while the interpreter goes down must not make a failure of that.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         if not stopped.told:
             print(stopped, flush=True)
         code = 0

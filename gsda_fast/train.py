@@ -362,9 +362,9 @@ def _result(config: Config, trainer: Trainer, source: ImageDomain, target: Image
 @contextmanager
 def _progress(console: Console, trainer: Trainer) -> Iterator[Callable[[Report], None]]:
     """A console line for each report, and below them a progress bar where there is a terminal."""
-    columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[rate]} images/s"))
-    columns += (TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    done = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[rate]} images/s"))
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*done, *times, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=trainer.schedule.steps, completed=trainer.step, rate="-")
 
         def show(report: Report) -> None:

@@ -1,3 +1,5 @@
+import signal
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -154,6 +156,23 @@ def test_interrupt(capsys: pytest.CaptureFixture[str]) -> None:
         run_command(main)
     assert end.value.code == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_after_a_stop_in_good_order_changes_nothing(number: signal.Signals) -> None:
+    program = f"""
+import atexit, os
+from gsda_fast.commands import run_command
+from gsda_fast.errors import Stopped
+
+def main():
+    raise Stopped("stopped")
+
+atexit.register(os.kill, os.getpid(), {int(number)})
+run_command(main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "stopped\n", "")
 
 
 def test_defect_keeps_its_traceback() -> None:

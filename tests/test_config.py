@@ -265,6 +265,7 @@ def test_a_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
         (("digit",), "TASK: found 'digit'; expected one of digits"),
         (("digits", "--method", "gdsa"), "--method: found 'gdsa'; expected source-only, entropy"),
         (("digits", "--steps", "0"), "--steps: found 0; expected a whole number >= 1"),
+        (("digits", "--steps", "300", "--profile", "300"), "--profile: found 300; expected less than --steps, 300"),
         (("digits", "--steps", "-5", "--warmup", "0"), "--steps: found -5; expected a whole number >= 1"),
         (("digits", "--warmup", "-1"), "--warmup: found -1; expected a whole number >= 0"),
         (("digits", "--warmup", "801"), "--warmup: found 801; expected at most --steps, 800"),
