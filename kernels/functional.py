@@ -118,7 +118,8 @@ def adversarial_terms(
             raise ValueError(
                 f"loss_feature_scale: found shape {tuple(loss_feature_scale.shape)}; expected a number or a 0-d tensor"
             )
-        scale = loss_feature_scale.detach().to(device=features.device, dtype=accumulation).reshape(())
+        # Nor does the host wait where a schedule keeps its value on the CPU.
+        scale = loss_feature_scale.detach().to(features.device, accumulation, non_blocking=features.is_cuda).reshape(())
     elif loss_feature_scale != 1.0:
         scale = torch.full((), float(loss_feature_scale), dtype=accumulation, device=features.device)
 

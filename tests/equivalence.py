@@ -206,6 +206,20 @@ def assert_equivalent(problem: Problem, backend: str, *, compiled: bool = False,
     assert not errors, "\n".join(errors)
 
 
+def assert_nan_stays_visible(backend: str, device: str = "cpu") -> None:
+    """A NaN in one sample's features: ReLUs and masks must not turn it into a number."""
+    problem = make_problem(device=device)
+    problem.features[0, 0] = torch.nan
+    found = compute(problem, backend)
+    active = problem.sample_weight[0] != 0
+    assert active.any()
+    for name in (*RESULTS, *INPUTS[1:]):
+        of_discriminator = found[name].reshape(len(active), -1)
+        assert of_discriminator[active].isnan().any(1).all(), name
+    assert found["features"][0].isnan().all()
+    assert found["features"][1:].isfinite().all()
+
+
 def _norm(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor))
 

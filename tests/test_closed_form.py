@@ -8,6 +8,7 @@ from equivalence import (
     INPUTS,
     Problem,
     assert_equivalent,
+    assert_nan_stays_visible,
     compute,
     frozen_inputs,
     make_problem,
@@ -110,6 +111,10 @@ def test_no_pair_at_all(backend: str) -> None:
     found = compute(problem, backend, max_pairs=1)
     assert found.keys() == {"loss", "gradient_norm", *INPUTS}
     assert all((value == 0).all() for value in found.values())
+
+
+def test_nan_in_an_input_stays_visible(backend: str) -> None:
+    assert_nan_stays_visible(backend)
 
 
 def test_min_weight_drops_light_target_pairs_and_no_source_pair(backend: str) -> None:

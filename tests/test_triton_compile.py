@@ -187,6 +187,20 @@ def test_grids_and_buffers_follow_max_pairs() -> None:
     assert [launch.grid for launch in every[1:5]] == [(16, 34), (16, 34), (16, 34), (8, 34)]
 
 
+@pytest.mark.parametrize("layer", ["first_layer_kernel", "second_layer_kernel"])
+def test_relu_keeps_a_nan(layer: str, tmp_path: Path) -> None:
+    """A GPU's `max` of a NaN and 0 is 0; the interpreter's is the NaN."""
+    (launch,) = (each for each in _case("bf16, small batch", 90) if each.name == layer)
+    assert "max.f32" not in compile_launch(launch, 90, tmp_path).ptx
+
+
+@pytest.mark.parametrize("num_samples", [72, 70_000])
+def test_no_grid_is_larger_than_a_gpu_takes(num_samples: int) -> None:
+    shape = {"num_samples": num_samples, "num_discriminators": 1, "dim": 256, "hidden": 64}
+    for launch in itertools.chain(*head_launches(dtype=HALF, **shape)):
+        assert all(size <= 65535 for size in launch.grid[1:]), f"{launch.name}: {launch.grid}"
+
+
 def test_forward_and_backward_under_compile() -> None:
     """The fake kernels of the registered operations agree with what the backend returns."""
     backend = backends.get("triton")

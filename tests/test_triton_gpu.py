@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from equivalence import INPUTS, assert_equivalent, compute, make_problem, non_contiguous
+from equivalence import INPUTS, assert_equivalent, assert_nan_stays_visible, compute, make_problem, non_contiguous
 from triton_cases import SHAPES
 
 import gsda_kernels as gk
@@ -69,6 +69,14 @@ def test_options() -> None:
     assert_equivalent(non_contiguous(_problem()), "triton")
 
 
+def test_nan_in_an_input_stays_visible() -> None:
+    assert_nan_stays_visible("triton", device="cuda")
+
+
+def test_more_samples_than_a_grid_has_rows() -> None:
+    assert_equivalent(_problem(num_source=0, num_target=70_000, num_discriminators=1), "triton")
+
+
 def test_more_than_max_pairs_is_nan() -> None:
     found = compute(_problem(zero_weights=0.0), "triton", max_pairs=35)
     assert found["loss"].isnan().all()
@@ -78,12 +86,12 @@ def test_more_than_max_pairs_is_nan() -> None:
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_never_waits_for_the_device(compiled: bool) -> None:
-    problem = _problem(torch.bfloat16, **VISDA)
-    expected = compute(problem, "triton", compiled=compiled)
+    problem, scale = _problem(torch.bfloat16, **VISDA), torch.tensor(-0.7)  # on the CPU, as a schedule may keep it
+    expected = compute(problem, "triton", compiled=compiled, loss_feature_scale=scale)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = compute(problem, "triton", compiled=compiled)
+        found = compute(problem, "triton", compiled=compiled, loss_feature_scale=scale)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -9,7 +9,15 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from equivalence import INPUTS, Problem, assert_equivalent, compute, make_problem, non_contiguous
+from equivalence import (
+    INPUTS,
+    Problem,
+    assert_equivalent,
+    assert_nan_stays_visible,
+    compute,
+    make_problem,
+    non_contiguous,
+)
 from triton_cases import SHAPES
 
 import gsda_kernels as gk
@@ -84,6 +92,10 @@ def test_dead_unit_of_weight_zero() -> None:
     problem = make_problem()
     problem.disc.w3[:, ::2] = 0.0
     assert_equivalent(problem, "triton")
+
+
+def test_nan_in_an_input_stays_visible() -> None:
+    assert_nan_stays_visible("triton")
 
 
 def _num_active(problem: Problem) -> int:

@@ -114,8 +114,8 @@ Head<T> make_head(const std::vector<Array<T>> &tensors, const Array<T> &weight, 
 
 template <class T>
 bool forward(const std::vector<Array<T>> &tensors, const Array<T> &weight, const Array<T> &label,
-             const std::vector<Array<T>> &saved, const Wanted<uint8_t> &active2, int64_t hidden_stride, const Array<T> &loss,
-             const Array<T> &gradient_norm, int num_threads, bool wide) {
+             const std::vector<Array<T>> &saved, const Wanted<uint8_t> &active2, int64_t hidden_stride,
+             const Array<T> &loss, const Array<T> &gradient_norm, int num_threads, bool wide) {
   nb::gil_scoped_release release;
   const Routing routing = route(weight.data(), int64_t(weight.shape(0)), int64_t(weight.shape(1)));
   if (routing.rows.size() > saved[0].shape(0)) return false;
@@ -129,9 +129,9 @@ bool forward(const std::vector<Array<T>> &tensors, const Array<T> &weight, const
 
 template <class T>
 bool backward(const std::vector<Array<T>> &tensors, const Array<T> &weight, const Array<T> &label,
-              const std::vector<Array<T>> &saved, const Wanted<uint8_t> &active2, int64_t hidden_stride, const Array<T> &grad_loss,
-              const Array<T> &grad_gradient_norm, double loss_feature_scale, const std::vector<Wanted<T>> &gradients,
-              int num_threads, bool wide) {
+              const std::vector<Array<T>> &saved, const Wanted<uint8_t> &active2, int64_t hidden_stride,
+              const Array<T> &grad_loss, const Array<T> &grad_gradient_norm, double loss_feature_scale,
+              const std::vector<Wanted<T>> &gradients, int num_threads, bool wide) {
   nb::gil_scoped_release release;
   const Routing routing = route(weight.data(), int64_t(weight.shape(0)), int64_t(weight.shape(1)));
   if (routing.rows.size() > saved[0].shape(0)) return false;

@@ -177,8 +177,8 @@ void product(int64_t rows, int64_t columns, int64_t depth, const T *a, int64_t a
 }
 
 // A weight's gradient c, from A = a (depth, rows).T @ b (depth, columns): A itself for the first layer. For the second,
-// c = scale[:, None] * A, and row_sums = (weight * A).sum(1) with weight, like c, (rows, columns). c is written once and
-// past the caches, or not at all if null.
+// c = scale[:, None] * A, and row_sums = (weight * A).sum(1) with weight, like c, (rows, columns). c is written once,
+// past the caches; not at all if it is null.
 template <bool SecondLayer, class T>
 void gradient_product(int64_t rows, int64_t columns, int64_t depth, const T *a, int64_t a_stride, const T *b,
                       int64_t b_stride, T *c, const T *scale = nullptr, const T *weight = nullptr,
@@ -193,7 +193,8 @@ void gradient_product(int64_t rows, int64_t columns, int64_t depth, const T *a, 
       Vector<T> sums[M][N] = {};
       outer_tile<M, N, T>(sums, a + row, 1, a_stride, b + column, b_stride, depth, [=](int64_t k) {
         // The next strip: the weight's tile, which comes from far, line by line.
-        if constexpr (SecondLayer) return k < M * N ? weight + cell + k / N * columns + (k % N + N) * kLanes<T> : weight;
+        if constexpr (SecondLayer)
+          return k < M * N ? weight + cell + k / N * columns + (k % N + N) * kLanes<T> : weight;
         else return b + column + N * kLanes<T> + k * b_stride;
       });
       for_tile<M, N>([&](int m, int n) {
@@ -371,8 +372,8 @@ void mask(int64_t rows, int64_t columns, const T *activation, T *x, int64_t stri
       store(x + i * stride + c, load(activation + i * stride + c) > T(0) ? load(x + i * stride + c) : Vector<T>{});
 }
 
-// The second layer's end, with x before its bias: logit = w3 . relu(x + bias), and where the ReLU is on, x = w3 (which is
-// u2) and active = 1, else 0. `active` may be null. A NaN stays one in the logit.
+// The second layer's end, with x before its bias: logit = w3 . relu(x + bias), and where the ReLU is on, x = w3 (which
+// is u2) and active = 1, else 0. `active` may be null. A NaN stays one in the logit.
 template <class T>
 void finish_second_layer(int64_t rows, int64_t columns, const T *bias, const T *w3, T *x, uint8_t *active,
                          int64_t stride, T *logit) {

@@ -150,7 +150,7 @@ def _feature_gradient(
     (num_samples, dim), num_discriminators = features.shape, weight.shape[1]
     out = torch.empty_like(features)
     block_columns = min(128, triton.next_power_of_2(dim))
-    feature_gradient_kernel[(triton.cdiv(dim, block_columns), num_samples)](
+    feature_gradient_kernel[(num_samples, triton.cdiv(dim, block_columns))](
         saved.jacobian, saved.residual, saved.norm, weight, label, *upstream,
         weight if loss_feature_scale is None else loss_feature_scale,
         saved.routing.position, out, num_samples, num_discriminators, dim, *(grad.stride(0) for grad in upstream),

@@ -187,11 +187,12 @@ def feature_gradient_kernel(
 
     dz is as in pair_gradient_kernel, with the loss's part times `scale` if HAS_SCALE.
 
-    Grid (D / BLOCK_COLUMNS, N). jacobian: (max_pairs, D). residual, norm: (max_pairs,), weight: (N, K), label: (N,),
-    grad_loss, grad_norm: (K,), scale: 0-d, all float32. position: (N, K) int32. out: (N, D).
+    Grid (N, D / BLOCK_COLUMNS), in this order since a GPU bounds all but the first by 65535. jacobian: (max_pairs, D).
+    residual, norm: (max_pairs,), weight: (N, K), label: (N,), grad_loss, grad_norm: (K,), scale: 0-d, all float32.
+    position: (N, K) int32. out: (N, D).
     """
-    i = tl.program_id(1).to(tl.int64)
-    columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    i = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     column_mask = columns < dim
     sign = 1.0 - 2.0 * tl.load(label + i)
     total = tl.zeros([BLOCK_COLUMNS], tl.float32)

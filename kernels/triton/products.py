@@ -43,6 +43,12 @@ def _rows_times_matrix(
 
 
 @triton.jit
+def _rectified(x: tl.tensor) -> tl.tensor:
+    """max(x, 0), but where `tl.maximum` makes a NaN 0 on a GPU, it stays one: a diverged network has to show."""
+    return tl.where(x < 0, 0.0, x)
+
+
+@triton.jit
 def first_layer_kernel(
     features: tl.tensor,
     w1: tl.tensor,
@@ -77,7 +83,7 @@ def first_layer_kernel(
     )  # fmt: skip
     before += tl.load(b1 + k * hidden + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     out = h1 + pairs[:, None].to(tl.int64) * hidden + columns[None, :]
-    tl.store(out, tl.maximum(before, 0.0).to(h1.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
+    tl.store(out, _rectified(before).to(h1.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
 
 
 @triton.jit
@@ -125,7 +131,7 @@ def second_layer_kernel(
     if STORE_ACTIVE:
         tl.store(active2 + cell, tl.where(before > 0, 1.0, 0.0).to(active2.dtype.element_ty), mask=mask)
     part = logit_part + pairs.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(part, tl.sum(tl.maximum(before, 0.0) * last, 1), mask=row_mask)
+    tl.store(part, tl.sum(_rectified(before) * last, 1), mask=row_mask)
 
 
 @triton.jit
@@ -240,7 +246,8 @@ def hidden_backward_kernel(
     mask = row_mask[:, None] & column_mask[None, :]
     cell = pairs[:, None].to(tl.int64) * hidden + columns[None, :]
     first = tl.load(h1 + cell, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + cell, tl.where(first > 0, value + dz * first, 0.0).to(out.dtype.element_ty), mask=mask)
+    # Not dz h1 inside the mask, which would take a NaN in h1 for a unit that is off.
+    tl.store(out + cell, (tl.where(first > 0, value, 0.0) + dz * first).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
