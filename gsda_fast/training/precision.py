@@ -10,8 +10,10 @@ import torch
 from gsda_fast.errors import UsageError
 
 AUTOCAST_DTYPES: dict[str, torch.dtype | None] = {
-    **{"fp32": None, "tf32": None},
-    **{"bf16": torch.bfloat16, "fp16": torch.float16},
+    "fp32": None,
+    "tf32": None,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
 }
 """What the network's products run in; None: what the parameters are. Parameters are float32 throughout."""
 
