@@ -6,12 +6,15 @@ import contextlib
 import io
 import os
 import re
+import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn, TypeVar
+from functools import partial
+from typing import Any, NoReturn, TypeVar
 
-from gsda_fast.errors import Stopped, TrainingError, UsageError
+from gsda_fast.errors import Stopped, TrainingError, UsageError, UsageWarning
 
 T = TypeVar("T")
 
@@ -29,10 +32,12 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     `Stopped` one line on standard output and exit code 0; an interrupt from the keyboard one line (with what the
     `KeyboardInterrupt` says, if anything) and exit code 130, as in a shell; standard output that nobody reads any more
     (`| head`) ends the command quietly, with a shell's 141. Any other exception is a defect and keeps its traceback.
+    A `UsageWarning` is one line on standard error, from the first of the processes that torchrun started.
 
     Args:
         main: the command; returns its exit code, None for 0.
     """
+    warnings.showwarning = partial(_show_warning, warnings.showwarning)
     try:
         code = main()
         sys.stdout.flush()
@@ -41,6 +46,9 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
             print(f"error: {_one_line(str(error))}", file=sys.stderr)
         code = 2 if isinstance(error, UsageError) else 1
     except Stopped as stopped:
+        # All is saved. A signal that comes while the interpreter goes down must not make a failure of that.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         if not stopped.told:
             print(stopped, flush=True)
         code = 0
@@ -52,6 +60,15 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     sys.exit(code or 0)
+
+
+def _show_warning(
+    show: Callable[..., None], message: Warning | str, category: type[Warning], *place: Any, **more: Any
+) -> None:
+    if not issubclass(category, UsageWarning):
+        show(message, category, *place, **more)
+    elif os.environ.get("RANK", "0") == "0":
+        print(f"warning: {_one_line(str(message))}", file=sys.stderr)
 
 
 @contextmanager

@@ -47,6 +47,8 @@ class RunSettings:
     """CPU threads of PyTorch; 0: PyTorch's choice."""
     profile: int = 0
     """Write a trace of that many steps, of the first process, into the run's folder, to be opened with Perfetto."""
+    checkpoint_seconds: int = 60
+    """Least time from one checkpoint to the next; they are written after scorings of the target. 0: after each."""
     output: Path | None = None
     """The run's folder; runs/TASK-SOURCE-TARGET-METHOD-seedN if not given."""
     resume: Annotated[str, tyro.conf.arg(metavar="auto|never|PATH")] = "auto"
@@ -87,6 +89,7 @@ class Config:
             "--threads": (self.run.threads, 0),
             "--workers": (self.data.workers, 0),
             "--profile": (self.run.profile, 0),
+            "--checkpoint-seconds": (self.run.checkpoint_seconds, 0),
             "--timeout": (self.distributed.timeout, 1),
             "--groups": (self.adversarial.groups, 0),
             "--hidden-dim": (self.adversarial.hidden_dim, 1),
@@ -118,6 +121,9 @@ class Config:
                 raise UsageError(option, found=str(share), expected="a number from 0 to 1")
         if self.run.weights_alone and self.run.resume in ("auto", "never"):
             raise UsageError("--weights-alone", found=f"--resume {self.run.resume}", expected="--resume PATH")
+        if self.run.profile >= self.run.steps:
+            expected = f"less than --steps, {self.run.steps}: the profiler needs a step before those"
+            raise UsageError("--profile", found=str(self.run.profile), expected=expected)
         if self.run.warmup > self.run.steps:
             raise UsageError("--warmup", found=str(self.run.warmup), expected=f"at most --steps, {self.run.steps}")
 
@@ -144,7 +150,7 @@ def _preset(task: str, steps: int, refresh_every: int = 0, **changes: Any) -> Co
 
 # The settings under which the figures of the README were obtained.
 _DIGITS: dict[str, Any] = {
-    "run": RunSettings(steps=800, warmup=300, batch_size=64, threads=1),
+    "run": RunSettings(steps=800, warmup=300, batch_size=64, threads=1, checkpoint_seconds=0),
     "data": DataSettings(cache_on_device=True),
     "model": ModelSettings(backbone="lenet", weights="none", bottleneck_dim=128, bottleneck_activation="relu"),
     "adversarial": AdversarialSettings(alpha=0.1, beta=1.0, groups=3, hidden_dim=32),

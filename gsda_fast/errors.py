@@ -29,6 +29,10 @@ class UsageError(ValueError):
         return partial(UsageError, found=self.found, expected=self.expected, remedy=self.remedy), (self.what,)
 
 
+class UsageWarning(UserWarning):
+    """Something about the user's data or machine that stops nothing; commands tell of it in one line."""
+
+
 class TrainingError(RuntimeError):
     """A run that cannot go on, for a reason that lies in its numbers or its processes: one line, exit code 1.
 

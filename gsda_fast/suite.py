@@ -26,6 +26,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeR
 from gsda_fast.commands import parse_command_line, run_command
 from gsda_fast.config import PRESETS, Config, parse_config
 from gsda_fast.data.benchmarks import Benchmark, find_benchmark
+from gsda_fast.data.torch_loader import usable_cores
 from gsda_fast.errors import Stopped, TrainingError, UsageError
 from gsda_fast.methods import METHODS
 from gsda_fast.report import report_on_suite, suite_layout
@@ -62,7 +63,7 @@ class SuiteSettings:
     task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="|".join(PRESETS))]
     """Benchmark."""
     methods: tuple[str, ...] = ()
-    """Methods to run; all if none is given, with --paired those of --ablation, with --sweep gsda."""
+    """Methods to run; all if none is given, but with --sweep gsda alone, and else with --paired those of --ablation."""
     ablation: bool = False
     """Run the rows of the paper's Table 1: domain, class, group, gsda, with source-only and entropy before them."""
     paired: bool = False
@@ -76,7 +77,7 @@ class SuiteSettings:
     tasks: tuple[str, ...] = ()
     """Transfer tasks such as A->W; all of the benchmark's if none is given."""
     jobs: int = 0
-    """Runs at a time; 0: one on each GPU, or one on each CPU core."""
+    """Runs at a time; 0: one on each GPU, or one on each CPU core, 16 at most."""
     output: Path | None = None
     """Folder of the suite; runs/suite-TASK if not given."""
     report: bool = False
@@ -96,9 +97,9 @@ class SuiteSettings:
     def chosen_methods(self) -> tuple[str, ...]:
         if self.methods:
             return self.methods
-        if self.ablation or self.paired:
-            return ABLATION
-        return ("gsda",) if self.sweep else tuple(METHODS)
+        if self.sweep and not self.ablation:
+            return ("gsda",)
+        return ABLATION if self.ablation or self.paired else tuple(METHODS)
 
 
 def run_suite(settings: SuiteSettings, variants: Mapping[str, Config], console: Console) -> Path:
@@ -234,17 +235,19 @@ def _sweep_axes(sweep: Sequence[str]) -> dict[str, list[str]]:
 
 def _run_all(configs: list[Config], jobs: int, console: Console) -> list[RunResult | TrainingError]:
     """The result of each run, or why it failed; a failed run leaves the others alone."""
-    gpus = torch.cuda.device_count()
-    workers = min(jobs or gpus or os.cpu_count() or 1, len(configs))
+    gpus = visible_gpus()
+    workers = min(jobs or len(gpus) or usable_cores(), len(configs))
     # A fork would copy the threads' locks but not the threads.
     context = multiprocessing.get_context("spawn")
     places = context.Queue()
     for worker in range(workers):
-        places.put(worker % gpus if gpus else None)
+        places.put(gpus[worker % len(gpus)] if gpus else None)
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     outcomes: dict[int, RunResult | TrainingError] = {}
     with (
-        ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker, initargs=(places,)) as pool,
+        ProcessPoolExecutor(
+            workers, mp_context=context, initializer=_prepare_worker, initargs=(places, sys.orig_argv)
+        ) as pool,
         Progress(*columns, console=console) as progress,
     ):
         bar = progress.add_task("runs", total=len(configs))
@@ -297,11 +300,22 @@ def _interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _prepare_worker(places: multiprocessing.Queue[int | None]) -> None:
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, each as CUDA_VISIBLE_DEVICES would name it alone; none without CUDA."""
+    count = torch.cuda.device_count()
+    # Where a scheduler has given this process some of the machine's GPUs, the others are somebody else's.
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(index) for index in range(count)] if allowed is None else allowed.split(",")
+    return [name.strip() for name in names[:count]]
+
+
+def _prepare_worker(places: multiprocessing.Queue[str | None], command: list[str]) -> None:
     """Gives a worker its own GPU, before CUDA is initialized in it, and ends it when the suite is killed."""
     gpu = places.get()
     if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    # What environment.json is to name, and not how this worker was started.
+    sys.orig_argv = command
     threading.Thread(target=_end_with_the_suite, daemon=True).start()
 
 
@@ -332,12 +346,12 @@ def _write_tables(
     made = suite_tables(results, layout)
     suite.write_tables(made)
     differences = paired_tables(runs, layout) if paired else []
-    if paired:
+    if differences:
         suite.write_paired(differences)
     shown: list[tables.PrintedTable] = [*made, *differences]
     for table in shown:
         console.print(tables.to_terminal(table))
-    written = [suite.table_path("md"), *([suite.paired_path("md")] if paired else [])]
+    written = [suite.table_path("md"), *([suite.paired_path("md")] if differences else [])]
     console.print(f"tables: {', '.join(map(str, written))}, and as .csv and .json", soft_wrap=True)
 
 
@@ -349,13 +363,13 @@ def _write_sweep(
     for table in made:
         if table.choice == "last":
             console.print(tables.to_terminal(table))
-    if paired:
+    if differences:
         suite.write_paired(differences)
         for difference in differences:
             console.print(tables.to_terminal(difference))
-    drawn = {method: plots.png(figure) for method, figure in sweep_plots(made).items()}
+    drawn = {name: plots.png(figure) for name, figure in sweep_plots(made).items()}
     suite.write_sweep(made, drawn)
-    plotted = ", ".join(str(suite.sweep_plot_path(method)) for method in drawn)
+    plotted = ", ".join(str(suite.sweep_plot_path(name)) for name in drawn)
     console.print(f"sweep: {suite.sweep_path('md')}, and as .csv and .json; {plotted}", soft_wrap=True)
 
 
@@ -382,4 +396,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # A scheduler's wish to stop is Ctrl-C's: the runs save a checkpoint before they end.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run_command(main)

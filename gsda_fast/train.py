@@ -31,7 +31,10 @@ from gsda_fast.training.saver import Saver, reason
 from gsda_fast.training.stopping import StopRequest
 from gsda_fast.training.trainer import Report, Trainer
 
-_FREE_TO_CHANGE = ("run.output", "data.verify")
+_FREE_TO_CHANGE = (
+    *("run.output", "run.profile", "run.checkpoint_seconds"),
+    *("data.verify", "data.workers", "distributed.timeout"),
+)
 """Settings that have no influence on the figures of a run. So has --resume, unless it names where the run begins."""
 
 FEATURE_SAMPLES = 2000
@@ -84,8 +87,8 @@ def _train(
         f"{config.task} {source.name} -> {target.name}, {config.run.method}: {len(source)} + {len(target)} images"
     )
     console.print(_processes_line(config, trainer), soft_wrap=True)
-    constants = {"identity": identity, "versions": versions()}
-    saver = Saver(folder, CheckpointFolder(folder.checkpoints), trainer, constants, console)
+    constants, seconds = {"identity": identity, "versions": versions()}, config.run.checkpoint_seconds
+    saver = Saver(folder, CheckpointFolder(folder.checkpoints), trainer, constants, console, seconds)
 
     if trainer.step == config.run.warmup == 0:
         saver.also(_features(folder, "warmup", trainer, source, target))
@@ -93,9 +96,13 @@ def _train(
     def on_scored() -> None:
         if trainer.step == config.run.warmup:
             saver.also(_features(folder, "warmup", trainer, source, target))
-        saver.save_or_warn()
+        saver.save_if_due()
 
-    with _board(folder, trainer) as board, _progress(console, trainer) as show, _profile(config, folder, trainer):
+    with (
+        _board(folder, trainer) as board,
+        _progress(console, trainer) as show,
+        _profile(config, folder, trainer, console),
+    ):
         for report in trainer.run(on_scored):
             if ranks.first:
                 saver.append(report)
@@ -215,18 +222,25 @@ def _board(folder: RunFolder, trainer: Trainer) -> Iterator[Callable[[Report], N
 
 
 @contextmanager
-def _profile(config: Config, folder: RunFolder, trainer: Trainer) -> Iterator[None]:
-    """Traces `--profile` steps of the first rank, after some that warm up."""
+def _profile(config: Config, folder: RunFolder, trainer: Trainer, console: Console) -> Iterator[None]:
+    """Traces `--profile` steps of the first rank, after some that warm up; fewer where the run ends before."""
     if not config.run.profile or not trainer.ranks.first:
         yield
         return
     activities = [torch.profiler.ProfilerActivity.CPU]
     if trainer.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
+    left = trainer.schedule.steps - trainer.step
+    wait = max(0, min(_BEFORE_PROFILE, left - 1 - config.run.profile))
+
+    def written(profiler: torch.profiler.profile) -> None:
+        profiler.export_chrome_trace(str(folder.trace_path))
+        console.print(f"trace of the steps up to {trainer.step}: {folder.trace_path}", soft_wrap=True)
+
     with torch.profiler.profile(
         activities=activities,
-        schedule=torch.profiler.schedule(wait=_BEFORE_PROFILE, warmup=1, active=config.run.profile, repeat=1),
-        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(folder.trace_path)),
+        schedule=torch.profiler.schedule(wait=wait, warmup=1, active=config.run.profile, repeat=1),
+        on_trace_ready=written,
         acc_events=True,
     ) as trainer.profiler:
         yield
@@ -348,8 +362,9 @@ def _result(config: Config, trainer: Trainer, source: ImageDomain, target: Image
 @contextmanager
 def _progress(console: Console, trainer: Trainer) -> Iterator[Callable[[Report], None]]:
     """A console line for each report, and below them a progress bar where there is a terminal."""
-    columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[rate]} images/s"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
+    done = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[rate]} images/s"))
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*done, *times, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=trainer.schedule.steps, completed=trainer.step, rate="-")
 
         def show(report: Report) -> None:

@@ -132,7 +132,7 @@ def adversarial_terms(
         return AdversarialTerms(loss, gradient_norm)
     differentiable = (features, *disc)
     needs_grad = [torch.is_grad_enabled() and tensor.requires_grad for tensor in differentiable]
-    loss, gradient_norm, _ = ops.adversarial_forward(*differentiable, weight, label, scale, bound, needs_grad, chosen)
+    loss, gradient_norm, _ = ops.adversarial_forward(differentiable, weight, label, scale, bound, needs_grad, chosen)
     return AdversarialTerms(loss, gradient_norm)
 
 

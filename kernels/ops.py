@@ -2,6 +2,8 @@
 
 Registered with `torch.library.custom_op`, so that `torch.compile(fullgraph=True)`, autocast and `torch.export` see one
 opaque call each. Outside them the closed form could not be compiled: `torch.compile` refuses double backward.
+
+In both, `tensors` are what can be differentiated: features, w1, b1, w2, b2, w3, b3.
 """
 
 from __future__ import annotations
@@ -14,18 +16,10 @@ from torch import Tensor
 
 from gsda_kernels import backends
 
-_NUM_DIFFERENTIABLE = 7  # features, w1, b1, w2, b2, w3, b3
-
 
 @torch.library.custom_op("gsda_kernels::adversarial_forward", mutates_args=())
 def adversarial_forward(
-    features: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    w3: Tensor,
-    b3: Tensor,
+    tensors: Sequence[Tensor],
     weight: Tensor,
     label: Tensor,
     loss_feature_scale: Tensor | None,
@@ -33,19 +27,13 @@ def adversarial_forward(
     needs_grad: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    with torch.autocast(features.device.type, enabled=False):
-        return backends.get(backend).forward((features, w1, b1, w2, b2, w3, b3), weight, label, max_pairs, needs_grad)
+    with torch.autocast(weight.device.type, enabled=False):
+        return backends.get(backend).forward(tensors, weight, label, max_pairs, needs_grad)
 
 
 @adversarial_forward.register_fake
 def _(
-    features: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    w3: Tensor,
-    b3: Tensor,
+    tensors: Sequence[Tensor],
     weight: Tensor,
     label: Tensor,
     loss_feature_scale: Tensor | None,
@@ -53,19 +41,13 @@ def _(
     needs_grad: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    saved = backends.get(backend).saved_like((features, w1, b1, w2, b2, w3, b3), max_pairs, needs_grad)
-    return weight.new_empty(w1.shape[0]), weight.new_empty(w1.shape[0]), saved
+    saved = backends.get(backend).saved_like(tensors, max_pairs, needs_grad)
+    return weight.new_empty(weight.shape[1]), weight.new_empty(weight.shape[1]), saved
 
 
 @torch.library.custom_op("gsda_kernels::adversarial_backward", mutates_args=())
 def adversarial_backward(
-    features: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    w3: Tensor,
-    b3: Tensor,
+    tensors: Sequence[Tensor],
     weight: Tensor,
     label: Tensor,
     loss_feature_scale: Tensor | None,
@@ -75,8 +57,7 @@ def adversarial_backward(
     needs_grad: list[bool],
     backend: str,
 ) -> list[Tensor]:
-    tensors = (features, w1, b1, w2, b2, w3, b3)
-    with torch.autocast(features.device.type, enabled=False):
+    with torch.autocast(weight.device.type, enabled=False):
         gradients = backends.get(backend).backward(
             tensors, weight, label, saved, grad_loss, grad_gradient_norm, loss_feature_scale, needs_grad
         )
@@ -85,13 +66,7 @@ def adversarial_backward(
 
 @adversarial_backward.register_fake
 def _(
-    features: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    w3: Tensor,
-    b3: Tensor,
+    tensors: Sequence[Tensor],
     weight: Tensor,
     label: Tensor,
     loss_feature_scale: Tensor | None,
@@ -101,39 +76,29 @@ def _(
     needs_grad: list[bool],
     backend: str,
 ) -> list[Tensor]:
-    tensors = (features, w1, b1, w2, b2, w3, b3)
     return [
         torch.empty_like(t, memory_format=torch.contiguous_format) for t, needed in zip(tensors, needs_grad) if needed
     ]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    *tensors, loss_feature_scale, _max_pairs, needs_grad, backend = inputs
+    tensors, weight, label, loss_feature_scale, _max_pairs, ctx.needs_grad, ctx.backend = inputs
     _, _, saved = output
-    ctx.num_inputs = len(inputs)
-    ctx.num_tensors = len(tensors)
-    ctx.needs_grad, ctx.backend = needs_grad, backend
-    ctx.has_scale = loss_feature_scale is not None
     # Otherwise every saved tensor, being an output, gets a gradient of as many zeros.
     ctx.set_materialize_grads(False)
-    scale = [loss_feature_scale] if ctx.has_scale else []
-    ctx.save_for_backward(*tensors, *scale, *saved)
+    ctx.num_tensors = len(tensors)
+    ctx.save_for_backward(*tensors, weight, label, loss_feature_scale, *saved)
 
 
-def _backward(
-    ctx: Any, grad_loss: Tensor | None, grad_gradient_norm: Tensor | None, _: Any
-) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, grad_gradient_norm: Tensor | None, _: Any) -> tuple[Any, ...]:
     tensors = ctx.saved_tensors[: ctx.num_tensors]
-    rest = list(ctx.saved_tensors[ctx.num_tensors :])
-    scale = rest.pop(0) if ctx.has_scale else None
-    weight = tensors[_NUM_DIFFERENTIABLE]
+    weight, label, scale, *saved = ctx.saved_tensors[ctx.num_tensors :]
     upstream = [
         weight.new_zeros(weight.shape[1]) if gradient is None else gradient
         for gradient in (grad_loss, grad_gradient_norm)
     ]
-    found = iter(adversarial_backward(*tensors, scale, rest, *upstream, ctx.needs_grad, ctx.backend))
-    gradients = [next(found) if needed else None for needed in ctx.needs_grad]
-    return (*gradients, *[None] * (ctx.num_inputs - _NUM_DIFFERENTIABLE))
+    found = iter(adversarial_backward(tensors, weight, label, scale, saved, *upstream, ctx.needs_grad, ctx.backend))
+    return [next(found) if needed else None for needed in ctx.needs_grad], None, None, None, None, None, None
 
 
 adversarial_forward.register_autograd(_backward, setup_context=_setup_context)

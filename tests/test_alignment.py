@@ -3,7 +3,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
 
+from gsda_fast.results import alignment
 from gsda_fast.results.alignment import late_mismatch, proxy_a_distance, relative_mismatch
 
 RECORDS: list[dict[str, Any]] = [
@@ -78,3 +80,16 @@ def test_proxy_a_distance_without_features() -> None:
     features = np.ones((4, 3))
     assert proxy_a_distance(features, features) is None
     assert proxy_a_distance(np.full((9, 3), np.nan), np.ones((9, 3))) is None
+
+
+def test_a_distance_takes_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def spy(*_: object, **__: object) -> np.ndarray:
+        seen.extend(pool["num_threads"] for pool in threadpool_info())
+        return np.ones(5)
+
+    monkeypatch.setattr(alignment, "cross_val_score", spy)
+    with threadpool_limits(2):
+        proxy_a_distance(np.zeros((10, 2)), np.ones((10, 2)))
+    assert set(seen) == {1}

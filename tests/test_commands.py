@@ -1,4 +1,7 @@
+import signal
+import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal, NoReturn
@@ -7,7 +10,7 @@ import pytest
 import tyro
 
 from gsda_fast.commands import parse_command_line, run_command
-from gsda_fast.errors import UsageError
+from gsda_fast.errors import UsageError, UsageWarning
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,27 @@ def test_usage_error_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == "error: --steps: found 0; expected 1 or more; ask for one\n"
 
 
+@pytest.mark.parametrize(("rank", "lines"), [("0", ["warning: domain amazon: found 31 images"]), ("1", [])])
+def test_warning_is_one_line_of_the_first_process(
+    rank: str, lines: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        with pytest.raises(SystemExit):
+            run_command(lambda: warnings.warn("domain amazon: found 31 images", UsageWarning, stacklevel=1))
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_warning_of_another_package_keeps_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, category, file, line, *_: print(f"{file}: {message}", file=sys.stderr)
+        with pytest.raises(SystemExit):
+            run_command(lambda: warnings.warn("old", DeprecationWarning, stacklevel=1))
+    assert capsys.readouterr().err.strip() == f"{__file__}: old"
+
+
 def test_interrupt(capsys: pytest.CaptureFixture[str]) -> None:
     def main() -> NoReturn:
         raise KeyboardInterrupt
@@ -132,6 +156,23 @@ def test_interrupt(capsys: pytest.CaptureFixture[str]) -> None:
         run_command(main)
     assert end.value.code == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_after_a_stop_in_good_order_changes_nothing(number: signal.Signals) -> None:
+    program = f"""
+import atexit, os
+from gsda_fast.commands import run_command
+from gsda_fast.errors import Stopped
+
+def main():
+    raise Stopped("stopped")
+
+atexit.register(os.kill, os.getpid(), {int(number)})
+run_command(main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "stopped\n", "")
 
 
 def test_defect_keeps_its_traceback() -> None:

@@ -22,6 +22,7 @@ OPTIONS = """
 --device {auto,cpu,cuda}
 --threads INT
 --profile INT
+--checkpoint-seconds INT
 --output {None}|PATH
 --resume auto|never|PATH
 --weights-alone, --no-weights-alone
@@ -57,7 +58,7 @@ OPTIONS = """
 --backbone-learning-rate FLOAT
 --momentum FLOAT
 --weight-decay FLOAT
---precision {auto,fp32,bf16,fp16}
+--precision {auto,fp32,tf32,bf16,fp16}
 --compile {auto,on,off}
 --cuda-graphs, --no-cuda-graphs
 --scale-learning-rate, --no-scale-learning-rate
@@ -264,6 +265,7 @@ def test_a_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
         (("digit",), "TASK: found 'digit'; expected one of digits"),
         (("digits", "--method", "gdsa"), "--method: found 'gdsa'; expected source-only, entropy"),
         (("digits", "--steps", "0"), "--steps: found 0; expected a whole number >= 1"),
+        (("digits", "--steps", "300", "--profile", "300"), "--profile: found 300; expected less than --steps, 300"),
         (("digits", "--steps", "-5", "--warmup", "0"), "--steps: found -5; expected a whole number >= 1"),
         (("digits", "--warmup", "-1"), "--warmup: found -1; expected a whole number >= 0"),
         (("digits", "--warmup", "801"), "--warmup: found 801; expected at most --steps, 800"),

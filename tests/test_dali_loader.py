@@ -25,9 +25,12 @@ import signal
 import subprocess
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -285,6 +288,120 @@ def test_batches_that_are_kept_do_not_change(pair: Pair, loader: DaliLoader) -> 
     loader.close()
     gc.collect()
     assert all(map(torch.equal, kept, copies))
+
+
+# --------------------------------------------------------------------------------------------------- as if on a GPU
+
+
+class Event:
+    """A stand-in for `torch.cuda.Event`: over when the test says so, or when the loader waits for it."""
+
+    recorded: ClassVar[list["Event"]] = []
+
+    def __init__(self) -> None:
+        self.over, self.waited_for = False, False
+        self.images: weakref.ref[Tensor] | None = None
+        Event.recorded.append(self)
+
+    def query(self) -> bool:
+        return self.over
+
+    def synchronize(self) -> None:
+        self.waited_for = not self.over
+        self.over = True
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
+    """Every batch that a loader has handed out and got back so far, as on a device that works off a queue."""
+    monkeypatch.setattr(Event, "recorded", [])
+    monkeypatch.setattr(dali_loader, "_end_of_queue", lambda device: Event())
+    add = dali_loader._Lent.add
+
+    def noted(lent: object, images: Tensor) -> None:
+        before = len(Event.recorded)
+        add(lent, images)
+        assert len(Event.recorded) == before + 1
+        Event.recorded[-1].images = weakref.ref(images)
+
+    monkeypatch.setattr(dali_loader._Lent, "add", noted)
+    return Event.recorded
+
+
+def alive(events: list[Event]) -> list[bool]:
+    gc.collect()
+    return [event.images is not None and event.images() is not None for event in events]
+
+
+def test_images_are_kept_until_what_reads_them_is_over(pair: Pair, loader: DaliLoader, events: list[Event]) -> None:
+    batches = loader.train(plan_for(pair), range(8))
+    next(batches)
+    assert events == []  # this one is still in its consumer's hands
+    next(batches), next(batches)
+    assert alive(events) == [True, True]
+    events[0].over = True
+    next(batches)
+    assert alive(events) == [False, True, True]
+    assert not any(event.waited_for for event in events)
+    next(batches)  # none is over: the oldest is waited for, so that not all of a segment is kept
+    assert alive(events) == [False, False, True, True]
+    assert [event.waited_for for event in events] == [False, True, False, False]
+
+
+def test_images_outlast_their_segment_and_their_pipeline(pair: Pair, loader: DaliLoader, events: list[Event]) -> None:
+    list(loader.train(plan_for(pair), range(1)))
+    left_early = loader.train(plan_for(pair), range(100))
+    next(left_early)
+    assert alive(events) == [True]
+    left_early.close()
+    assert alive(events) == [True, True]
+    next(loader.evaluate("target"))  # left early, too, and from another pipeline
+    assert alive(events) == [False, True, True]
+    next(loader.train(plan_for(pair, batch_size=2), range(9)))  # a new pipeline
+    assert alive(events) == [False, False, True, True]
+    assert [event.over for event in events] == [True, True, False, False]
+    loader.close()
+    assert alive(events) == [False] * 4
+    assert all(event.over for event in events)
+
+
+def test_on_a_cpu_nothing_is_kept(pair: Pair, loader: DaliLoader) -> None:
+    handed_out = [weakref.ref(images) for images, _ in loader.evaluate("target")]
+    gc.collect()
+    assert [images() for images in handed_out] == [None] * 4
+
+
+def test_sample_numbers_do_not_share_dalis_memory(
+    pair: Pair, loader: DaliLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a GPU it is page-locked: torch refuses such memory from DLPack, and its transfer could be overtaken."""
+    from_dlpack = torch.from_dlpack
+
+    def images_alone(tensor: object) -> Tensor:
+        shared = from_dlpack(tensor)
+        if shared.ndim == 1:
+            raise BufferError("Unsupported device_type: 3")
+        return shared
+
+    monkeypatch.setattr(torch, "from_dlpack", images_alone)
+    (batch,) = loader.train(plan_for(pair), range(1))
+    assert batch.source_index.tolist() == plan_for(pair).batch(0).source_index.tolist()
+    assert [len(index) for _, index in loader.evaluate("source")] == [4, 4, 4, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:3"])
+def test_graphs_of_a_gpu_are_what_dali_accepts(dtype: torch.dtype, device: str) -> None:
+    """As far as can be seen without a driver: operators, arguments, and on which side each of them runs."""
+    graph = dali_loader._Graph(PHOTOS, torch.device(device), 2, dtype)
+    for make, decoder in ((graph.training, b"decoders__ImageSlice"), (partial(graph.evaluation, side=48), b"Image")):
+        pipeline = make(8, lambda info: ())
+        assert pipeline.device_id == torch.device(device).index
+        images, index = pipeline._graph_out
+        assert (images.device, index.device) == ("gpu", "cpu")
+        pipeline._device_id = None  # or DALI asks for a driver before it looks at anything
+        written = pipeline.serialize()
+        assert all(name in written for name in (decoder, b"mixed", b"hw_decoder_load", b"jpeg_fancy_upsampling"))
 
 
 @pytest.mark.parametrize("kind", [DaliLoader, TorchLoader])

@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from gsda_fast.methods.gsda import AdversarialSettings
 from gsda_fast.methods.objective import Objective, target_class_weights
 from gsda_fast.model import AdaptationModel, ModelSettings, fetch_weights
 from gsda_fast.results.run_folder import RunFolder
+from gsda_fast.training import distributed
 from gsda_fast.training.assemble import build_trainer, resolve
 from gsda_fast.training.checkpoint import CheckpointFolder
 from gsda_fast.training.distributed import Ranks, digest, join
@@ -244,6 +246,10 @@ def work(rank: int, world_size: int, port: int, folder: str) -> None:
             found[update] = setup.step(ranks, inputs)
             setup = Setup(world_size, update, "pada")
             found[f"{update} with class weights"] = setup.step(ranks, inputs)
+        with mock.patch.object(distributed, "_ALONE_FROM", 50):
+            setup, inputs = fresh()
+            found["alone"] = setup.step(ranks, inputs)
+            found["of which alone"] = {parameter.numel() >= 50 for parameter in setup.method.parameters()}
         trainer = build(class_weights="pada", ranks=ranks)
         run(trainer)
         found["class weights"] = trainer.method.state_dict()["source_class_weights"]
@@ -262,6 +268,9 @@ def work(rank: int, world_size: int, port: int, folder: str) -> None:
         count = 4 * world_size + 1
         rows = torch.tensor(ranks.shard(count)).unsqueeze(1) * torch.tensor([1.0, 10.0])
         found["gathered"] = ranks.gather(rows, count)
+        # Rank r gives q rows to rank q, each (r, q).
+        given = torch.tensor([[rank, other] for other in range(world_size) for _ in range(other)], dtype=torch.uint8)
+        found["exchanged"] = ranks.exchange(given, send=list(range(world_size)), receive=[rank] * world_size)
         found["buffers"] = nn.BatchNorm1d(2)
         found["buffers"].running_mean.fill_(rank)
         ranks.mean_buffers(found["buffers"])
@@ -307,6 +316,14 @@ def test_gradients_are_those_of_one_process_with_the_whole_batch(
     for found in world:
         assert largest_error(found[update]["gradients"], expected["gradients"], part) < 1e-12
         assert largest_error(found[update]["parameters"], expected["parameters"], part) < 1e-12
+
+
+def test_large_gradients_that_travel_alone_arrive_as_well(world: list[dict[str, Any]]) -> None:
+    expected = alone(len(world))
+    for found in world:
+        assert found["of which alone"] == {True, False}
+        for part in ("model", "discriminators"):
+            assert largest_error(found["alone"]["gradients"], expected["gradients"], part) < 1e-12
 
 
 @pytest.mark.parametrize("update", ["alternating", "reversal"])
@@ -384,6 +401,11 @@ def test_rows_are_gathered_in_the_order_of_the_samples(world: list[dict[str, Any
         assert_close(found["gathered"], expected, rtol=0, atol=0)
 
 
+def test_rows_that_are_exchanged_come_in_the_order_of_the_ranks(world: list[dict[str, Any]]) -> None:
+    for rank, found in enumerate(world):
+        assert found["exchanged"].tolist() == [[giver, rank] for giver in range(len(world)) for _ in range(rank)]
+
+
 def test_buffers_and_figures_are_those_of_all_ranks(world: list[dict[str, Any]]) -> None:
     for found in world:
         assert_close(found["buffers"]["running_mean"], torch.full((2,), (len(world) - 1) / 2))
@@ -410,6 +432,8 @@ def test_one_process_needs_no_group() -> None:
         assert not dist.is_initialized()
         assert ranks.shard(3) == [0, 1, 2]
         assert ranks.gather_objects("one") == ["one"]
+        rows = torch.arange(3)
+        assert ranks.exchange(rows, [3], [3]) is rows
 
 
 # -------------------------------------------------------------------------------------------------- pretrained weights

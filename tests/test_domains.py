@@ -274,13 +274,14 @@ def test_list_that_is_empty_or_no_text(tmp_path: Path) -> None:
         open_pair("visda", data_root=tmp_path)
 
 
-def test_file_name_that_is_not_utf8(tmp_path: Path) -> None:
+def test_file_names_that_are_not_utf8(tmp_path: Path) -> None:
     folder = os.fsencode(office31(tmp_path) / "amazon" / "images" / "mug")
     try:
-        open(os.path.join(folder, b"caf\xe9.jpg"), "wb").close()
+        for name in (b"caf\xe9.jpg", b"th\xe9.jpg", "ça.jpg".encode()):
+            open(os.path.join(folder, name), "wb").close()
     except OSError:
         pytest.skip("this file system takes UTF-8 names alone")
-    with pytest.raises(UsageError, match=r"the name b'mug/caf\\xe9.jpg', which is not UTF-8"):
+    with pytest.raises(UsageError, match=r"2 names that are not UTF-8: b'mug/caf\\xe9.jpg', b'mug/th\\xe9.jpg'"):
         open_pair("office31", data_root=tmp_path)
 
 

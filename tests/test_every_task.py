@@ -83,7 +83,17 @@ def run(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
         arguments += ["--loader", loader, "--workers", "1", "--output", str(tmp_path / (output or f"run-{loader}"))]
         arguments += ["--steps", "4", "--batch-size", "6", "--refresh-every", "2", "--confidence-threshold", threshold]
         arguments += ["--backbone", "resnet18", "--weights", "none", "--bottleneck-dim", "8", "--hidden-dim", "8"]
-        arguments += ["--learning-rate", "0.001", "--device", "cpu", "--log-every", "1", *options]
+        arguments += [
+            "--learning-rate",
+            "0.001",
+            "--device",
+            "cpu",
+            "--log-every",
+            "1",
+            "--checkpoint-seconds",
+            "0",
+            *options,
+        ]
         train(parse_config(arguments, "train"), Console(quiet=True))
         return seen
 

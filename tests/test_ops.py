@@ -24,7 +24,7 @@ def forward_arguments(problem: Problem, backend: str, frozen: tuple[str, ...], s
     inputs = [tensor.requires_grad_(name not in frozen) for name, tensor in problem.inputs.items()]
     label = problem.domain.to(problem.sample_weight.dtype)
     return (
-        *inputs,
+        inputs,
         problem.sample_weight,
         label,
         None if scale is None else torch.tensor(scale, dtype=problem.sample_weight.dtype),
@@ -49,15 +49,13 @@ def test_opcheck_forward(backend: str, scale: float | None, frozen: tuple[str, .
 def test_opcheck_backward(backend: str, frozen: tuple[str, ...], shape: dict[str, Any]) -> None:
     problem = make_problem(**shape)
     arguments = forward_arguments(problem, backend, frozen, -0.5)
-    *tensors, weight, label, scale, _max_pairs, needs_grad, _backend = arguments
-    tensors = [tensor.detach() for tensor in tensors]
-    _, _, saved = ops.adversarial_forward(*tensors, *arguments[7:])
+    inputs, weight, label, scale, _max_pairs, needs_grad, _backend = arguments
+    tensors = [tensor.detach() for tensor in inputs]
+    _, _, saved = ops.adversarial_forward(tensors, *arguments[1:])
+    upstream = (problem.grad_loss, problem.grad_gradient_norm)
     torch.library.opcheck(
-        ops.adversarial_backward,
-        (
-            *tensors, weight, label, scale, saved, problem.grad_loss, problem.grad_gradient_norm, needs_grad, backend,
-        ),
-    )  # fmt: skip
+        ops.adversarial_backward, (tensors, weight, label, scale, saved, *upstream, needs_grad, backend)
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

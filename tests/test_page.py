@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,22 @@ def test_comparison(tmp_path: Path) -> None:
     rows = re.findall(r'<tr class="differs"><th scope="row">([^<]*)</th>', path.read_text(encoding="utf-8"))
     assert "method" in rows
     assert "steps" not in rows
+
+
+def test_the_page_says_how_the_images_were_tested(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, method, plotted=False) for method in ("source-only", "gsda")]
+    assert "crop" not in Page(write_page(runs, tmp_path / "page")).text  # digits are used whole
+    for crops, told in (
+        ((1, 1), "centre-crop test"),
+        ((10, 10), "ten-crop test"),
+        ((1, 10), "source-only: centre-crop test; gsda: ten-crop test"),
+    ):
+        for run, count in zip(runs, crops):
+            result = run.read_result()
+            assert result is not None
+            run.write_result(replace(result, task="office31", test_crops=count))
+        text = Page(write_page(runs, tmp_path / "page")).text
+        assert f"1 h 2 min {told} last step" in text
 
 
 def test_several_seeds_have_a_table_of_means(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
+from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from gsda_fast.results import plots
 from gsda_fast.results.plots import ClassAccuracies, Curves
@@ -168,3 +170,17 @@ def test_png_leaves_no_global_state() -> None:
     assert image.size == (800, 512)
     assert dict(mpl.rcParams) == before
     assert plots.png(figure) == plots.png(figure)
+
+
+def test_an_embedding_takes_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several would wait for each other in each iteration, on a busy machine for most of the time."""
+    seen = []
+
+    def spy(self: TSNE, features: np.ndarray) -> np.ndarray:
+        seen.extend(pool["num_threads"] for pool in threadpool_info())
+        return features[:, :2]
+
+    monkeypatch.setattr(TSNE, "fit_transform", spy)
+    with threadpool_limits(2):
+        plots.embed(np.random.default_rng(0).normal(size=(20, 4)), 0)
+    assert set(seen) == {1}

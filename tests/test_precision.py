@@ -14,7 +14,7 @@ from gsda_fast.methods.objective import synchronization_loss
 from gsda_fast.model import ModelSettings, build_model
 from gsda_fast.training.assemble import build_trainer, resolve
 from gsda_fast.training.distributed import Ranks
-from gsda_fast.training.precision import AUTOCAST_DTYPES, PrecisionSettings
+from gsda_fast.training.precision import AUTOCAST_DTYPES, PrecisionSettings, set_convolutions
 
 LENET = ModelSettings(backbone="lenet", weights="none", bottleneck_dim=16)
 
@@ -156,6 +156,41 @@ def test_cuda_graphs_are_asked_for_and_told_of_each_step(asked: bool, monkeypatc
     assert modes == 2 * ["reduce-overhead" if asked else None]
     list(trainer.run(lambda: None))
     assert marks == ([0, 1, 2] if asked else [])
+
+
+def test_tf32_wants_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="--precision: found tf32 on a CPU; expected fp32, or a GPU of compute"):
+        PrecisionSettings("tf32").resolved("cpu")
+    monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: False)
+    with pytest.raises(UsageError, match="--precision: found tf32 on a GPU without it"):
+        PrecisionSettings("tf32").resolved("cuda")
+    monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: True)
+    assert PrecisionSettings("tf32").resolved("cuda") == PrecisionSettings("tf32", "on")
+
+
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("tf32", True), ("bf16", False)])
+def test_float32_is_float32_on_a_gpu_unless_tf32_is_asked_for(precision: str, tf32: bool) -> None:
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, cudnn.allow_tf32
+    try:
+        cudnn.allow_tf32 = not tf32
+        set_convolutions(torch.device("cpu"), precision)
+        assert (cudnn.benchmark, cudnn.allow_tf32) == (before[0], not tf32)
+        set_convolutions(torch.device("cuda"), precision)
+        assert cudnn.benchmark
+        # Both of PyTorch's ways to ask, the second of which fails where the two have come apart.
+        assert (cudnn.conv.fp32_precision == "tf32", cudnn.allow_tf32) == (tf32, tf32)
+        assert (products.fp32_precision == "tf32", products.allow_tf32) == (False, False)
+    finally:
+        cudnn.benchmark, cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize("asked", ["--compile", "--cuda-graphs"])
+def test_no_compiled_graph_spans_processes(asked: str) -> None:
+    settings = PrecisionSettings("bf16", "on" if asked == "--compile" else "auto", cuda_graphs=asked == "--cuda-graphs")
+    with pytest.raises(UsageError, match=f"{asked}: found --sync-batchnorm; expected one of the two"):
+        settings.resolved("cuda", sync_batchnorm=True)
+    assert PrecisionSettings("bf16").resolved("cuda", sync_batchnorm=True).compile == "off"
 
 
 def test_batchnorm_over_processes_needs_gpus() -> None:

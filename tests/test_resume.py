@@ -96,6 +96,31 @@ def test_more_steps_of_the_same_run(first: First, tmp_path: Path) -> None:
     assert not (tmp_path / "less").exists()
 
 
+def test_settings_that_may_change_are_those_of_the_new_run(first: First, tmp_path: Path) -> None:
+    changed = ("--steps", "9", "--learning-rate", "0.001", "--weight-decay", "0.002", "--momentum", "0.5")
+    # What had no loss scaler goes on with one.
+    changed += ("--precision", "fp16")
+    told = run(*first.arguments, *changed, "--resume", str(first.folder), "--output", str(tmp_path / "run"))
+    assert "learning rate 0.05 " in told  # the backbone's, the largest
+    config, source, target = opened(first, *changed)
+    trainer = build_trainer(config, source, target)
+    trainer.load_state_dict(first.state(6))
+    for optimizer in trainer.optimizers.values():
+        group = optimizer.param_groups[-1]
+        assert (group["initial_lr"], group["weight_decay"], group["momentum"]) == (0.001, 0.002, 0.5)
+    trainer.loader.close()
+    (line, *_) = RunFolder(tmp_path / "run").read_metrics()
+    factor = trainer.schedule.learning_rate_factor(line["step"] - 1)
+    assert line["learning_rate"] == pytest.approx(0.05 * factor)
+
+
+def test_momentum_that_a_checkpoint_lacks_starts_afresh(first: First, tmp_path: Path) -> None:
+    run(*first.arguments, "--momentum", "0", "--output", str(tmp_path / "without"))
+    run(*first.arguments, "--steps", "9", "--resume", str(tmp_path / "without"), "--output", str(tmp_path / "run"))
+    state = last_state(tmp_path / "run")["optimizers"]["discriminators"]["state"]
+    assert all(each["momentum_buffer"].abs().sum() > 0 for each in state.values())
+
+
 def test_an_interrupted_one_goes_on_from_its_own_checkpoints(first: First, tmp_path: Path) -> None:
     origin, output = tmp_path / "origin", tmp_path / "run"
     shutil.copytree(first.folder, origin)

@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,8 +20,9 @@ from gsda_fast.commands import run_command
 from gsda_fast.config import PRESETS, Config, parse_config
 from gsda_fast.errors import TrainingError, UsageError
 from gsda_fast.results.run_folder import RunFolder, RunResult
-from gsda_fast.suite import ABLATION, SuiteSettings, run_suite, sweep_variants
+from gsda_fast.suite import ABLATION, SuiteSettings, run_suite, sweep_variants, visible_gpus
 from gsda_fast.train import train
+from gsda_fast.training.checkpoint import CheckpointFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore:domain .* found .* images")
 
@@ -53,6 +55,9 @@ def test_a_suite_trains_each_run_and_writes_tables_and_goes_on(
     accuracy = {result.method: result.accuracy.last for result in results if result is not None}
     assert set(accuracy) == {"source-only", "gsda"}
     assert all(result is not None and (result.seed, result.steps) == (3, 4) for result in results)
+    # The command that was given, and not the one that started the run's process.
+    commands = {RunFolder(output / name).read_environment()["command_line"] for name in RUNS}
+    assert commands == {shlex.join(sys.orig_argv)}
 
     json.loads((output / "table.json").read_text())
     csv_text, markdown = (output / "table.csv").read_text(), (output / "table.md").read_text()
@@ -106,6 +111,26 @@ def test_a_suite_is_every_task_method_and_seed(planned: list[Config]) -> None:
     )
     assert first.run.output == Path("runs/suite-digits/digits-mnist-optdigits-source-only-seed0")
     assert {config.adversarial for config in planned} == {base_config.adversarial}
+
+
+@pytest.mark.parametrize(
+    ("count", "allowed", "expected"),
+    [
+        (0, None, []),
+        (0, "", []),
+        (2, None, ["0", "1"]),
+        (2, "3,5", ["3", "5"]),
+        (1, "GPU-8f3a, 5", ["GPU-8f3a"]),  # as CUDA does, no further than the first that is not there
+    ],
+)
+def test_workers_take_the_gpus_that_the_suite_was_given(
+    count: int, allowed: str | None, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command.torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if allowed is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", allowed)
+    assert visible_gpus() == expected
 
 
 def test_transfer_tasks_of_ones_own_folders(planned: list[Config]) -> None:
@@ -176,6 +201,9 @@ def test_the_ablation_is_table_1_and_what_it_starts_from() -> None:
     assert ABLATION == ("source-only", "entropy", "domain", "class", "group", "gsda")
     assert SuiteSettings("office31", paired=True).chosen_methods == ABLATION
     assert SuiteSettings("office31", sweep=("alpha=1,2",)).chosen_methods == ("gsda",)
+    # Pairs of settings, then, and not of methods.
+    assert SuiteSettings("office31", sweep=("alpha=1,2",), paired=True).chosen_methods == ("gsda",)
+    assert SuiteSettings("office31", sweep=("alpha=1,2",), ablation=True).chosen_methods == ABLATION
     assert SuiteSettings("office31", sweep=("alpha=1,2",), methods=("dann",)).chosen_methods == ("dann",)
     assert len(SuiteSettings("office31").chosen_methods) == 7
 
@@ -225,11 +253,12 @@ def test_a_sweep_trains_each_setting_and_draws_it(
     monkeypatch.setattr(command, "_run_all", in_this_process)
     monkeypatch.setattr(sys, "argv", [
         "suite", "digits", "--sweep", "beta=0,10", "--seeds", "0", "--tasks", "F->O", "--output", str(tmp_path),
-        "--data-root", str(few_digits), "--steps", "4", "--warmup", "1", "--batch-size", "8", "--report",
+        "--data-root", str(few_digits), "--steps", "4", "--warmup", "1", "--batch-size", "8", "--paired", "--report",
     ])  # fmt: skip
     command.main()
     assert {path.name for path in tmp_path.iterdir()} == {
         "beta=0", "beta=10", "sweep.md", "sweep.csv", "sweep.json", "sweep_gsda.png", "report.html",
+        "paired.md", "paired.csv", "paired.json",
     }  # fmt: skip
     for beta in (0.0, 10.0):
         of_setting = tmp_path / f"beta={beta:.0f}"
@@ -238,7 +267,9 @@ def test_a_sweep_trains_each_setting_and_draws_it(
         assert run.setting("beta") == beta
         assert result is not None
         assert f"| beta={beta:.0f} | {result.accuracy.last:.1f} |" in (tmp_path / "sweep.md").read_text()
-        assert {"table.md", "table.csv", "table.json", "report.html"} <= {path.name for path in of_setting.iterdir()}
+        written = {path.name for path in of_setting.iterdir() if path.suffix != ".png"} - {run.path.name}
+        # One method has no differences.
+        assert written == {"table.md", "table.csv", "table.json", "report.html"}
 
 
 # ----------------------------------------------------------------------------------------------------------- paired
@@ -362,14 +393,14 @@ def uninterrupted(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return arguments, figures(folder)
 
 
-@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_suite_goes_on_as_if_it_had_not_been(
     by: signal.Signals,
     uninterrupted: tuple[list[str], dict[str, Any]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Ctrl-C, which reaches every process of the terminal, or a kill of the suite alone, in the middle of a run."""
+    """Ctrl-C, which reaches every process of the terminal, or a signal to the suite alone, in the middle of a run."""
     arguments, expected = uninterrupted
     output = tmp_path / "suite"
     arguments = [*arguments, "--output", str(output)]
@@ -388,16 +419,18 @@ def test_an_interrupted_suite_goes_on_as_if_it_had_not_been(
         if by == signal.SIGINT:
             os.killpg(suite.pid, by)
         else:
-            suite.kill()
+            suite.send_signal(by)
         _, told = suite.communicate(timeout=60)
         # Left alone, a worker would train to its run's end, in a folder that the next start gives to another one.
         assert whole_group_ends(suite.pid)
     finally:
         if not whole_group_ends(suite.pid, within=0.1):
             os.killpg(suite.pid, signal.SIGKILL)
-    if by == signal.SIGINT:
+    if by != signal.SIGKILL:
         assert suite.returncode == 130
         assert told == "interrupted: 1 of 2 runs have finished; the same command goes on with the others\n"
+        # Asked to stop, the run has kept what it did, long before the first scoring.
+        assert CheckpointFolder(second.checkpoints).steps()
     assert first.finished
     assert not second.finished
     kept = first.result_path.read_bytes()

@@ -258,14 +258,17 @@ def test_sweep_tables_by_hand(tmp_path: Path) -> None:
     assert gsda.title == "digits gsda: overall accuracy, last step"
 
 
-def on_ten_crops(found: list[RunResult]) -> list[RunResult]:
-    return [replace(result, test_crops=10) for result in found]
-
-
-def test_a_sweep_tells_of_ten_crops_what_holds_for_all_of_it(tmp_path: Path) -> None:
+def test_a_sweep_tells_how_its_images_were_tested_what_holds_for_all_of_it(tmp_path: Path) -> None:
     variants, layout = sweep(tmp_path)
-    for ten, notes in ((("alpha=0.1", "alpha=1"), ("ten-crop test",)), (("alpha=0.1",), ()), ((), ())):
-        tested = {name: on_ten_crops(of) if name in ten else of for name, of in variants.items()}
+    for ten, notes in (
+        (("alpha=0.1", "alpha=1"), ("ten-crop test",)),
+        (("alpha=0.1",), ()),
+        ((), ("centre-crop test",)),
+    ):
+        tested = {
+            name: [replace(result, task="office31", test_crops=10 if name in ten else 1) for result in of]
+            for name, of in variants.items()
+        }
         assert [table.notes for table in sweep_tables(tested, layout) if table.subject == "gsda"] == [notes] * 3
 
 

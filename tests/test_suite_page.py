@@ -216,6 +216,57 @@ def test_sweep_plots_by_hand(tmp_path: Path) -> None:
     assert drawn == {"beta 0": [71.0, 81.0], "beta 5": [76.0, 86.0]}
 
 
+def test_a_sweep_of_three_options_has_a_plot_for_each_value_of_the_third(tmp_path: Path) -> None:
+    for alpha in (1, 2):
+        for beta in (0, 5):
+            for groups in (3, 6):
+                accuracy = 60.0 + 10 * alpha + beta + groups
+                fabricated_run(tmp_path / f"alpha={alpha},beta={beta},groups={groups}", "gsda", accuracy=accuracy)
+    variants = {name: variant.results() for name, variant in SuiteFolder(tmp_path).variants.items()}
+    layout = replace(LAYOUT, methods=("gsda",), transfer_tasks=(MF,))
+    figures = sweep_plots(sweep_tables(variants, layout))
+    assert list(figures) == ["gsda groups 3", "gsda groups 6"]
+    for groups, figure in zip((3, 6), figures.values()):
+        (axes,) = figure.axes
+        assert axes.get_title() == f"digits, gsda, M → F, groups {groups}"
+        drawn = {container.get_label(): container.lines[0].get_ydata().tolist() for container in axes.containers}  # type: ignore[attr-defined]
+        assert drawn == {"beta 0": [70.0 + groups, 80.0 + groups], "beta 5": [75.0 + groups, 85.0 + groups]}
+    scales = {figure.axes[0].get_ylim() for figure in figures.values()}
+    assert len(scales) == 1
+    ((low, high),) = scales
+    assert low < 73
+    assert high > 91
+    # Neighbouring settings differ now in one option and now in another.
+    page = written(tmp_path)
+    assert "Paired differences" not in page.text
+    assert (tmp_path / "sweep_gsda_groups_6.png").is_file()
+
+
+def test_the_page_of_one_option_has_paired_differences(tmp_path: Path) -> None:
+    for weights, accuracy in (("none", 60.0), ("pada", 70.0)):
+        fabricated_run(tmp_path / f"class-weights={weights}", "gsda", accuracy=accuracy)
+    page = written(tmp_path)
+    assert "class-weights=pada - class-weights=none +10.0 (1) +10.0 (1) 1 of 1" in page.text
+    # The settings differ by what was swept, as they should.
+    assert "do not share their settings" not in page.text
+
+
+def test_the_page_shows_the_settings_and_where_they_differ(tmp_path: Path) -> None:
+    for method in ("dann", "gsda"):
+        fabricated_run(tmp_path, method)
+    page = written(tmp_path)
+    assert "run.steps 40 run.warmup 20" in page.text
+    assert "run.method dann; gsda" in page.text
+    assert "do not share their settings" not in page.text
+    run = fabricated_run(tmp_path, "gsda", seed=1)
+    run.write_config({**run.read_config(), "run": {**run.read_config()["run"], "steps": 50}})
+    run.write_environment("another device")
+    page = written(tmp_path)
+    assert "do not share their settings" in page.text
+    assert "are not of one protocol: run.steps is 40 or 50." in page.text
+    assert "device -; another device" in page.text
+
+
 def test_page_of_a_sweep(tmp_path: Path) -> None:
     make_sweep(tmp_path)
     fabricated_run(tmp_path / "alpha=3,beta=0", "gsda", finished=False)

@@ -53,12 +53,14 @@ def test_bars_of_the_methods_with_figures_and_marks() -> None:
         (60.04, 0),
         (90.06, 2),
     ]
-    assert [text.get_text() for text in axes.texts] == ["60.0", "-", "90.1"]
-    # A figure stands beyond its bar, the spread and the mark.
-    assert axes.texts[2].get_position()[0] == pytest.approx(95.7 + 1.5)
+    assert [text.get_text() for text in axes.texts] == ["60.0", "-", "90.1 ± 1.5"]
+    # The figures stand beside the axes, in the rows of their bars.
+    assert [text.get_position()[1] for text in axes.texts] == [0, 1, 2]
+    figure.canvas.draw()
+    assert all(text.get_window_extent().x0 > axes.get_window_extent().x1 for text in axes.texts)
     assert marks_of(axes) == [68.4, 95.7]
     assert legend_of(figure) == ["paper"]
-    assert axes.get_xlim() == (0, pytest.approx(112))
+    assert axes.get_xlim() == (0, pytest.approx(102))
 
 
 def test_methods_stand_in_the_order_of_the_tables() -> None:

@@ -161,6 +161,18 @@ def test_terminal() -> None:
         assert expected in text
 
 
+def test_a_narrow_terminal_cuts_nothing_off() -> None:
+    console = Console(width=40, record=True)
+    table = transfer_table(
+        [result("class-weights=pada,alpha=0.02", *pair, 0, 50.0) for pair in (("a", "b"), ("b", "a"))]
+    )
+    console.print(to_terminal(table))
+    text = console.export_text()
+    assert "…" not in text
+    cells = [line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│")]
+    assert "".join(cells) == "class-weights=pada,alpha=0.02"
+
+
 def test_published_row_needs_no_seed() -> None:
     table = transfer_table(results())
     published = Row("paper", tuple(Cell(value) for value in (55.0, 65.0, 60.0)))
@@ -169,14 +181,17 @@ def test_published_row_needs_no_seed() -> None:
     assert extended.caption == table.caption
 
 
-def test_the_table_says_that_runs_were_tested_on_ten_crops() -> None:
-    of_ten = [replace(run, test_crops=10) for run in results()]
-    assert "ten-crop" not in transfer_table(results()).caption
-    assert transfer_table(of_ten).caption.endswith("; ten-crop test")
-    assert class_table(of_ten, ("a", "b")).caption.endswith("; ten-crop test")
-    assert transfer_table([*of_ten[:3], *results()[3:]]).caption.endswith(
+def test_the_table_says_how_the_images_were_tested() -> None:
+    of_centre = [replace(run, task="office31") for run in results()]
+    of_ten = [replace(run, test_crops=10) for run in of_centre]
+    for tested, note in ((of_centre, "; centre-crop test"), (of_ten, "; ten-crop test")):
+        assert transfer_table(tested).caption.endswith(note)
+        assert class_table(tested, ("a", "b")).caption.endswith(note)
+    assert transfer_table([*of_ten[:3], *of_centre[3:]]).caption.endswith(
         "; ten-crop test for some of the runs, centre crop for the others"
     )
+    # The digits are used whole.
+    assert "crop" not in transfer_table(results()).caption
 
 
 def test_short_names_of_domains() -> None:

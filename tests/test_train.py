@@ -179,6 +179,26 @@ def test_a_fast_backend_trains_as_the_reference_does(few_digits: Path, tmp_path:
 # -------------------------------------------------------------------------------------------------------- resuming
 
 
+@pytest.mark.parametrize(
+    "option",
+    [("--timeout", "9"), ("--workers", "3"), ("--profile", "2"), ("--checkpoint-seconds", "9"), ("--no-verify",)],
+    ids=lambda option: option[0],
+)
+def test_settings_without_influence_make_no_other_run(option: tuple[str, ...], quick: Quick) -> None:
+    _, told = run(*quick.settings, *option, "--output", str(quick.folder))
+    assert told.startswith(f"{quick.folder}: finished already, accuracy ")
+
+
+@pytest.mark.parametrize("steps", ["3", "12"])
+def test_a_trace_is_written_of_short_runs_too(steps: str, tmp_path: Path) -> None:
+    arguments = ("--synthetic", "--steps", steps, "--warmup", "0", "--profile", "2", "--batch-size", "8")
+    _, told = run("digits", *arguments, "--output", str(tmp_path / "run"))
+    last = {"3": 3, "12": 8}[steps]
+    assert f"trace of the steps up to {last}: {tmp_path / 'run' / 'trace.json'}" in told
+    events = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
+    assert len({event["name"] for event in events if str(event.get("name")).startswith("ProfilerStep#")}) == 2
+
+
 def test_a_finished_run_says_so_and_does_nothing(quick: Quick) -> None:
     before = {path: path.stat().st_mtime_ns for path in quick.folder.rglob("*")}
     result, told = run(*quick.settings, "--output", str(quick.folder))

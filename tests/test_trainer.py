@@ -158,10 +158,8 @@ CONSTANT = (
     "classes",
     "scaler",
     "unscored",
-    "optimizers.encoder.param_groups",
-    "optimizers.discriminators.param_groups",
 )
-"""Of which a new trainer has the same at a scoring: the rates are the schedule's, and set in each step."""
+"""Of which a new trainer has the same at a scoring."""
 ELSEWHERE = ("ranks.0.random.cuda", "ranks.0.buffers", *TIMES)
 
 

@@ -1,11 +1,15 @@
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from same_state import differences
+from test_guard import LateGuard
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gsda_fast.errors import TrainingError
 from gsda_fast.methods import Method, Move, StepInputs, build_method
@@ -20,10 +24,12 @@ PLAYERS = ("encoder", "discriminators")
 
 
 class Setup:
-    def __init__(self, *, scale_losses: bool = False) -> None:
+    def __init__(self, *, scale_losses: bool = False, update: str = "alternating", class_weights: str = "none") -> None:
         torch.manual_seed(0)
         model = AdaptationModel(nn.Sequential(nn.Linear(5, 9), nn.ReLU()), 9, 4, ModelSettings(bottleneck_dim=8))
-        self.method: Method = build_method("gsda", model, AdversarialSettings(groups=2, hidden_dim=7), 4, seed=0)
+        settings = AdversarialSettings(groups=2, hidden_dim=7, backend="torch")
+        settings = replace(settings, update=update, class_weights=class_weights)  # type: ignore[arg-type]
+        self.method: Method = build_method("gsda", model, settings, 4, seed=0)
         players = self.method.players()
         optimizers = build_optimizers(players, OptimizerSettings(learning_rate=0.1, backbone_learning_rate=0.1))
         self.updater = Updater(players, optimizers, Ranks(), torch.device("cpu"), scale_losses)
@@ -123,6 +129,36 @@ def test_a_loss_that_is_not_finite_ends_the_run_whatever_the_precision(scale_los
     with pytest.raises(TrainingError, match=r"^step 2: .*classification.* not finite; nothing has moved"):
         setup.updater.step(1, setup.method.moves(setup.inputs))
     assert differences(setup.state(), before) == []
+
+
+class NeverRead(TorchDispatchMode):
+    """Refuses the operations for whose result a host waits."""
+
+    _READ = ("_local_scalar_dense", "nonzero", "masked_select", "equal")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket.__name__ not in self._READ, func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("scale_losses", [False, True])
+@pytest.mark.parametrize("update", ["alternating", "reversal"])
+@pytest.mark.parametrize("class_weights", ["none", "pada"])
+def test_a_step_on_a_gpu_reads_nothing_back(
+    scale_losses: bool, update: str, class_weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Values that are looked at on a CPU alone: labels, weights.
+    monkeypatch.setattr(F, "one_hot", lambda labels, count: (labels.unsqueeze(1) == torch.arange(count)).long())
+    monkeypatch.setattr("gsda_kernels.functional._check_values", lambda *_: None)
+    setup = Setup(scale_losses=scale_losses, update=update, class_weights=class_weights)
+    with NeverRead(), pytest.raises(AssertionError, match="_local_scalar_dense"):
+        setup.updater.step(0, setup.method.moves(setup.inputs))  # as on a CPU, where reading costs nothing
+    setup = Setup(scale_losses=scale_losses, update=update, class_weights=class_weights)
+    monkeypatch.setattr("gsda_fast.training.update.restore_where", lambda flag, tensors, copies: None)
+    setup.updater._guard = LateGuard()
+    with NeverRead():
+        for step in range(4):  # the fifth copies the guard's flags
+            setup.updater.step(step, setup.method.moves(setup.inputs))
 
 
 def test_plain_optimizers_are_held_by_the_host() -> None:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import tyro
@@ -75,7 +76,7 @@ def run_pack(settings: PackSettings, console: Console) -> int:
             progress=progress,
         )
     size = sum(file.stat().st_size for file in output.iterdir())
-    console.print(f"{output}: {size / 2**30:.2f} GiB; train with --data-root {output}")
+    console.print(f"{output}: {size / 2**30:.2f} GiB; train with --data-root {quote(str(output))}", soft_wrap=True)
     return 0
 
 
@@ -98,7 +99,8 @@ def run_verify(settings: VerifySettings, console: Console) -> int:
             console.print(f"[red]unreadable:[/red] {escape(path)}: {escape(problem)}", soft_wrap=True, highlight=False)
     if settings.quarantine is not None:
         count = write_quarantine(settings.quarantine, findings)
-        console.print(f"{settings.quarantine}: {count} files; train with --quarantine {settings.quarantine}")
+        listed = quote(str(settings.quarantine))
+        console.print(f"{settings.quarantine}: {count} files; train with --quarantine {listed}", soft_wrap=True)
         return int(any(finding.error for finding in findings))
     return int(not all(finding.good for finding in findings))
 

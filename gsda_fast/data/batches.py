@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from gsda_fast.data.sampling import IntArray, SamplingPlan
@@ -15,6 +16,13 @@ Crops = Literal[1, 10]
 def samples_in_batch(images: int, crops: Crops) -> int:
     """Samples whose crops together make up a test batch of about that many images."""
     return max(1, images // crops)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`, without waiting for the transfer: page-locked memory of torch's own outlasts it."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +50,9 @@ class Loader(Protocol):
 
     def train(self, plan: SamplingPlan, steps: range, rank: int = 0) -> Iterator[Batch]:
         """One batch for each step, under one plan: a segment between two refreshes of the pseudo-labels.
+
+        On a GPU, whatever reads a batch is queued, on the current stream, before the next one is asked for; what is
+        wanted longer is copied. So it is with the batches of `evaluate`.
 
         Raises:
             UsageError: while iterating, if a file cannot be read; the message names the file.

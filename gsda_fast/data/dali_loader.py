@@ -17,6 +17,7 @@ PNG stays on the CPU.
 """
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ import torch
 from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 
-from gsda_fast.data.batches import Batch, Crops, Role, samples_in_batch
+from gsda_fast.data.batches import Batch, Crops, Role, samples_in_batch, to_device
 from gsda_fast.data.benchmarks import ImageRecipe
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.sampling import Augmentation, IntArray, SamplingPlan
@@ -64,9 +65,12 @@ class DaliLoader:
     ) -> None:
         self._domains: dict[Role, ImageDomain] = {"source": source, "target": target}
         self._recipe, self._batch_size, self._device = recipe, batch_size, torch.device(device)
+        if self._device == torch.device("cuda"):
+            self._device = torch.device("cuda", torch.cuda.current_device())
         self._dtype = dtype
         self._graph = _Graph(recipe, self._device, workers or usable_cores(), dtype)
         self._labels = torch.from_numpy(source.labels).to(self._device)
+        self._lent = _Lent(self._device)
         self._training: _Feed | None = None
         self._evaluation: dict[Crops, _Feed] = {}
 
@@ -77,7 +81,7 @@ class DaliLoader:
         size = plan.batch_size
         feed = self._training
         if feed is None or not feed.idle or feed.capacity != 2 * size:
-            feed = self._training = _Feed(2 * size, self._graph.training)
+            feed = self._training = _Feed(2 * size, self._graph.training, self._lent)
         for images, index in feed.run(lambda i: self._requests(plan, steps[i], rank), len(steps)):
             images, source_index = images.to(self._dtype), index[:size]
             yield Batch(
@@ -114,7 +118,7 @@ class DaliLoader:
         feed = self._evaluation.get(crops)
         if feed is None or not feed.idle:
             side = self._recipe.crop if crops == 1 else self._recipe.resize
-            feed = self._evaluation[crops] = _Feed(size, partial(self._graph.evaluation, side=side))
+            feed = self._evaluation[crops] = _Feed(size, partial(self._graph.evaluation, side=side), self._lent)
 
         def requests(i: int) -> _Requests:
             index = chosen[i * size : (i + 1) * size]
@@ -126,6 +130,7 @@ class DaliLoader:
 
     def close(self) -> None:
         """See `Loader.close`."""
+        self._lent.take_back()
         self._training, self._evaluation = None, {}
 
 
@@ -161,10 +166,13 @@ class _Feed:
     Args:
         capacity: images in a full batch.
         graph: makes the pipeline of that capacity from the callback.
+        lent: takes what the consumer of a batch has done with.
     """
 
-    def __init__(self, capacity: int, graph: Callable[[int, Callable[[Any], tuple[Any, ...]]], Pipeline]) -> None:
-        self.capacity, self._graph = capacity, graph
+    def __init__(
+        self, capacity: int, graph: Callable[[int, Callable[[Any], tuple[Any, ...]]], Pipeline], lent: "_Lent"
+    ) -> None:
+        self.capacity, self._graph, self._lent = capacity, graph, lent
         self.idle = True
         """False during a segment, and for good after one that failed or was left early: DALI resets at an end only."""
         self._requests: Callable[[int], _Requests] | None = None
@@ -179,6 +187,8 @@ class _Feed:
     def run(self, requests: Callable[[int], _Requests], length: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(images (n, C, H, W), index (n,)) of each of the `length` batches of a segment.
 
+        The images share DALI's memory. On a GPU they are safe from what is queued until the next batch is asked for.
+
         Raises:
             UsageError: a file cannot be read.
         """
@@ -190,16 +200,20 @@ class _Feed:
                 images, index = self._pipeline.run()
             except RuntimeError as error:
                 raise self._named(error, i) from error
-            # Tensors share DALI's memory and keep it alive.
             pixels = torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
-            numbers = torch.from_dlpack(index.as_tensor())
+            # A copy: beside a GPU this memory is page-locked, which DLPack counts as a device that torch does not know,
+            # and DALI would write into it again while its transfer is still queued.
+            numbers = torch.from_numpy(np.array(index.as_tensor()))
             if i == length - 1:
                 # Before the last batch is handed out: who asks for `length` batches never comes back for the end.
                 with suppress(StopIteration):
                     self._pipeline.run()
                 self._pipeline.reset()
                 self.idle = True
-            yield pixels, numbers.to(pixels.device, non_blocking=True)
+            try:
+                yield pixels, to_device(numbers, self._lent.device)
+            finally:
+                self._lent.add(pixels)
 
     def _named(self, error: RuntimeError, failed: int) -> UsageError:
         """The file behind an error of DALI, which names a sample number at most; it may belong to a batch ahead."""
@@ -224,13 +238,57 @@ class _Feed:
 
     def _refusal(self, alone: _Requests) -> str:
         """What DALI says to a single request; nothing where it has no objection."""
-        feed = _Feed(1, self._graph)
+        feed = _Feed(1, self._graph, self._lent)
         feed._requests, feed._length = lambda _: alone, 1
         try:
             feed._pipeline.run()
         except RuntimeError as error:
             return _reason(error)
         return ""
+
+
+class _Lent:
+    """Images in DALI's memory that work on a GPU may have yet to read.
+
+    A GPU works off a queue, far behind the host. DALI takes memory back as soon as the host refers to it no more and
+    writes to it from streams of its own, whatever still waits in that queue. So images are kept here until all that
+    was queued by the time that their consumer had done with them is over. On a CPU nothing waits.
+
+    Args:
+        device: where the images are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._waiting: deque[tuple[torch.cuda.Event, Tensor]] = deque()
+
+    def add(self, images: Tensor) -> None:
+        """Keeps images until what is queued now is over. Waits for older ones where more than `_AHEAD` are kept."""
+        event = _end_of_queue(self.device)
+        if event is None:
+            return
+        self._waiting.append((event, images))
+        while len(self._waiting) > _AHEAD or (self._waiting and self._waiting[0][0].query()):
+            self._take_back_oldest()
+
+    def take_back(self) -> None:
+        """Waits until nothing that is queued reads any of the images, and lets go of them."""
+        while self._waiting:
+            self._take_back_oldest()
+
+    def _take_back_oldest(self) -> None:
+        event, _ = self._waiting[0]
+        event.synchronize()
+        self._waiting.popleft()
+
+
+def _end_of_queue(device: torch.device) -> torch.cuda.Event | None:
+    """An event that is over when all is that is queued now; None where nothing is ever queued."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 class _Graph:
@@ -240,9 +298,7 @@ class _Graph:
         self._recipe, self._threads = recipe, threads
         self._dtype = types.FLOAT16 if dtype == torch.float16 else types.FLOAT
         # None, not a missing argument: DALI then needs no driver.
-        self._device_id: int | None = None
-        if device.type == "cuda":
-            self._device_id = torch.cuda.current_device() if device.index is None else device.index
+        self._device_id: int | None = device.index if device.type == "cuda" else None
         self._decode: dict[str, Any] = {
             "output_type": types.RGB if recipe.channels == 3 else types.GRAY,
             "adjust_orientation": False,
@@ -299,6 +355,7 @@ class _Graph:
             num_threads=self._threads,
             device_id=self._device_id,
             prefetch_queue_depth=_AHEAD,
+            exec_dynamic=True,  # the executor that leaves an output alone while something refers to it
         )
 
     def _normalised(self, images: Any, flip: Any) -> Any:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from gsda_fast.data import digits
 from gsda_fast.data.benchmarks import Benchmark, DomainFacts, find_benchmark, plain_name
 from gsda_fast.data.frames import PackedDomain, PackedFrames, is_pack, read_domain
-from gsda_fast.errors import UsageError
+from gsda_fast.errors import UsageError, UsageWarning
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
 UNKNOWN = -1
@@ -181,9 +181,8 @@ def _open_domain(
         )
     expected = facts.expected_target_images if partial else facts.expected_images
     if expected is not None and len(domain) != expected:
-        warnings.warn(
-            f"domain {facts.name}: found {len(domain)} images in {domain.root}, published {expected}", stacklevel=5
-        )
+        told = f"domain {facts.name}: found {len(domain)} images in {domain.root}, published {expected}"
+        warnings.warn(told, UsageWarning, stacklevel=5)
     return domain
 
 
@@ -385,9 +384,7 @@ def _read_tree(
 
 
 def _domain(name: str, root: Path, samples: list[tuple[str, int]], classes: tuple[str, ...]) -> ImageDomain:
-    for path, _ in samples:
-        if not path.isascii():
-            _require_utf8(root, path)
+    _require_utf8(root, (path for path, _ in samples))
     labels = np.fromiter((label for _, label in samples), dtype=np.int64, count=len(samples))
     return ImageDomain(name, root, [path for path, _ in samples], labels, classes)
 
@@ -428,10 +425,10 @@ def _without(domain: ImageDomain, left_out: frozenset[str]) -> ImageDomain:
 def _class_folders(root: Path) -> dict[str, str]:
     """Class folders by plain name, in sorted order; hidden folders and those of archive tools are none."""
     found: dict[str, str] = {}
-    for name in sorted(entry.name for entry in os.scandir(root) if entry.is_dir()):
-        if name.startswith((".", "__")):
-            continue
-        _require_utf8(root, name)
+    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    names = [name for name in names if not name.startswith((".", "__"))]
+    _require_utf8(root, names)
+    for name in names:
         if plain_name(name) in found:
             raise UsageError(
                 str(root),
@@ -465,16 +462,23 @@ def _require_images(place: Path, found: list[str] | list[tuple[str, int]]) -> No
         raise UsageError(str(place), found="no image", expected=f"at least one file ({kinds})")
 
 
-def _require_utf8(root: Path, path: str) -> None:
-    try:
-        path.encode()
-    except UnicodeEncodeError as error:
+def _require_utf8(root: Path, names: Iterable[str]) -> None:
+    bad = [repr(os.fsencode(name)) for name in names if not name.isascii() and not _is_utf8(name)]
+    if bad:
         raise UsageError(
             str(root),
-            found=f"the name {os.fsencode(path)!r}, which is not UTF-8",
+            found=f"{len(bad)} names that are not UTF-8: {_some(bad)}",
             expected="file names in UTF-8",
-            remedy="rename it",
-        ) from error
+            remedy="rename them",
+        )
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _some(names: Iterable[str], at_most: int = 8) -> str:

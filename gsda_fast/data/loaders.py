@@ -11,6 +11,7 @@ import torch
 from gsda_fast.data.batches import Batch, Crops, Loader, Role
 from gsda_fast.data.benchmarks import ImageRecipe
 from gsda_fast.data.domains import ImageDomain
+from gsda_fast.data.frame_cache import ALONE, Peers
 from gsda_fast.data.synthetic_loader import SyntheticLoader
 from gsda_fast.data.torch_loader import TorchLoader
 from gsda_fast.errors import UsageError
@@ -41,7 +42,7 @@ class DataSettings:
     workers: int = 0
     """Threads that decode images, in each process; 0: the usable cores, shared by the processes of a machine."""
     cache_on_device: bool = False
-    """Decode every image once and keep all of them on the training device as 8-bit pixels."""
+    """Decode every image once and keep all of them as 8-bit pixels, divided over the training devices."""
     test_crops: Crops = 1
     """Test images: the centre of each frame, or four corners, centre and their mirror images, as older papers test."""
     synthetic: bool = False
@@ -115,6 +116,7 @@ def open_loader(
     *,
     batch_size: int,
     device: torch.device,
+    peers: Peers = ALONE,
     dtype: torch.dtype = torch.float32,
 ) -> Loader:
     """The loader that the settings ask for.
@@ -125,6 +127,7 @@ def open_loader(
         recipe: sizes, augmentation and normalisation; of the task's entry in `BENCHMARKS`.
         batch_size: images in a batch of `evaluate`; a training batch has the plan's size.
         device: where batches are wanted.
+        peers: the processes of the run, which divide what `cache_on_device` keeps.
         dtype: of the images: float32, or what the network's first product runs in.
 
     Raises:
@@ -151,5 +154,6 @@ def open_loader(
         device=device,
         workers=settings.workers,
         cache_on_device=settings.cache_on_device,
+        peers=peers,
         dtype=dtype,
     )

@@ -8,9 +8,10 @@ tolerance.
 - Training: the window, drawn in the recipe's square frame, is mapped to whole source pixels and resampled once.
   Evaluation: the whole image is resized to the frame, then its centre is cut out.
 - A pack holds frames: windows are cut from these, and so resampled a second time.
-- With `cache_on_device` all images of both domains are resized to the frame once and stay on the device as uint8.
-  Windows are then cut from the frame and resampled a second time, bilinear without antialiasing (a window is hardly
-  larger than the crop). For recipes whose crop is the frame (digits) both ways give equal pixels.
+- With `cache_on_device` all images of both domains are resized to the frame once and stay on the device as uint8,
+  divided over the processes of the run (`frame_cache`). Windows are then cut from the frame and resampled a second
+  time, bilinear without antialiasing (a window is hardly larger than the crop). For recipes whose crop is the frame
+  (digits) both ways give equal pixels.
 """
 
 import os
@@ -31,9 +32,10 @@ from torch.nn import functional
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as transforms
 
-from gsda_fast.data.batches import Batch, Crops, Role, samples_in_batch
+from gsda_fast.data.batches import Batch, Crops, Role, samples_in_batch, to_device
 from gsda_fast.data.benchmarks import ImageRecipe
 from gsda_fast.data.domains import ImageDomain
+from gsda_fast.data.frame_cache import ALONE, FrameCache, Peers
 from gsda_fast.data.sampling import Augmentation, IntArray, SamplingPlan, source_window
 from gsda_fast.errors import UsageError
 
@@ -55,6 +57,7 @@ class TorchLoader:
         device: where batches are put.
         workers: threads; 0 = the usable cores, divided by the processes that share this machine.
         cache_on_device: keep all images on the device as uint8.
+        peers: the processes of the run, which divide what is kept among their devices.
         dtype: of the images.
 
     Raises:
@@ -72,6 +75,7 @@ class TorchLoader:
         device: torch.device,
         workers: int = 0,
         cache_on_device: bool = False,
+        peers: Peers = ALONE,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         for domain in (source, target):
@@ -81,21 +85,23 @@ class TorchLoader:
         self._batch_size = batch_size
         self._device, self._dtype = torch.device(device), dtype
         self._pool = ThreadPoolExecutor(workers or usable_cores(), thread_name_prefix="decode")
-        std = torch.tensor(recipe.std, device=self._device).view(1, -1, 1, 1)
-        mean = torch.tensor(recipe.mean, device=self._device).view(1, -1, 1, 1)
+        # For a row of pixels, channels innermost: a pass that repeats three numbers costs a CPU four times as much.
+        std = torch.tensor(recipe.std, device=self._device).repeat(recipe.crop)
+        mean = torch.tensor(recipe.mean, device=self._device).repeat(recipe.crop)
         self._scale, self._shift = 1 / (255 * std), mean / std
         self._labels = torch.from_numpy(source.labels).to(self._device)
-        self._frames: dict[Role, Tensor] = {}
+        self._cache: FrameCache | None = None
         if cache_on_device:
-            _require_memory(len(source) + len(target), recipe, self._device)
-            self._frames = {role: self._decode_frames(domain) for role, domain in self._domains.items()}
+            sizes: dict[Role, int] = {"source": len(source), "target": len(target)}
+            self._cache = FrameCache(sizes, recipe, self._device, self._decode_frames, peers)
 
     # ------------------------------------------------------------------------------------------------------ training
 
     def train(self, plan: SamplingPlan, steps: range, rank: int = 0) -> Iterator[Batch]:
         """See `Loader.train`."""
-        if self._frames:
-            return (self._cached_batch(plan, step, rank) for step in steps)
+        if self._cache is not None:
+            cache = self._cache
+            return (self._cached_batch(cache, plan, step, rank) for step in steps)
         return _prefetch(self._start_batch(plan, step, rank) for step in steps)
 
     def _start_batch(self, plan: SamplingPlan, step: int, rank: int) -> "_Pending[Batch]":
@@ -128,20 +134,20 @@ class TorchLoader:
 
         return _Crops(pixels, [self._pool.submit(crop, i) for i in range(len(index))])
 
-    def _cached_batch(self, plan: SamplingPlan, step: int, rank: int) -> Batch:
+    def _cached_batch(self, cache: FrameCache, plan: SamplingPlan, step: int, rank: int) -> Batch:
         batch = plan.batch(step, rank)
+        source, target = cache.batch(plan, step, rank)
         source_index = self._to_device(torch.from_numpy(batch.source_index))
-        target_index = self._to_device(torch.from_numpy(batch.target_index))
         return Batch(
-            source_images=self._cached_crops("source", source_index, batch.source_augmentation),
+            source_images=self._cached_crops(source, batch.source_augmentation),
             source_labels=self._labels[source_index],
-            target_images=self._cached_crops("target", target_index, batch.target_augmentation),
+            target_images=self._cached_crops(target, batch.target_augmentation),
             source_index=source_index,
-            target_index=target_index,
+            target_index=self._to_device(torch.from_numpy(batch.target_index)),
         )
 
-    def _cached_crops(self, role: Role, index: Tensor, augmentation: Augmentation) -> Tensor:
-        frames, recipe = self._frames[role][index], self._recipe
+    def _cached_crops(self, frames: Tensor, augmentation: Augmentation) -> Tensor:
+        recipe = self._recipe
         if recipe.crop == recipe.resize and recipe.random_scale is None and not recipe.flip:
             return self._normalise(frames)
         window = self._to_device(torch.from_numpy(augmentation.window))
@@ -157,13 +163,14 @@ class TorchLoader:
         chosen = np.arange(len(self._domains[domain])) if samples is None else samples
         size = samples_in_batch(self._batch_size, crops)
         parts = torch.from_numpy(chosen).split(size) if len(chosen) else ()
-        if self._frames:
-            return (self._cached_evaluation(domain, part, crops) for part in parts)
+        if self._cache is not None:
+            cache = self._cache
+            return (self._cached_evaluation(cache, domain, part, crops) for part in parts)
         return _prefetch(self._start_evaluation(domain, part, crops) for part in parts)
 
-    def _cached_evaluation(self, role: Role, part: Tensor, crops: Crops) -> tuple[Tensor, Tensor]:
-        index = self._to_device(part)
-        return self._normalise(cut_crops(self._frames[role][index], self._recipe.crop, crops)), index
+    def _cached_evaluation(self, cache: FrameCache, role: Role, part: Tensor, crops: Crops) -> tuple[Tensor, Tensor]:
+        frames = cache.samples(role, part.numpy())
+        return self._normalise(cut_crops(frames, self._recipe.crop, crops)), self._to_device(part)
 
     def _start_evaluation(self, role: Role, part: Tensor, crops: Crops) -> "_Pending[tuple[Tensor, Tensor]]":
         domain, recipe = self._domains[role], self._recipe
@@ -184,18 +191,14 @@ class TorchLoader:
     def close(self) -> None:
         """See `Loader.close`."""
         self._pool.shutdown(cancel_futures=True)
-        self._frames = {}
+        self._cache = None
 
     # -------------------------------------------------------------------------------------------------------- pixels
 
-    def _decode_frames(self, domain: ImageDomain) -> Tensor:
-        """All images of a domain, (n, C, resize, resize) uint8 on the device, channels_last."""
-        recipe, parts = self._recipe, []
-        for start in range(0, len(domain), 256):
-            samples = range(start, min(start + 256, len(domain)))
-            frames = list(self._pool.map(lambda sample: read_frame(domain, sample, recipe), samples))
-            parts.append(torch.stack(frames).contiguous(memory_format=torch.channels_last).to(self._device))
-        return torch.cat(parts).contiguous(memory_format=torch.channels_last)
+    def _decode_frames(self, role: Role, samples: IntArray) -> Tensor:
+        """(n, C, resize, resize) uint8."""
+        domain, recipe = self._domains[role], self._recipe
+        return torch.stack(list(self._pool.map(lambda i: read_frame(domain, i, recipe), samples.tolist())))
 
     def _empty_pixels(self, count: int, side: int) -> Tensor:
         """(count, C, side, side) uint8 in channels_last, page-locked where that makes the copy to the device faster."""
@@ -204,15 +207,13 @@ class TorchLoader:
         return pixels.permute(0, 3, 1, 2)
 
     def _normalise(self, pixels: Tensor) -> Tensor:
-        """(x / 255 - mean) / std, computed in float32, on the device."""
-        images = self._to_device(pixels).to(torch.float32)
-        images = images.mul_(self._scale).sub_(self._shift)
-        return images.to(self._dtype).contiguous(memory_format=torch.channels_last)
+        """(x / 255 - mean) / std, computed in float32, on the device, in channels_last."""
+        rows = self._to_device(pixels).permute(0, 2, 3, 1).to(torch.float32).flatten(2)
+        images = rows.mul_(self._scale).sub_(self._shift).to(self._dtype)
+        return images.unflatten(2, (-1, self._recipe.channels)).permute(0, 3, 1, 2)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
-        if self._device.type != "cuda" or tensor.is_cuda:
-            return tensor.to(self._device)
-        return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(self._device, non_blocking=True)
+        return to_device(tensor, self._device)
 
 
 def usable_cores() -> int:
@@ -362,20 +363,6 @@ def _require_fitting_frames(domain: ImageDomain, recipe: ImageRecipe) -> None:
     if domain.frames is not None and domain.frames.shape != expected:
         found = f"{domain.root}, a pack of frames of shape {domain.frames.shape}"
         raise UsageError("--data-root", found=found, expected=f"frames of shape {expected}")
-
-
-def _require_memory(images: int, recipe: ImageRecipe, device: torch.device) -> None:
-    if device.type != "cuda":
-        return
-    needed = images * recipe.channels * recipe.resize**2
-    free = torch.cuda.mem_get_info(device)[0]
-    if needed > free:
-        raise UsageError(
-            "--cache-on-device",
-            found=f"{images} images, {needed / 2**30:.1f} GiB",
-            expected=f"at most the {free / 2**30:.1f} GiB that are free on {device}",
-            remedy="leave the option out",
-        )
 
 
 @dataclass(frozen=True, eq=False)

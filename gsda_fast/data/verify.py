@@ -29,7 +29,7 @@ from gsda_fast.data.benchmarks import Benchmark, find_benchmark
 from gsda_fast.data.digits import cache_home
 from gsda_fast.data.domains import ImageDomain, open_domain, open_pair
 from gsda_fast.data.torch_loader import MOST_PIXELS, png_damage, read_image, usable_cores
-from gsda_fast.errors import UsageError
+from gsda_fast.errors import UsageError, UsageWarning
 
 FilesDone = Callable[[str, int, int], None]
 """Called with (what is worked on, files done, files in all)."""
@@ -148,7 +148,7 @@ def unreadable_files(domain: ImageDomain, workers: int = 0, progress: FilesDone 
     frames = domain.frames
     files = [domain.file(i) for i in range(len(domain))] if frames is None else frames.files()
     check = file_problem if frames is None else frames.problem
-    with ThreadPoolExecutor(workers or usable_cores(), thread_name_prefix="verify") as pool:
+    with _pool(workers) as pool:
         state = _digest(files, pool.map(file_state, files))
         memory = _memory_of(domain)
         known = _recall(memory, state)
@@ -162,6 +162,17 @@ def unreadable_files(domain: ImageDomain, workers: int = 0, progress: FilesDone 
                 progress(domain.name, i + 1, len(files))
     _remember(memory, state, bad)
     return bad
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    with (
+        warnings.catch_warnings(),
+        ThreadPoolExecutor(workers or usable_cores(), thread_name_prefix="verify") as pool,
+    ):
+        # An image too large is a finding, in words of our own.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield pool
 
 
 def file_problem(path: str) -> str:
@@ -232,7 +243,8 @@ def _remember(memory: Path, state: str, bad: list[tuple[str, str]]) -> None:
         temporary.write_text(json.dumps({"state": state, "unreadable": bad}), encoding="utf-8")
         temporary.replace(memory)
     except OSError as error:
-        warnings.warn(f"cannot remember what was verified: {memory.parent}: {error.strerror}", stacklevel=2)
+        told = f"cannot remember what was verified: {memory.parent}: {error.strerror}"
+        warnings.warn(told, UsageWarning, stacklevel=2)
 
 
 # ------------------------------------------------------------------------------------------------ what the user is told

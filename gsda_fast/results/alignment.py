@@ -10,6 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 MISMATCH_FORMULA = "3 L_syn / (S_dom + ΣS_grp + ΣS_cls)"
 LEVELS = ("domain", "group", "class")
@@ -74,5 +75,7 @@ def proxy_a_distance(source: np.ndarray, target: np.ndarray, samples: int = 500)
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=200))
     # Rows are sorted by class, so folds must be drawn.
     split = StratifiedKFold(folds, shuffle=True, random_state=0)
-    error = 1 - cross_val_score(classifier, features, domain, cv=split).mean()
+    # Threads would wait for each other longer than such small products take, many times as long on a busy machine.
+    with threadpool_limits(1):
+        error = 1 - cross_val_score(classifier, features, domain, cv=split).mean()
     return float(2 * (1 - 2 * error))

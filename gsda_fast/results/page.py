@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from gsda_fast.errors import UsageError
-from gsda_fast.results import plots
+from gsda_fast.results import alignment, plots
 from gsda_fast.results.html import Section, drawn, panel, template
 from gsda_fast.results.metrics import evaluation_figures
 from gsda_fast.results.run_folder import (
@@ -23,7 +23,7 @@ from gsda_fast.results.run_folder import (
     atomic_file,
     flat_settings,
 )
-from gsda_fast.results.tables import CHOICE_NAMES, ResultTable, transfer_table
+from gsda_fast.results.tables import CHOICE_NAMES, ResultTable, test_notes, transfer_table
 
 LOSSES = {
     "classification": "Classification loss (source)",
@@ -108,10 +108,13 @@ def write_page(runs: Sequence[RunFolder], folder: Path, *, points: int = 1000) -
         html = template("page.html.jinja").render(
             title=_title(records),
             runs=records,
+            tested=_tested(records),
             tables=_tables(records),
             sections=[section for section in sections if section.panels],
-            settings=_side_by_side([flat_settings(run.config) for run in records]),
-            environment=_side_by_side([flat_settings(run.environment) for run in records]),
+            how={
+                "Settings": _side_by_side([flat_settings(run.config) for run in records]),
+                "Environment": _side_by_side([flat_settings(run.environment) for run in records]),
+            },
         )
         with atomic_file(page.report_path) as file:
             file.write(html.encode())
@@ -189,6 +192,13 @@ def _tables(runs: Sequence[_Run]) -> list[ResultTable]:
     return [transfer_table(results, choice=choice) for choice in CHOICE_NAMES]
 
 
+def _tested(runs: Sequence[_Run]) -> list[str]:
+    """How the target's images were tested; for each run, if not all alike."""
+    notes = [(run.label, note) for run in runs if run.result is not None for note in test_notes([run.result])]
+    different = list(dict.fromkeys(note for _, note in notes))
+    return different if len(different) < 2 else [f"{label}: {note}" for label, note in notes]
+
+
 def _outcome_sections(runs: Sequence[_Run], page: RunFolder) -> list[Section]:
     curves = [run.curves for run in runs]
     accuracy = [
@@ -244,13 +254,15 @@ def _feature_section(runs: Sequence[_Run], points: int) -> Section:
             source, target = (getattr(run.features, f"{domain}_{moment}") for domain in ("source", "target"))
             if source is None or target is None:
                 continue
+            distance = alignment.proxy_a_distance(source, target)
+            told = "" if distance is None else f", proxy A-distance {distance:.2f}"
             figure = plots.tsne(
                 source,
                 run.features.source_labels,
                 target,
                 run.features.target_labels,
                 classes=run.classes,
-                title=f"{run.label}, {words}",
+                title=f"{run.label}, {words}{told}",
                 points=points,
             )
             alternative = f"Features of {run.label}, {words}"
@@ -260,7 +272,8 @@ def _feature_section(runs: Sequence[_Run], points: int) -> Section:
         "Features of both domains",
         "Each point is an image, placed by t-SNE so that neighbours have similar features; colour is the true class. "
         "Adaptation should lay the target (crosses) onto the source (dots) of the same colour. Distances between "
-        "clusters and between plots mean nothing.",
+        "clusters and between plots mean nothing. The proxy A-distance is 2 where a linear classifier, cross-validated "
+        "on the features, tells the domains apart, and 0 where it does no better than chance.",
         drawn(panels),
         in_pairs=True,
     )

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
 
 from gsda_fast.results import alignment
 
@@ -125,7 +126,7 @@ def confusion_matrix(confusion: np.ndarray, classes: Sequence[str], title: str) 
         axes.set_xticks(range(r), classes, rotation=90 if max(map(len, classes)) > 2 else 0, fontsize=8)
         axes.set_yticks(range(r), classes, fontsize=8)
         axes.set_xlabel("predicted")
-        axes.set_ylabel("true")
+        axes.set_ylabel("true, percent of each row")
         axes.spines[:].set_visible(False)
         if r <= 15:
             for i, j in np.argwhere(percent >= 0.5):
@@ -240,10 +241,12 @@ def tsne(
 def embed(features: np.ndarray, seed: int) -> np.ndarray:
     """(n, D) features to (n, 2) positions by t-SNE, the same for the same seed."""
     perplexity = min(30.0, (len(features) - 1) / 3)
-    # The leading principal components carry the neighbourhoods and make the search for them cheap.
-    reduced = PCA(min(50, *features.shape), svd_solver="full").fit_transform(features)
-    # Half of the usual 1000 iterations: the clusters hardly move after that, and it takes half the time.
-    return TSNE(perplexity=perplexity, init="pca", max_iter=500, random_state=seed).fit_transform(reduced)
+    # Threads meet in each iteration, and on a busy machine they wait there for most of the time.
+    with threadpool_limits(1):
+        # The leading principal components carry the neighbourhoods and make the search for them cheap.
+        reduced = PCA(min(50, *features.shape), svd_solver="full").fit_transform(features)
+        # Half of the usual 1000 iterations: the clusters hardly move after that, and it takes half the time.
+        return TSNE(perplexity=perplexity, init="pca", max_iter=500, random_state=seed).fit_transform(reduced)
 
 
 def class_colours(num_classes: int) -> np.ndarray:

@@ -32,7 +32,7 @@ import filelock
 import numpy as np
 import tomli_w
 
-from gsda_fast.errors import UsageError
+from gsda_fast.errors import UsageError, UsageWarning
 
 LABEL_FREE_CRITERION = "mutual_information"
 """What chooses the label-free figure: the mutual information of the target predictions (see `metrics`)."""
@@ -217,7 +217,7 @@ class RunFolder:
             # with the folder, `prepare` tells.
             if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 told = f"{self.path} cannot be locked ({error.strerror}): make sure that no other process writes there"
-                warnings.warn(told, stacklevel=2)
+                warnings.warn(told, UsageWarning, stacklevel=2)
             return
         self._lock = lock
         with contextlib.suppress(OSError):  # a full disk, which is no reason to refuse

@@ -101,9 +101,7 @@ class SuiteFolder:
 
     def write_tables(self, made: Sequence[ResultTable]) -> None:
         """table.md, table.csv and table.json."""
-        _write(
-            self.table_path, {"md": tables.to_markdown(made), "csv": tables.to_csv(made), "json": tables.to_json(made)}
-        )
+        _write(self.table_path, _texts(made))
 
     def write_paired(self, made: Sequence[paired.PairedTable]) -> None:
         """paired.md, paired.csv and paired.json."""
@@ -111,14 +109,14 @@ class SuiteFolder:
             self.paired_path, {"md": tables.to_markdown(made), "csv": paired.to_csv(made), "json": paired.to_json(made)}
         )
 
-    def sweep_plot_path(self, method: str) -> Path:
-        return self.path / f"sweep_{method}.png"
+    def sweep_plot_path(self, name: str) -> Path:
+        return self.plot_path(f"sweep_{name}")
 
     def write_sweep(self, made: Sequence[ResultTable], plots: Mapping[str, bytes]) -> None:
-        """sweep.md, sweep.csv and sweep.json, and sweep_METHOD.png for each method."""
+        """sweep.md, sweep.csv and sweep.json, and sweep_NAME.png for each plot."""
         _write(self.sweep_path, _texts(made))
-        for method, plot in plots.items():
-            with atomic_file(self.sweep_plot_path(method)) as file:
+        for name, plot in plots.items():
+            with atomic_file(self.sweep_plot_path(name)) as file:
                 file.write(plot)
 
 

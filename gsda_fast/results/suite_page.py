@@ -16,10 +16,11 @@ from gsda_fast.results.html import Panel, Section, drawn, panel, template
 from gsda_fast.results.metrics import evaluation_figures
 from gsda_fast.results.paired import PairedTable
 from gsda_fast.results.plots import Curves
-from gsda_fast.results.run_folder import RunFolder, RunResult, atomic_file
+from gsda_fast.results.run_folder import RunFolder, RunResult, atomic_file, flat_settings
 from gsda_fast.results.suite_folder import (
     Layout,
     SuiteFolder,
+    paired_sweep_tables,
     paired_tables,
     read_settings,
     suite_tables,
@@ -29,6 +30,8 @@ from gsda_fast.results.tables import AVERAGE, FIGURE_NAMES, MEAN_PER_CLASS, OVER
 
 PAPER, BEFORE = "paper", "before adaptation"
 _LARGEST_DISTANCE = 2.0
+# What tells the runs of a suite apart, or has no influence on their figures.
+_OF_A_RUN = {"run.method", "run.seed", "run.output", "run.resume", "data.source", "data.target", "data.verify"}
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,10 @@ def write_suite_page(suite: SuiteFolder, layout: Layout, *, points: int = 1000, 
         if not content:
             begun = [*suite.runs, *(run for variant in suite.variants.values() for run in variant.runs)]
             raise UsageError(str(suite.path), found=f"{len(begun)} runs, none finished", expected="finished runs")
+        finished = [run for of in (suite, *suite.variants.values()) for run in of.runs if run.finished]
+        settings = _distinct([flat_settings(run.read_config()) for run in finished])
+        environment = _distinct([flat_settings(run.read_environment()) for run in finished])
+        swept = {option.replace("-", "_") for name in suite.variants for option in read_settings(name)}
         html = template("suite.html.jinja").render(
             title="; ".join(part.title for part in content),
             finished=sum(part.finished for part in content),
@@ -68,6 +75,15 @@ def write_suite_page(suite: SuiteFolder, layout: Layout, *, points: int = 1000, 
             tables=[table for part in content for table in part.tables],
             paired=[table for part in content for table in part.paired],
             sections=[section for part in content for section in part.sections if section.panels],
+            mixed=[
+                f"{name} is {' or '.join(values)}"
+                for name, values in settings.items()
+                if len(values) > 1 and name not in _OF_A_RUN and name.rpartition(".")[2] not in swept
+            ],
+            how={
+                name: [(key, ["; ".join(values)], len(values) > 1) for key, values in found.items()]
+                for name, found in (("Settings", settings), ("Environment", environment))
+            },
         )
         with atomic_file(suite.report_path) as file:
             file.write(html.encode())
@@ -78,6 +94,12 @@ def write_suite_page(suite: SuiteFolder, layout: Layout, *, points: int = 1000, 
             expected="a folder that can be written",
         ) from error
     return suite.report_path
+
+
+def _distinct(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The values that each name has in the runs, every one once; `-` for none."""
+    names = dict.fromkeys(name for run in runs for name in run)
+    return {name: list(dict.fromkeys(str(run.get(name, "-")) for run in runs)) for name in names}
 
 
 @dataclass(frozen=True)
@@ -142,7 +164,8 @@ def _bar_section(suite: SuiteFolder, made: Sequence[ResultTable], colours: Mappi
             if (table.subject and column not in (MEAN_PER_CLASS, OVERALL)) or not _measured(chosen):
                 continue
             title = f"{about}{'average over the transfer tasks' if column == AVERAGE else column}"
-            figure = suite_plots.method_bars(chosen, title, "percent", marked=PAPER)
+            unit = "percent" if table.subject else f"{FIGURE_NAMES[table.figure]}, percent"
+            figure = suite_plots.method_bars(chosen, title, unit, marked=PAPER)
             path = suite.plot_path(f"accuracy_{about}{column}")
             panels.append(panel(figure, path, f"Accuracy of each method: {title}"))
         classes = [i for i, name in enumerate(table.columns) if name not in (MEAN_PER_CLASS, OVERALL)]
@@ -342,27 +365,37 @@ def _detail_section(runs: Sequence[_Run], layout: Layout, points: int) -> Sectio
 
 
 def sweep_plots(made: Sequence[ResultTable]) -> dict[str, Figure]:
-    """A plot for each method of a sweep: the average over transfer tasks after the last step, over the settings.
+    """The average over transfer tasks after the last step, over the settings; plots by the names of their files.
 
-    The first setting is the horizontal axis, each combination of the others a line.
+    The first setting is the horizontal axis, each value of the second a line, and each combination of the others a
+    plot. A method's plots have one scale.
 
     Args:
         made: from `sweep_tables`.
     """
-    figures = {}
+    figures: dict[str, Figure] = {}
     for table in made:
         if table.choice != "last":
             continue
-        lines: dict[str, dict[str, Cell]] = {}
+        lines: dict[str, dict[str, dict[str, Cell]]] = {}
         parameter = ""
         for row in table.rows:
             (parameter, value), *others = read_settings(row.label).items()
-            label = ", ".join(f"{name} {setting}" for name, setting in others)
+            line, of_plot = (
+                ", ".join(f"{name} {setting}" for name, setting in chosen) for chosen in (others[:1], others[1:])
+            )
             # The last column: the average, or the only transfer task.
-            lines.setdefault(label, {})[value] = row.cells[-1]
+            lines.setdefault(of_plot, {}).setdefault(line, {})[value] = row.cells[-1]
         over = table.columns[-1] if table.columns[-1] != AVERAGE else "average"
-        title = f"{table.task}, {table.subject}, {over}"
-        figures[table.subject] = suite_plots.sweep(lines, parameter, f"{FIGURE_NAMES[table.figure]}, percent", title)
+        drawn = {}
+        for of_plot, content in lines.items():
+            title = ", ".join(part for part in (table.task, table.subject, over, of_plot) if part)
+            name = f"{table.subject} {of_plot}".strip()
+            drawn[name] = suite_plots.sweep(content, parameter, f"{FIGURE_NAMES[table.figure]}, percent", title)
+        ends = [figure.axes[0].get_ylim() for figure in drawn.values()]
+        for figure in drawn.values():
+            figure.axes[0].set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
+        figures |= drawn
     return figures
 
 
@@ -374,14 +407,16 @@ def _sweep_part(suite: SuiteFolder, layout: Layout) -> _Part | None:
     layout = layout.only(results)
     made = sweep_tables(variants, layout)
     panels = [
-        panel(figure, suite.sweep_plot_path(method), f"Accuracy of {method} over the settings")
-        for method, figure in sweep_plots(made).items()
+        panel(figure, suite.sweep_plot_path(name), f"Accuracy of {name} over the settings")
+        for name, figure in sweep_plots(made).items()
     ]
+    options = list(read_settings(next(iter(variants))))
     return _Part(
-        title=f"{layout.task}: sweep over {', '.join(read_settings(next(iter(variants))))}",
+        title=f"{layout.task}: sweep over {', '.join(options)}",
         finished=len(results),
         begun=sum(len(variant.runs) for variant in suite.variants.values()),
         tables=made,
-        paired=[],
+        # Of several options, neighbours in the list differ now in one and now in another.
+        paired=paired_sweep_tables(variants, layout) if len(options) == 1 else [],
         sections=[Section("Sensitivity", "After the last step; bars: standard deviation over seeds.", drawn(panels))],
     )

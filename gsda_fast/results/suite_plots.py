@@ -39,7 +39,7 @@ def method_colours(methods: Sequence[str]) -> dict[str, str]:
 def method_bars(
     rows: Sequence[Bars], title: str, unit: str, *, marked: str = "", limit: float = 100.0, decimals: int = 1
 ) -> Figure:
-    """A horizontal bar for each method with its figure, and the spread as a thin line.
+    """A horizontal bar for each method, the spread as a thin line, and both in figures beside it.
 
     Args:
         rows: with one cell each; a method without a figure keeps its place. title, unit: what is shown.
@@ -49,23 +49,24 @@ def method_bars(
     with axes_of((4.6, 1.1 + 0.26 * len(rows)), title) as (figure, axes):
         for position, row in enumerate(rows):
             (cell,) = row.cells
-            end = 0.0
+            text = "-"
             if cell.mean is not None:
                 axes.barh(
                     position, cell.mean, 0.72, xerr=cell.spread or 0.0, color=row.colour, label=row.label,
                     error_kw={"elinewidth": 0.9, "ecolor": "#333333"},
                 )  # fmt: skip
-                end = max(0.0, cell.mean + (cell.spread or 0.0))
-            mark = row.marks[0] if row.marks else None
-            if mark is not None:
-                _mark(axes, mark, position, 0.72)
-                end = max(end, mark)
-            text = "-" if cell.mean is None else f"{cell.mean:.{decimals}f}"
-            axes.text(end + 0.015 * limit, position, text, va="center", fontsize=8, color="#222222")
+                spread = "" if cell.spread is None else f" ± {cell.spread:.{decimals}f}"
+                text = f"{cell.mean:.{decimals}f}{spread}"
+            if row.marks and row.marks[0] is not None:
+                _mark(axes, row.marks[0], position, 0.72)
+            # In a column, where it is not taken for the figure of a mark.
+            axes.text(
+                1.02, position, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8, color="#222222"
+            )
         _legend_of_marks(figure, axes, rows, marked)
         axes.set_yticks(range(len(rows)), [row.label for row in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.set_xlim(min(0.0, *(cell.mean or 0.0 for row in rows for cell in row.cells)), 1.12 * limit)
+        axes.set_xlim(min(0.0, *(cell.mean or 0.0 for row in rows for cell in row.cells)), 1.02 * limit)
         axes.set_xlabel(unit)
         axes.grid(axis="x", color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)

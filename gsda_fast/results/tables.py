@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 
 from rich.table import Table
 
+from gsda_fast.data.benchmarks import find_benchmark
 from gsda_fast.errors import UsageError
 from gsda_fast.results.run_folder import RunResult
 
@@ -199,7 +200,7 @@ def transfer_table(
     columns = [transfer_task_name(*pair, short_names) for pair in transfer_tasks]
     if len(columns) > 1:
         columns.append(AVERAGE)
-    return ResultTable(task, figure, choice, tuple(columns), tuple(rows), notes=_test_notes(results))
+    return ResultTable(task, figure, choice, tuple(columns), tuple(rows), notes=test_notes(results))
 
 
 def class_table(
@@ -239,7 +240,7 @@ def class_table(
         rows.append(Row(method, tuple(cells)))
     name = transfer_task_name(*transfer_task, short_names)
     columns = (*classes, MEAN_PER_CLASS, OVERALL)
-    notes = _test_notes(results)
+    notes = test_notes(results)
     return ResultTable(task, "per_class", choice, columns, tuple(rows), subject=name, notes=notes)
 
 
@@ -275,12 +276,15 @@ def _only_task(results: Sequence[RunResult]) -> str:
     return tasks[0]
 
 
-def _test_notes(results: Iterable[RunResult]) -> tuple[str, ...]:
-    """How the runs were tested, where not on the centre crop alone."""
-    crops = {result.test_crops for result in results}
-    if crops == {1}:
+def test_notes(results: Sequence[RunResult]) -> tuple[str, ...]:
+    """How the images of the runs, all of one task, were tested: on which crops, if they are cropped at all."""
+    recipe = find_benchmark(_only_task(results)).recipe
+    if recipe.crop == recipe.resize:
         return ()
-    return ("ten-crop test",) if crops == {10} else ("ten-crop test for some of the runs, centre crop for the others",)
+    crops = {result.test_crops for result in results}
+    if len(crops) > 1:
+        return ("ten-crop test for some of the runs, centre crop for the others",)
+    return ("ten-crop test",) if crops == {10} else ("centre-crop test",)
 
 
 def _known(values: Iterable[float | None]) -> list[float]:
@@ -291,9 +295,10 @@ def to_terminal(table: PrintedTable) -> Table:
     """For rich's `print`."""
     drawn = Table(title=table.title, caption=table.caption)
     first, *others = table.header
-    drawn.add_column(first)
+    # Where the terminal is too narrow, texts break; rich would end them with an ellipsis.
+    drawn.add_column(first, overflow="fold")
     for column in others:
-        drawn.add_column(column, justify="right")
+        drawn.add_column(column, justify="right", overflow="fold")
     for line in table.lines:
         drawn.add_row(*line)
     return drawn

@@ -24,7 +24,7 @@ from gsda_fast.results.run_folder import RunFolder, flat_settings
 from gsda_fast.training.distributed import Ranks, digest
 from gsda_fast.training.figures import device_floors
 from gsda_fast.training.generators import seed_generators
-from gsda_fast.training.precision import AUTOCAST_DTYPES
+from gsda_fast.training.precision import AUTOCAST_DTYPES, set_convolutions
 from gsda_fast.training.resume import summary
 from gsda_fast.training.schedules import Schedule
 from gsda_fast.training.trainer import Trainer
@@ -60,7 +60,7 @@ def resolve(config: Config, world_size: int = 1) -> tuple[Config, ImageDomain, I
         data=replace(data, source=source.name, target=target.name, loader=loader, data_root=data_root),
         adversarial=replace(config.adversarial, groups=groups, backend=_backend(config.adversarial.backend, device)),
         pseudo_labels=replace(config.pseudo_labels, refresh_every=refresh_every),
-        precision=config.precision.resolved(device),
+        precision=config.precision.resolved(device, config.distributed.sync_batchnorm),
     )
     return resolved, source, target
 
@@ -114,6 +114,7 @@ def build_trainer(
     device = torch.device(f"cuda:{ranks.local_rank}" if config.run.device == "cuda" else "cpu")
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
+    set_convolutions(device, config.precision.precision)
     seed_generators(config.run.seed)
     recipe = find_benchmark(config.task).recipe
     _require_fit(config.model.backbone, recipe)
@@ -124,9 +125,6 @@ def build_trainer(
             raise UsageError(
                 "--sync-batchnorm", found=f"device {device.type}", expected="GPUs, the only ones it runs on"
             )
-        if config.precision.cuda_graphs:
-            # Processes that wait for each other inside a graph wait for ever where one of them records anew.
-            raise UsageError("--cuda-graphs", found="--sync-batchnorm", expected="one of the two")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     method = build_method(config.run.method, model, config.adversarial, source.num_classes, config.run.seed)
     method.to(device)
@@ -167,6 +165,7 @@ def build_trainer(
             recipe,
             batch_size=_EVALUATION_BATCH,
             device=device,
+            peers=ranks,
             dtype=model.autocast_dtype or torch.float32,
         ),
         plan,

@@ -29,6 +29,9 @@ Shared = UsageError | TrainingError | Stopped
 _SHARED = (UsageError, TrainingError, Stopped)
 """What ends all ranks alike, once one of them has found it."""
 
+_ALONE_FROM = 1 << 20
+"""Elements from which a gradient is averaged on its own: copying it would take longer than one more all-reduce."""
+
 
 @dataclass(frozen=True)
 class DistributedSettings:
@@ -90,7 +93,8 @@ class Ranks:
 
     @torch.no_grad()
     def mean_gradients(self, parameters: Sequence[nn.Parameter], extra: Tensor | None = None) -> Tensor | None:
-        """Averages the gradients of `parameters` over the ranks, in place, by one all-reduce for each dtype.
+        """Averages the gradients of `parameters` over the ranks, in place: large ones where they are, the others by one
+        all-reduce for each dtype.
 
         Args:
             parameters: those that move now; the same on every rank, as are those among them that have a gradient.
@@ -101,10 +105,14 @@ class Ranks:
         """
         if not self.several:
             return extra
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        gradients = [_in_memory_order(parameter.grad) for parameter in parameters if parameter.grad is not None]
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for gradient in gradients:
-            by_dtype.setdefault(gradient.dtype, []).append(_in_memory_order(gradient))
+            if gradient.numel() < _ALONE_FROM:
+                by_dtype.setdefault(gradient.dtype, []).append(gradient)
+                continue
+            dist.all_reduce(gradient)
+            gradient /= self.world_size
         if extra is not None:
             extra = extra.clone()
             by_dtype.setdefault(extra.dtype, []).append(extra)
@@ -144,6 +152,21 @@ class Ranks:
         dist.all_gather(parts, rows.contiguous())
         # Sample i is row i // world_size of rank i % world_size.
         return torch.stack(parts, dim=1).flatten(0, 1)[:count]
+
+    def exchange(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        """Gives each rank its part of `rows` and returns what all ranks give to this one.
+
+        Args:
+            rows: (sum(send), ...), those for rank 0 first. send: rows for each rank. receive: rows from each rank.
+
+        Returns:
+            (sum(receive), ...), those of rank 0 first.
+        """
+        if not self.several:
+            return rows
+        received = rows.new_empty((sum(receive), *rows.shape[1:]))
+        dist.all_to_all_single(received, rows.contiguous(), receive, send)
+        return received
 
     def gather_objects(self, value: T) -> list[T]:
         """The value of every rank, on every rank."""
@@ -269,6 +292,10 @@ def join(device_type: str, timeout: int) -> Iterator[Ranks]:
             device_id=torch.device("cuda", ranks.local_rank) if device_type == "cuda" else None,
         )
         yield ranks
+    except Stopped:
+        # All ranks together. NCCL would complain of a group that nobody takes apart.
+        dist.destroy_process_group()
+        raise
     except RuntimeError as error:
         if not _is_lost_connection(error):
             raise

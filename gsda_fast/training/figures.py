@@ -129,14 +129,14 @@ def device_floors(
     """The floors of a step on `device`; None for a device whose peaks are not known.
 
     Args:
-        precision: fp32, bf16 or fp16. settings, recipe, num_classes, images: as for `training_work`.
+        precision: fp32, tf32, bf16 or fp16. settings, recipe, num_classes, images: as for `training_work`.
     """
     if device.type != "cuda":
         return None
     peaks = PEAKS.get(torch.cuda.get_device_name(device))
     if peaks is None:
         return None
-    half = precision != "fp32"
+    half = precision in ("bf16", "fp16")
     dtype = torch.bfloat16 if half else torch.float32
     work = training_work(settings, recipe, num_classes=num_classes, images=images, dtype=dtype)
     return floors(work, peaks, half=half)

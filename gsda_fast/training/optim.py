@@ -49,6 +49,18 @@ def set_learning_rate(optimizers: dict[str, torch.optim.Optimizer], factor: floa
             group["lr"] = group["initial_lr"] * factor
 
 
+def momentum_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What an optimizer has gathered; its settings (rates, decay, implementation) are the run's, and not here."""
+    state = optimizer.state_dict()["state"]
+    return {"state": {number: each for number, each in state.items() if each.get("momentum_buffer") is not None}}
+
+
+def load_momentum(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
+    """The inverse of `momentum_of`. The settings stay: a run that goes on with others means them."""
+    own = optimizer.state_dict()
+    optimizer.load_state_dict({"state": {**own["state"], **stored["state"]}, "param_groups": own["param_groups"]})
+
+
 def takes_skip_flag(optimizer: torch.optim.Optimizer, flag: Tensor) -> bool:
     """Gives the optimizer a flag on the device, 0-d, that makes its next step do nothing where it is 1.
 

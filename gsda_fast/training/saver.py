@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ class Saver:
 
     Args:
         constants: what each checkpoint holds beside the trainer's state.
+        seconds: least time from one checkpoint to the next, or from the start to the first.
 
     Attributes:
         due: calls that write files which have to be there before the next checkpoint.
@@ -33,9 +35,11 @@ class Saver:
         trainer: Trainer,
         constants: dict[str, Any],
         console: Console,
+        seconds: float = 0,
     ) -> None:
         self._folder, self._checkpoints, self._trainer = folder, checkpoints, trainer
         self._constants, self._console = constants, console
+        self._seconds, self._tried_at = seconds, time.monotonic()
         self.due: list[Callable[[], None]] = []
         self._failures, self._warned = 0, False
 
@@ -61,6 +65,7 @@ class Saver:
         """
         step, state = self._trainer.step, {**self._trainer.state_dict(), **self._constants}
         problem = self._trainer.ranks.from_first(lambda: self._write(step, state))
+        self._tried_at = time.monotonic()
         if not problem:
             self._failures = 0
             self.due.clear()
@@ -75,13 +80,15 @@ class Saver:
             raise error
         return problem
 
-    def save_or_warn(self) -> None:
-        """Saves; a failure is told and borne with.
+    def save_if_due(self) -> None:
+        """Saves, if it is time to or the run is done; a failure is told and borne with.
 
         Raises:
             TrainingError: see `save`.
         """
-        problem = self.save()
+        # One clock for all ranks.
+        due = self._trainer.ranks.from_first(lambda: time.monotonic() >= self._tried_at + self._seconds)
+        problem = self.save() if due or self._trainer.finished else ""
         if problem:
             self._warn(f"step {self._trainer.step}: {problem}; training goes on")
 

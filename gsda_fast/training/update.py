@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from gsda_fast.methods import Move
 from gsda_fast.training.distributed import Ranks
 from gsda_fast.training.guard import Guard
-from gsda_fast.training.optim import takes_skip_flag
+from gsda_fast.training.optim import load_momentum, momentum_of, takes_skip_flag
+from gsda_kernels.restore import restore_where
 
 
 class Updater:
@@ -36,7 +37,7 @@ class Updater:
     ) -> None:
         self.optimizers = optimizers
         self._parameters = {name: list(module.parameters()) for name, module in players.items()}
-        self._ranks, self._device = ranks, device
+        self._ranks = ranks
         self._guard = Guard(device)
         self._scaler = torch.amp.GradScaler(device.type, enabled=scale_losses)
         self._copies: dict[str, list[Tensor]] = {}
@@ -62,8 +63,9 @@ class Updater:
             for player in move.players:
                 self._move(player, skip)
             terms.update(move.objective.terms)
-        if skip is not None and provisional:
-            self._undo(provisional, skip)
+        if skip is not None:
+            for player in provisional:
+                restore_where(skip, self._tensors(player), self._copies[player])
         self._scaler.update()
         self._guard.end(step)
         return terms
@@ -123,23 +125,15 @@ class Updater:
                 self._copies[player] = [torch.empty_like(tensor) for tensor in tensors]
             torch._foreach_copy_(self._copies[player], tensors)
 
-    @torch.no_grad()
-    def _undo(self, players: Sequence[str], skip: Tensor) -> None:
-        if self._device.type != "cuda" and not bool(skip):
-            return
-        for player in players:
-            for tensor, copy in zip(self._tensors(player), self._copies[player]):
-                # Chosen on the device: asking the host would make it wait for the encoder's backward pass.
-                torch.where(skip > 0, copy, tensor, out=tensor)
-
     def state_dict(self) -> dict[str, Any]:
         return {
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "optimizers": {name: momentum_of(optimizer) for name, optimizer in self.optimizers.items()},
             "scaler": self._scaler.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
-        if self._scaler.is_enabled():
+            load_momentum(optimizer, state["optimizers"][name])
+        # Empty where the checkpoint's run scaled no losses: the scale then starts afresh.
+        if self._scaler.is_enabled() and state["scaler"]:
             self._scaler.load_state_dict(state["scaler"])

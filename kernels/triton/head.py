@@ -4,7 +4,6 @@ parameters. Nothing here waits for the device or reads a value from it.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -13,6 +12,7 @@ import triton
 from torch import Tensor
 
 from gsda_kernels.triton.configs import Configuration, Product, configure
+from gsda_kernels.triton.device import on_device
 from gsda_kernels.triton.pointwise import feature_gradient_kernel, pair_gradient_kernel, terms_kernel
 from gsda_kernels.triton.products import (
     first_layer_kernel,
@@ -89,7 +89,7 @@ def forward(
     square_part = weight.new_empty(max_pairs, jacobian_grid[0])
     loss, gradient_norm = weight.new_empty(num_discriminators), weight.new_empty(num_discriminators)
     layer, to_features = _options(config.layer, features), _options(config.jacobian, features)
-    with _on(features.device):
+    with on_device(features.device):
         route(weight, routing, config.block_pairs)
         first_layer_kernel[layer_grid](
             features, w1, b1, routing.offsets, routing.sample, routing.tiles, h1, dim, hidden, **layer
@@ -129,7 +129,7 @@ def backward(
     saved = Saved.of(saved_tensors)
     gradients: list[Tensor | None] = [None] * len(tensors)
     upstream = (grad_loss, grad_gradient_norm)
-    with _on(features.device):
+    with on_device(features.device):
         if needs_grad[0]:
             gradients[0] = _feature_gradient(features, weight, label, saved, upstream, loss_feature_scale)
         if any(needs_grad[1:]):
@@ -244,8 +244,3 @@ def _precision(dtype: torch.dtype) -> str:
 def _options(product: Product, features: Tensor) -> Mapping[str, int | str]:
     options = {name.upper() if name.startswith("block") else name: value for name, value in asdict(product).items()}
     return {**options, "PRECISION": _precision(features.dtype)}
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

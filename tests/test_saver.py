@@ -1,0 +1,79 @@
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from test_trainer import SCORED, build
+
+from gsda_fast.results.run_folder import RunFolder
+from gsda_fast.training import saver
+from gsda_fast.training.checkpoint import CheckpointFolder
+from gsda_fast.training.saver import Saver
+
+
+class Clock:
+    """Seconds that pass where they are told to."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Folder(CheckpointFolder):
+    """Keeps a record of what it was asked to save, and takes a while for it."""
+
+    def __init__(self, path: Path, clock: Clock, fails: tuple[int, ...] = ()) -> None:
+        super().__init__(path)
+        self.clock, self.fails = clock, fails
+        self.asked: list[int] = []
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        self.asked.append(step)
+        self.clock.now += 30
+        if step in self.fails:
+            raise OSError(28, "No space left on device")
+
+
+def saved(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: int,
+    *,
+    between: float,
+    fails: tuple[int, ...] = (),
+) -> list[int]:
+    """The steps at which a run asked for a checkpoint, its scorings `between` seconds apart."""
+    clock = Clock()
+    monkeypatch.setattr(saver, "time", clock)
+    trainer, checkpoints = build(), Folder(folder / "checkpoints", clock, fails)
+    run = RunFolder(folder)
+    run.prepare()
+    written = Saver(run, checkpoints, trainer, {}, Console(file=io.StringIO()), seconds)
+    for report in trainer.run(written.save_if_due):
+        clock.now += between if report.figures else 0
+    run.release()
+    return checkpoints.asked
+
+
+@pytest.mark.parametrize(
+    ("seconds", "between", "expected"),
+    [
+        (0, 0, SCORED),
+        (60, 60, SCORED),
+        # Their own time does not count: a disk that takes as long as that would be written to all the time.
+        (60, 30, [SCORED[1], SCORED[3], SCORED[4]]),
+        (60, 1, SCORED[-1:]),  # the last one, whatever the time
+    ],
+)
+def test_checkpoints_are_that_far_apart(
+    seconds: int, between: float, expected: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert saved(tmp_path, monkeypatch, seconds, between=between) == expected
+
+
+def test_after_a_failure_the_next_attempt_waits_as_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three failures end a run, which a full disk must not do within a second."""
+    asked = saved(tmp_path, monkeypatch, 60, between=30, fails=(SCORED[1],))
+    assert asked == [SCORED[1], SCORED[3], SCORED[4]]
