@@ -98,8 +98,8 @@ def adversarial_terms(
     accumulation = _check_dtypes(features, disc, sample_weight)
     _check_devices(features, disc, sample_weight, domain)
     num_pairs = sample_weight.numel()
-    if max_pairs is not None and max_pairs < 1:
-        raise ValueError(f"max_pairs: found {max_pairs}; expected None or a number of pairs >= 1")
+    if max_pairs is not None and (isinstance(max_pairs, float) or max_pairs < 1):
+        raise ValueError(f"max_pairs: found {max_pairs}; expected None or a whole number of pairs >= 1")
     if not (math.isfinite(min_weight) and min_weight >= 0):
         raise ValueError(f"min_weight: found {min_weight}; expected a finite number >= 0")
     if validate is None:

@@ -8,7 +8,9 @@ In both, `tensors` are what can be differentiated: features, w1, b1, w2, b2, w3,
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,23 @@ from torch import Tensor
 from gsda_kernels import backends
 
 
-@torch.library.custom_op("gsda_kernels::adversarial_forward", mutates_args=())
+def fingerprint(package: Path) -> str:
+    """Eight hexadecimal digits that change with the Python code of a package.
+
+    The operations bear those of this one in their names. `torch.compile` keeps what it compiled on disk and knows an
+    operation by its name alone: after an upgrade it would go on with the former backward formula and the former shapes
+    of what is saved for it.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+_VERSION = fingerprint(Path(__file__).parent)
+
+
+@torch.library.custom_op(f"gsda_kernels::adversarial_forward_{_VERSION}", mutates_args=())
 def adversarial_forward(
     tensors: Sequence[Tensor],
     weight: Tensor,
@@ -45,7 +63,7 @@ def _(
     return weight.new_empty(weight.shape[1]), weight.new_empty(weight.shape[1]), saved
 
 
-@torch.library.custom_op("gsda_kernels::adversarial_backward", mutates_args=())
+@torch.library.custom_op(f"gsda_kernels::adversarial_backward_{_VERSION}", mutates_args=())
 def adversarial_backward(
     tensors: Sequence[Tensor],
     weight: Tensor,

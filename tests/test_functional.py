@@ -64,7 +64,8 @@ BAD_INPUTS = [
     ("backend", "cuda", "backend: found 'cuda'; expected auto, reference, torch"),
     ("min_weight", -0.1, "min_weight: found -0.1; expected a finite number >= 0"),
     ("min_weight", float("nan"), "min_weight: found nan; expected a finite number >= 0"),
-    ("max_pairs", 0, "max_pairs: found 0; expected None or a number of pairs >= 1"),
+    ("max_pairs", 0, "max_pairs: found 0; expected None or a whole number of pairs >= 1"),
+    ("max_pairs", 7.5, "max_pairs: found 7.5; expected None or a whole number of pairs >= 1"),
     ("loss_feature_scale", torch.ones(2), "loss_feature_scale: found shape (2,); expected a number or a 0-d tensor"),
 ]
 

@@ -1,7 +1,13 @@
 """The registered operations: schemas, derivatives, compilation, and memory that nobody initialised."""
 
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -174,3 +180,40 @@ def test_fake_and_meta_tensors(backend: str, frozen: tuple[str, ...], shape: dic
 
 def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[Any, ...]]:
     return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+_COMPILED_GRADIENT = """
+import torch
+from gsda_kernels import DiscriminatorWeights, adversarial_terms
+
+disc = DiscriminatorWeights(*(torch.ones(shape) for shape in [(2, 4, 3), (2, 4), (2, 4, 4), (2, 4), (2, 4), (2,)]))
+
+@torch.compile(fullgraph=True)
+def loss(features):
+    domain = torch.tensor([1, 1, 0])
+    return adversarial_terms(features, disc, torch.ones(3, 2), domain, backend="torch").loss.sum()
+
+features = torch.full((3, 3), 0.125, requires_grad=True)
+loss(features).backward()
+print(features.grad.abs().sum().item())
+"""
+
+
+def test_a_changed_formula_is_not_hidden_by_what_was_compiled_before(tmp_path: Path) -> None:
+    package = tmp_path / "path" / "gsda_kernels"
+    shutil.copytree(Path(ops.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    # -S: the copy, and not the package that is installed here.
+    path = os.pathsep.join([str(package.parent), sysconfig.get_path("purelib")])
+    environment = {**os.environ, "PYTHONPATH": path, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+
+    def gradient() -> float:
+        command = [sys.executable, "-S", "-c", _COMPILED_GRADIENT]
+        return float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+
+    before = gradient()
+    module = package / "ops.py"
+    formula = "[next(found) if needed"
+    assert module.read_text().count(formula) == 1
+    module.write_text(module.read_text().replace(formula, "[2 * next(found) if needed"))
+    assert before > 0
+    assert gradient() == pytest.approx(2 * before)
