@@ -1,6 +1,7 @@
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -91,9 +92,17 @@ def test_written_once(root: Path) -> None:
 
 def test_default_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/some/cache")
-    assert digits.default_cache() == Path("/some/cache/gsda_fast/digits-v1")
+    folder = digits.default_cache()
+    assert folder.parent == Path("/some/cache/gsda_fast")
+    assert folder.name.startswith("digits-v1-")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert digits.default_cache() == Path.home() / ".cache/gsda_fast/digits-v1"
+    assert digits.default_cache() == Path.home() / ".cache/gsda_fast" / folder.name
+
+
+def test_other_packages_have_a_cache_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = digits.default_cache()
+    monkeypatch.setattr(digits, "version", lambda name: "1.2" if name == "pillow" else version(name))
+    assert digits.default_cache() != before
 
 
 def test_cache_that_cannot_be_written(tmp_path: Path) -> None:

