@@ -333,6 +333,9 @@ def _run_one(config: Config) -> RunResult:
     except Stopped:
         # The pool would hand this worker the next run.
         os._exit(0)
+    finally:
+        # PyTorch compiles one function for a few shapes only, and then runs it uncompiled: those of one run.
+        torch.compiler.reset()
 
 
 def _write_tables(

@@ -14,7 +14,7 @@ from gsda_fast.methods.objective import synchronization_loss
 from gsda_fast.model import ModelSettings, build_model
 from gsda_fast.training.assemble import build_trainer, resolve
 from gsda_fast.training.distributed import Ranks
-from gsda_fast.training.precision import AUTOCAST_DTYPES, PrecisionSettings, set_convolutions
+from gsda_fast.training.precision import AUTOCAST_DTYPES, PrecisionSettings, set_arithmetic
 
 LENET = ModelSettings(backbone="lenet", weights="none", bottleneck_dim=16)
 
@@ -174,15 +174,17 @@ def test_float32_is_float32_on_a_gpu_unless_tf32_is_asked_for(precision: str, tf
     before = cudnn.benchmark, cudnn.allow_tf32
     try:
         cudnn.allow_tf32 = not tf32
-        set_convolutions(torch.device("cpu"), precision)
+        products.allow_tf32 = True  # as TORCH_ALLOW_TF32_CUBLAS_OVERRIDE does
+        set_arithmetic(torch.device("cpu"), precision)
         assert (cudnn.benchmark, cudnn.allow_tf32) == (before[0], not tf32)
-        set_convolutions(torch.device("cuda"), precision)
+        set_arithmetic(torch.device("cuda"), precision)
         assert cudnn.benchmark
         # Both of PyTorch's ways to ask, the second of which fails where the two have come apart.
         assert (cudnn.conv.fp32_precision == "tf32", cudnn.allow_tf32) == (tf32, tf32)
         assert (products.fp32_precision == "tf32", products.allow_tf32) == (False, False)
     finally:
         cudnn.benchmark, cudnn.allow_tf32 = before
+        products.allow_tf32 = False
 
 
 @pytest.mark.parametrize("asked", ["--compile", "--cuda-graphs"])

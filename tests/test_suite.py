@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from gsda_fast import suite as command
@@ -352,6 +354,26 @@ def test_a_killed_process_is_one_line(few_digits: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(command, "_run_one", end_the_process)
     with pytest.raises(TrainingError, match=r"the process of a run was killed .* after 0 of 2 runs; the same command"):
         run_suite(with_output(TWO_METHODS, tmp_path / "suite"), {"": base(few_digits)}, Console(file=io.StringIO()))
+
+
+def test_every_run_of_a_worker_is_compiled(few_digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def count(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
+        compiled.append(graph)
+        return graph
+
+    def train_compiled(config: Config, console: Console) -> None:
+        layer = torch.nn.Linear(config.run.seed + 1, 1)
+        layer.compile(dynamic=False, backend=count)
+        layer(torch.zeros(1, config.run.seed + 1))
+
+    monkeypatch.setattr(command, "train", train_compiled)
+    config = base(few_digits)
+    runs = torch._dynamo.config.recompile_limit + 2
+    for seed in range(runs):
+        command._run_one(replace(config, run=replace(config.run, seed=seed)))
+    assert len(compiled) == runs
 
 
 # ------------------------------------------------------------------------------------------------------ interruption

@@ -192,6 +192,21 @@ def test_registered_operation() -> None:
     torch.library.opcheck(ops.adversarial_forward, args)
 
 
+def test_a_precision_that_changes_before_the_backward_pass_is_refused() -> None:
+    problem = make_problem(num_source=300, num_target=300, num_discriminators=2, dim=16, hidden=16)
+    precision = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        disc = gk.DiscriminatorWeights(*(problem.inputs[name].requires_grad_() for name in INPUTS[1:]))
+        features, weight = problem.inputs["features"], problem.sample_weight
+        terms = gk.adversarial_terms(features, disc, weight, problem.domain, backend="triton")
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        with pytest.raises(RuntimeError, match="fp32_precision: changed between the forward and backward pass"):
+            terms.loss.sum().backward()
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = precision
+
+
 def test_compiled() -> None:
     assert_equivalent(make_problem(), "triton", compiled=True)
 

@@ -24,7 +24,7 @@ from gsda_fast.results.run_folder import RunFolder, flat_settings
 from gsda_fast.training.distributed import Ranks, digest
 from gsda_fast.training.figures import device_floors
 from gsda_fast.training.generators import seed_generators
-from gsda_fast.training.precision import AUTOCAST_DTYPES, set_convolutions
+from gsda_fast.training.precision import AUTOCAST_DTYPES, set_arithmetic
 from gsda_fast.training.resume import summary
 from gsda_fast.training.schedules import Schedule
 from gsda_fast.training.trainer import Trainer
@@ -114,7 +114,7 @@ def build_trainer(
     device = torch.device(f"cuda:{ranks.local_rank}" if config.run.device == "cuda" else "cpu")
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    set_convolutions(device, config.precision.precision)
+    set_arithmetic(device, config.precision.precision)
     seed_generators(config.run.seed)
     recipe = find_benchmark(config.task).recipe
     _require_fit(config.model.backbone, recipe)

@@ -59,8 +59,8 @@ class PrecisionSettings:
         return replace(self, precision=precision, compile=compiled)
 
 
-def set_convolutions(device: torch.device, precision: str) -> None:
-    """Sets, for the whole process, how a GPU computes convolutions.
+def set_arithmetic(device: torch.device, precision: str) -> None:
+    """Sets, for the whole process, how a GPU computes convolutions and float32 products.
 
     Args:
         device: which one. precision: resolved.
@@ -69,5 +69,6 @@ def set_convolutions(device: torch.device, precision: str) -> None:
         return
     # Shapes repeat in every step, so that cuDNN's trial of its algorithms pays after a few of them.
     torch.backends.cudnn.benchmark = True
-    # Matrix products stay float32, as is PyTorch's default: the weights of the discriminators' losses come from one.
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    # The weights of the discriminators' losses come from such a product. NVIDIA's containers turn TF32 on for it.
+    torch.backends.cuda.matmul.allow_tf32 = False

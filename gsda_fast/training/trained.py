@@ -16,7 +16,7 @@ from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.training.assemble import choose_device
 from gsda_fast.training.checkpoint import CheckpointFolder, DamagedCheckpoint
 from gsda_fast.training.distributed import DistributedSettings
-from gsda_fast.training.precision import AUTOCAST_DTYPES, PrecisionSettings, set_convolutions
+from gsda_fast.training.precision import AUTOCAST_DTYPES, PrecisionSettings, set_arithmetic
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -60,7 +60,7 @@ def load_trained(run: Path, checkpoint: int | None = None, device: Device = "cpu
     model.load_state_dict(parameters)
     model.autocast_dtype = AUTOCAST_DTYPES[config.precision.precision]
     place = torch.device(config.run.device)
-    set_convolutions(place, config.precision.precision)
+    set_arithmetic(place, config.precision.precision)
     return TrainedModel(model.to(place).eval(), tuple(state["classes"]), config, step, place)
 
 

@@ -22,7 +22,7 @@ from gsda_kernels.triton.products import (
     second_layer_kernel,
     weight_gradient_kernel,
 )
-from gsda_kernels.triton.routing import Routing, route
+from gsda_kernels.triton.routing import Routing, most_tiles, route
 
 _BLOCK_PAIRS = 64  # of the pointwise passes over one discriminator's pairs
 
@@ -180,6 +180,9 @@ def _parameter_gradients(
     want_w1, want_b1, want_w2, want_b2, want_w3, _ = wanted
     (num_samples, dim), (num_discriminators, hidden, _) = features.shape, w1.shape
     config, routing, pairs = _configuration(features, w1), saved.routing, len(saved.jacobian)
+    if routing.num_tiles != most_tiles(num_samples, num_discriminators, pairs, config.block_pairs):
+        # Tiles of another size than the pairs were sorted into would leave some of them out.
+        raise RuntimeError("torch.backends.cuda.matmul.fp32_precision: changed between the forward and backward pass")
     grad_logit, direction = torch.empty_like(saved.residual), torch.empty_like(saved.norm)
     # A pointer that a kernel does not store through is any tensor: no memory is taken for what is not wanted.
     grad_w1, grad_w2 = (torch.empty_like(w) if want else w for w, want in ((w1, want_w1), (w2, want_w2)))

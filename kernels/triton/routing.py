@@ -37,12 +37,17 @@ class Routing:
     @staticmethod
     def empty(like: Tensor, num_samples: int, num_discriminators: int, max_pairs: int, block_pairs: int) -> Routing:
         """Uninitialised, on the device of `like`, with T the most tiles that `max_pairs` pairs can need."""
-        num_tiles = min(
-            triton.cdiv(max_pairs, block_pairs) + num_discriminators,
-            num_discriminators * triton.cdiv(num_samples, block_pairs),
-        )
+        num_tiles = most_tiles(num_samples, num_discriminators, max_pairs, block_pairs)
         shapes = ((num_discriminators + 2,), (max_pairs,), (num_samples, num_discriminators), (num_tiles, 2))
         return Routing(*(like.new_empty(shape, dtype=torch.int32) for shape in shapes))
+
+
+def most_tiles(num_samples: int, num_discriminators: int, max_pairs: int, block_pairs: int) -> int:
+    """The most tiles that `max_pairs` pairs can need: the last one of each discriminator may be a part of one."""
+    return min(
+        triton.cdiv(max_pairs, block_pairs) + num_discriminators,
+        num_discriminators * triton.cdiv(num_samples, block_pairs),
+    )
 
 
 def route(weight: Tensor, routing: Routing, block_pairs: int) -> None:
