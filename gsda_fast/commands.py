@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
+from rich.console import Console
+
 from gsda_fast.errors import Stopped, TrainingError, UsageError, UsageWarning
 
 T = TypeVar("T")
@@ -60,6 +62,11 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     sys.exit(code or 0)
+
+
+def plain_console(stderr: bool = False) -> Console:
+    """Prints names as they are: rich would take the `[raw]` of a path for a style and its `:key:` for an emoji."""
+    return Console(markup=False, emoji=False, stderr=stderr)
 
 
 def _show_warning(

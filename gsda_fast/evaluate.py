@@ -9,10 +9,9 @@ from typing import Literal
 
 import torch
 import tyro
-from rich.console import Console
 from rich.table import Table
 
-from gsda_fast.commands import parse_command_line, run_command
+from gsda_fast.commands import parse_command_line, plain_console, run_command
 from gsda_fast.data.batches import Crops
 from gsda_fast.results.metrics import EvaluationFigures, evaluation_figures
 from gsda_fast.results.run_folder import RunFolder
@@ -68,7 +67,7 @@ def main() -> None:
     )
     step, figures, classes = evaluate(settings)
     crops = settings.test_crops or RunFolder(settings.run).setting("test_crops")
-    console = Console()
+    console = plain_console()
     told = f"{settings.run}, after step {step}{', ten-crop test' if crops == 10 else ''}"
     console.print(told, highlight=False, soft_wrap=True)
     table = Table()

@@ -13,10 +13,9 @@ from typing import Literal, TextIO
 
 import torch
 import tyro
-from rich.console import Console
 from torch import Tensor
 
-from gsda_fast.commands import parse_command_line, run_command
+from gsda_fast.commands import parse_command_line, plain_console, run_command
 from gsda_fast.data.domains import ImageDomain, open_images
 from gsda_fast.data.torch_loader import TorchLoader
 from gsda_fast.data.verify import progress_bars, unreadable_files
@@ -91,7 +90,7 @@ def main() -> int:
         raise UsageError("--batch-size", found=str(settings.batch_size), expected="a whole number >= 1")
     trained = load_trained(settings.run, settings.checkpoint, settings.device)
     images = open_images(settings.folder, trained.classes)
-    with progress_bars(Console(stderr=True)) as progress:
+    with progress_bars(plain_console(stderr=True)) as progress:
         unreadable = dict(unreadable_files(images, progress=progress))
         for path, problem in unreadable.items():
             print(f"warning: {path}: {problem}; left out", file=sys.stderr)

@@ -23,7 +23,7 @@ import tyro
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from gsda_fast.commands import parse_command_line, run_command
+from gsda_fast.commands import parse_command_line, plain_console, run_command
 from gsda_fast.config import PRESETS, Config, parse_config
 from gsda_fast.data.benchmarks import Benchmark, find_benchmark
 from gsda_fast.data.torch_loader import usable_cores
@@ -395,7 +395,7 @@ def parse_suite(arguments: list[str]) -> tuple[SuiteSettings, dict[str, Config]]
 
 def main() -> None:
     settings, variants = parse_suite(sys.argv[1:])
-    run_suite(settings, variants, Console())
+    run_suite(settings, variants, plain_console())
 
 
 if __name__ == "__main__":

@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from gsda_fast.commands import run_command, told_by_first_process
+from gsda_fast.commands import plain_console, run_command, told_by_first_process
 from gsda_fast.config import Config, parse_config
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.verify import progress_bars, require_readable
 from gsda_fast.errors import Stopped, TrainingError, UsageError
 from gsda_fast.model import fetch_weights
 from gsda_fast.results.metrics import evaluation_figures
-from gsda_fast.results.run_folder import RunFolder, RunResult
+from gsda_fast.results.run_folder import FREE_TO_CHANGE, RunFolder, RunResult
 from gsda_fast.training.assemble import build_trainer, choose_device, resolve
 from gsda_fast.training.checkpoint import CheckpointFolder
 from gsda_fast.training.distributed import Ranks, join
@@ -30,12 +30,6 @@ from gsda_fast.training.resume import Start, find_start, run_identity, versions
 from gsda_fast.training.saver import Saver, reason
 from gsda_fast.training.stopping import StopRequest
 from gsda_fast.training.trainer import Report, Trainer
-
-_FREE_TO_CHANGE = (
-    *("run.output", "run.profile", "run.checkpoint_seconds"),
-    *("data.verify", "data.workers", "distributed.timeout"),
-)
-"""Settings that have no influence on the figures of a run. So has --resume, unless it names where the run begins."""
 
 FEATURE_SAMPLES = 2000
 """Samples of each domain whose features are kept for plots."""
@@ -266,7 +260,7 @@ def _prepare(folder: RunFolder, config: Config) -> RunResult | None:
 
 def _result_of_same_settings(folder: RunFolder, config: Config) -> RunResult | None:
     changed = folder.changed_settings(config.to_dict()) if folder.config_path.is_file() else {}
-    differing = {name: pair for name, pair in changed.items() if name not in _FREE_TO_CHANGE}
+    differing = {name: pair for name, pair in changed.items() if name not in FREE_TO_CHANGE}
     if set(differing.get("run.resume", ())) <= {"auto", "never"}:
         differing.pop("run.resume", None)
     if differing:
@@ -407,7 +401,7 @@ def _device_name(device: torch.device) -> str:
 def main() -> None:
     with told_by_first_process():
         config = parse_config(sys.argv[1:], "python -m gsda_fast.train")
-    train(config, Console())
+    train(config, plain_console())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, NoReturn
 import pytest
 import tyro
 
-from gsda_fast.commands import parse_command_line, run_command
+from gsda_fast.commands import parse_command_line, plain_console, run_command
 from gsda_fast.errors import UsageError, UsageWarning
 
 
@@ -31,6 +31,11 @@ def parse(*arguments: str) -> Callable[[], Options]:
 
 def test_good_options_pass() -> None:
     assert parse_command_line(parse("visda", "--steps", "7")) == Options("visda", 7)
+
+
+def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    plain_console().print("[raw] photos/:key:.png", highlight=False)
+    assert capsys.readouterr().out == "[raw] photos/:key:.png\n"
 
 
 @pytest.mark.parametrize("utf8", [True, False])

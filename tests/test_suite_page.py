@@ -267,6 +267,20 @@ def test_the_page_shows_the_settings_and_where_they_differ(tmp_path: Path) -> No
     assert "device -; another device" in page.text
 
 
+def test_what_depends_on_the_target_may_differ_between_transfer_tasks(tmp_path: Path) -> None:
+    def trained(target: str, seed: int, refresh_every: int, workers: int) -> None:
+        run = fabricated_run(tmp_path, "gsda", pair=("mnist", target), seed=seed)
+        config = run.read_config()
+        data = {**config["data"], "workers": workers}
+        run.write_config({**config, "data": data, "pseudo_labels": {"refresh_every": refresh_every}})
+
+    trained("fonts", seed=0, refresh_every=79, workers=0)
+    trained("optdigits", seed=0, refresh_every=23, workers=4)
+    assert "do not share their settings" not in written(tmp_path).text
+    trained("fonts", seed=1, refresh_every=80, workers=0)
+    assert "are not of one protocol: pseudo_labels.refresh_every is 79 or 80 or 23." in written(tmp_path).text
+
+
 def test_page_of_a_sweep(tmp_path: Path) -> None:
     make_sweep(tmp_path)
     fabricated_run(tmp_path / "alpha=3,beta=0", "gsda", finished=False)

@@ -11,6 +11,7 @@ from image_trees import class_tree, natural_image, save
 from rich.console import Console
 from test_torch_loader import BAD, write_bad
 
+from gsda_fast.commands import plain_console
 from gsda_fast.data import verify as verify_module
 from gsda_fast.data.__main__ import main
 from gsda_fast.data.benchmarks import BENCHMARKS
@@ -254,6 +255,15 @@ def test_quarantined_files_are_left_out(photos: Path) -> None:
     write_bad(photos / "new" / "cat" / "frame_0003.png", "text")
     assert run(*command)[0] == 0
     assert len(listed.read_text().splitlines()) == 2
+
+
+def test_names_in_brackets_are_told_whole(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_bad(photos / "photos" / "dog" / "[red] 1.jpg", "zero bytes")
+    listed = photos / "[bad].txt"
+    main([*FOLDER, "--data-root", str(photos), "--quarantine", str(listed)], plain_console())
+    told = capsys.readouterr().out
+    assert f"unreadable: {photos}/photos/dog/[red] 1.jpg: 0 bytes" in told
+    assert f"train with --quarantine '{listed}'" in told
 
 
 def test_quarantine_of_a_benchmark(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
-from gsda_fast.commands import parse_command_line, run_command
+from gsda_fast.commands import parse_command_line, plain_console, run_command
 from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.data.pack import pack
 from gsda_fast.data.verify import findings_table, progress_bars, verify, write_quarantine
@@ -94,15 +94,19 @@ def run_verify(settings: VerifySettings, console: Console) -> int:
     console.print(findings_table(settings.task, findings))
     for finding in findings:
         if finding.error:
-            console.print(f"[red]{finding.name}:[/red] {escape(finding.error)}", soft_wrap=True)
+            console.print(_problem(finding.name, finding.error), soft_wrap=True)
         for path, problem in finding.unreadable:
-            console.print(f"[red]unreadable:[/red] {escape(path)}: {escape(problem)}", soft_wrap=True, highlight=False)
+            console.print(_problem("unreadable", f"{path}: {problem}"), soft_wrap=True)
     if settings.quarantine is not None:
         count = write_quarantine(settings.quarantine, findings)
         listed = quote(str(settings.quarantine))
         console.print(f"{settings.quarantine}: {count} files; train with --quarantine {listed}", soft_wrap=True)
         return int(any(finding.error for finding in findings))
     return int(not all(finding.good for finding in findings))
+
+
+def _problem(subject: str, told: str) -> Text:
+    return Text.assemble((f"{subject}:", "red"), f" {told}")
 
 
 _COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Console], int]]] = {
@@ -125,4 +129,4 @@ def main(arguments: list[str], console: Console) -> int:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(sys.argv[1:], Console()))
+    run_command(lambda: main(sys.argv[1:], plain_console()))

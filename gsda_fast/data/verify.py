@@ -24,6 +24,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from gsda_fast.data.benchmarks import Benchmark, find_benchmark
 from gsda_fast.data.digits import cache_home
@@ -253,7 +254,7 @@ def _remember(memory: Path, state: str, bad: list[tuple[str, str]]) -> None:
 @contextmanager
 def progress_bars(console: Console) -> Iterator[FilesDone]:
     """One bar for each thing that is worked on, while there is a terminal to show it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bars: dict[str, TaskID] = {}
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
 
@@ -271,12 +272,12 @@ def findings_table(task: str, findings: list[Finding]) -> Table:
     for finding in findings:
         domain, expected = finding.domain, "-" if finding.expected is None else str(finding.expected)
         if domain is None:
-            table.add_row(finding.name, "-", "-", expected, "-", "[red]not usable")
+            table.add_row(finding.name, "-", "-", expected, "-", Text("not usable", "red"))
             continue
         present = len({label for label in domain.labels.tolist() if label >= 0})
-        remark = "[red]unreadable files" if finding.unreadable else "[green]good"
+        remark = Text("unreadable files", "red") if finding.unreadable else Text("good", "green")
         if finding.good and finding.expected not in (None, len(domain)):
-            remark = "[yellow]warning: the count differs"
+            remark = Text("warning: the count differs", "yellow")
         counts = (f"{present} of {domain.num_classes}", str(len(domain)), expected, str(len(finding.unreadable)))
         table.add_row(finding.name, *counts, remark)
     return table

@@ -37,6 +37,11 @@ from gsda_fast.errors import UsageError, UsageWarning
 LABEL_FREE_CRITERION = "mutual_information"
 """What chooses the label-free figure: the mutual information of the target predictions (see `metrics`)."""
 
+FREE_TO_CHANGE = frozenset(
+    ["run.output", "run.profile", "run.checkpoint_seconds", "data.verify", "data.workers", "distributed.timeout"]
+)
+"""Settings that have no influence on the figures of a run. So has --resume, unless it names where the run begins."""
+
 
 @dataclass(frozen=True)
 class Selection:

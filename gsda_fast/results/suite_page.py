@@ -16,7 +16,7 @@ from gsda_fast.results.html import Panel, Section, drawn, panel, template
 from gsda_fast.results.metrics import evaluation_figures
 from gsda_fast.results.paired import PairedTable
 from gsda_fast.results.plots import Curves
-from gsda_fast.results.run_folder import RunFolder, RunResult, atomic_file, flat_settings
+from gsda_fast.results.run_folder import FREE_TO_CHANGE, RunFolder, RunResult, atomic_file, flat_settings
 from gsda_fast.results.suite_folder import (
     Layout,
     SuiteFolder,
@@ -30,8 +30,10 @@ from gsda_fast.results.tables import AVERAGE, FIGURE_NAMES, MEAN_PER_CLASS, OVER
 
 PAPER, BEFORE = "paper", "before adaptation"
 _LARGEST_DISTANCE = 2.0
-# What tells the runs of a suite apart, or has no influence on their figures.
-_OF_A_RUN = {"run.method", "run.seed", "run.output", "run.resume", "data.source", "data.target", "data.verify"}
+# What tells the runs of a suite apart.
+_OF_A_RUN = {"run.method", "run.seed", "run.resume", "data.source", "data.target"}
+# What may differ from one transfer task to the next: it is chosen by the size of the target.
+_OF_A_TRANSFER_TASK = {"pseudo_labels.refresh_every"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ def write_suite_page(suite: SuiteFolder, layout: Layout, *, points: int = 1000, 
             begun = [*suite.runs, *(run for variant in suite.variants.values() for run in variant.runs)]
             raise UsageError(str(suite.path), found=f"{len(begun)} runs, none finished", expected="finished runs")
         finished = [run for of in (suite, *suite.variants.values()) for run in of.runs if run.finished]
-        settings = _distinct([flat_settings(run.read_config()) for run in finished])
+        configs = [flat_settings(run.read_config()) for run in finished]
+        settings = _distinct(configs)
         environment = _distinct([flat_settings(run.read_environment()) for run in finished])
         swept = {option.replace("-", "_") for name in suite.variants for option in read_settings(name)}
         html = template("suite.html.jinja").render(
@@ -78,7 +81,9 @@ def write_suite_page(suite: SuiteFolder, layout: Layout, *, points: int = 1000, 
             mixed=[
                 f"{name} is {' or '.join(values)}"
                 for name, values in settings.items()
-                if len(values) > 1 and name not in _OF_A_RUN and name.rpartition(".")[2] not in swept
+                if name not in _OF_A_RUN | FREE_TO_CHANGE
+                and name.rpartition(".")[2] not in swept
+                and _differ(name, configs)
             ],
             how={
                 name: [(key, ["; ".join(values)], len(values) > 1) for key, values in found.items()]
@@ -100,6 +105,15 @@ def _distinct(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """The values that each name has in the runs, every one once; `-` for none."""
     names = dict.fromkeys(name for run in runs for name in run)
     return {name: list(dict.fromkeys(str(run.get(name, "-")) for run in runs)) for name in names}
+
+
+def _differ(name: str, configs: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a setting has several values in runs that it should be the same in."""
+    found: dict[Any, set[str]] = {}
+    for config in configs:
+        transfer_task = (config.get("data.source"), config.get("data.target"))
+        found.setdefault(transfer_task if name in _OF_A_TRANSFER_TASK else None, set()).add(str(config.get(name, "-")))
+    return any(len(values) > 1 for values in found.values())
 
 
 @dataclass(frozen=True)
