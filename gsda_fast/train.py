@@ -287,7 +287,8 @@ def _begin(config: Config, folder: RunFolder, start: Start, trainer: Trainer) ->
         TrainingError: it cannot be written.
     """
     with _written(folder):
-        if config.run.resume == "never":
+        if config.run.resume == "never" and folder.begun:
+            CheckpointFolder(folder.checkpoints).clear()
             folder.clear()
         CheckpointFolder(folder.checkpoints).tidy(start.own_step)
         folder.truncate_metrics(trainer.step)

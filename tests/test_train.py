@@ -2,6 +2,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -286,6 +287,39 @@ def test_resume_never_starts_afresh(quick: Quick, tmp_path: Path) -> None:
     assert (folder / "notes.txt").read_text() == "mine"
     # The same command without the option goes on from there: it is no setting of the run.
     assert "finished already" in run(*quick.settings, "--output", str(folder))[1]
+
+
+def filled(folder: Path, *names: str) -> set[Path]:
+    files = {folder / name for name in names}
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("kept")
+    return files
+
+
+OTHERS = ("holiday.png", "checkpoints/my_other_model.pt", "checkpoints/step-best.pt", "export/thesis.txt")
+
+
+def test_resume_never_removes_what_runs_write_and_nothing_else(quick: Quick, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(quick.folder, folder)
+    events = set((folder / "tensorboard").iterdir())
+    others = filled(folder, *OTHERS, "tensorboard/notes.md")
+    stale = filled(
+        folder, "report.html", "accuracy.png", "trace.json", "export/model.pt2", "checkpoints/step-00000011.pt"
+    )
+    run(*quick.settings, "--output", str(folder), "--resume", "never")
+    assert outcome(folder)["metrics"] == quick.outcome["metrics"]
+    assert {file.read_text() for file in others} == {"kept"}
+    assert not any(file.exists() for file in stale | events)
+
+
+def test_resume_never_removes_nothing_where_no_run_was_begun(quick: Quick, tmp_path: Path) -> None:
+    names = ("report.html", "accuracy.png", "writable", "export/model.pt2", "tensorboard/events.out.tfevents.1")
+    others = filled(tmp_path, *OTHERS, *names)
+    run(*quick.settings, "--output", str(tmp_path), "--resume", "never")
+    assert outcome(tmp_path)["metrics"] == quick.outcome["metrics"]
+    assert {file.read_text() for file in others} == {"kept"}
 
 
 def test_resume_never_needs_no_readable_folder(quick: Quick, tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import tomllib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +36,17 @@ from gsda_fast.errors import UsageError, UsageWarning
 
 LABEL_FREE_CRITERION = "mutual_information"
 """What chooses the label-free figure: the mutual information of the target predictions (see `metrics`)."""
+
+PLOTS = (
+    *("accuracy", "mean_per_class", "mutual_information", "per_class", "confusion"),
+    *("tsne_warmup", "tsne_final", "gradient_norms", "relative_mismatch"),
+    *("loss_classification", "loss_entropy", "loss_synchronization"),
+    *("loss_adversarial_domain", "loss_adversarial_group", "loss_adversarial_class"),
+)
+"""The plots of a report, by name. Any other picture in a run's folder is somebody else's."""
+
+EXPORTED = ("model.safetensors", "model.pt2")
+"""The files of an export: the parameters, and the network as a program."""
 
 
 @dataclass(frozen=True)
@@ -181,9 +192,8 @@ class RunFolder:
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            with atomic_file(self.path / "writable") as file:
-                file.write(b"")
-            (self.path / "writable").unlink()
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
         except OSError as error:
             raise UsageError(
                 "--output",
@@ -230,13 +240,22 @@ class RunFolder:
             self._lock = None
 
     def clear(self) -> None:
-        """Removes what an earlier run left here; files that no run writes stay."""
-        for file in (self.config_path, self.environment_path, self.metrics_path, self.result_path, self.report_path):
+        """Removes what an earlier run, its report and its export left here, except for the checkpoints.
+
+        Files are known by their names, and all others stay: the folder may be somebody's own.
+        """
+        for file in (self.result_path, self.predictions_path, self.features_path, self.trace_path, self.report_path):
             file.unlink(missing_ok=True)
-        for file in (self.predictions_path, self.features_path, self.trace_path, *self.path.glob("*.png")):
+        for file in (*map(self.plot_path, PLOTS), *(self.exported / name for name in EXPORTED)):
             file.unlink(missing_ok=True)
-        for folder in (self.checkpoints, self.tensorboard, self.exported):
-            shutil.rmtree(folder, ignore_errors=True)
+        for file in self.tensorboard.glob("events.out.tfevents.*"):
+            file.unlink()
+        for folder in (self.tensorboard, self.exported):
+            with contextlib.suppress(OSError):  # there is none, or something else is in it
+                folder.rmdir()
+        # These last: by them the folder of a run is known, also after a kill amid all this.
+        for file in (self.environment_path, self.metrics_path, self.config_path):
+            file.unlink(missing_ok=True)
         self._last_step, self._unwritten = None, b""
 
     @property
@@ -287,9 +306,10 @@ class RunFolder:
         """Trace of some steps, for Perfetto or chrome://tracing."""
         return self.path / "trace.json"
 
-    def plot_path(self, name: str) -> Path:
-        """Where the plot `name` of this run is kept."""
-        return self.path / f"{name}.png"
+    def plot_path(self, name: str, number: int = 0) -> Path:
+        """Where the plot `name`, one of `PLOTS`, is kept; a page about several runs numbers those after the first."""
+        assert name in PLOTS, f"{name} is none of PLOTS, by which `clear` knows what to remove"
+        return self.path / (f"{name}_{number}.png" if number else f"{name}.png")
 
     @property
     def begun(self) -> bool:
