@@ -133,13 +133,22 @@ def test_config_round_trip_leaves_out_none(run: RunFolder) -> None:
         None,
         None,
     )
-    assert run.changed_settings(config) == {}
+    assert run.changed_settings(config, {}) == {}
 
 
 def test_changed_settings_names_them(run: RunFolder) -> None:
     run.write_config({"steps": 5, "data": {"workers": 2, "root": None}, "old": True})
-    changed = run.changed_settings({"steps": 6, "data": {"workers": 2, "root": Path("x")}, "old": None})
-    assert changed == {"steps": (5, 6), "data.root": (None, "x"), "old": (True, None)}
+    asked = {"steps": 6, "data": {"workers": 2, "root": Path("x")}, "old": None}
+    changed = {"steps": (5, 6), "data.root": (None, "x"), "old": (True, None)}
+    assert run.changed_settings(asked, {"data.root": None}) == changed
+    assert run.changed_settings(asked, {"steps": 6}) == changed
+
+
+def test_settings_that_are_not_stored_have_their_defaults(run: RunFolder) -> None:
+    run.write_config({"data": {"workers": 2}})
+    asked = {"steps": 6, "data": {"workers": 2, "root": Path("x")}}
+    assert run.changed_settings(asked, {"steps": 6, "data.root": Path("x")}) == {}
+    assert run.changed_settings(asked, {"steps": 5, "data.root": None}) == {"steps": (5, 6), "data.root": (None, "x")}
 
 
 def test_broken_config_is_a_usage_error(run: RunFolder) -> None:

@@ -19,11 +19,12 @@ from rich.console import Console
 
 from gsda_fast import train as command
 from gsda_fast.commands import run_command
-from gsda_fast.config import parse_config
+from gsda_fast.config import PRESETS, parse_config
 from gsda_fast.errors import Stopped, UsageError
-from gsda_fast.results.run_folder import RunFolder, RunResult
+from gsda_fast.results.run_folder import RunFolder, RunResult, flat_settings
 from gsda_fast.train import train
 from gsda_fast.training import stopping
+from gsda_fast.training.assemble import resolve
 from gsda_fast.training.checkpoint import CheckpointFolder
 from gsda_fast.training.trainer import Trainer
 from gsda_kernels import available_backends
@@ -216,6 +217,76 @@ def test_a_run_killed_at_its_very_end_finishes(quick: Quick, tmp_path: Path) -> 
     _, told = run(*quick.settings, "--output", str(folder))
     assert "resuming after step 12" in told
     assert outcome(folder) == quick.outcome
+
+
+def earlier_run(folder: Path, lacking: str, result: RunResult, *arguments: str) -> tuple[str, ...]:
+    """A finished run of a version that had every setting but one, and the arguments that made it."""
+    arguments = (*arguments, "--output", str(folder))
+    config, *_ = resolve(parse_config(list(arguments), "train"))
+    tables = config.to_dict()
+    table, _, setting = lacking.partition(".")
+    del tables[table][setting]
+    run_folder = RunFolder(folder)
+    run_folder.write_config(tables)
+    run_folder.write_result(result)
+    return arguments
+
+
+NAMES_THE_DATA = ("task", "data.source", "data.target")
+"""What every version has stored."""
+
+
+@pytest.mark.parametrize("task", ["digits", "folder"])
+def test_a_run_from_before_a_setting_was_added_had_its_default(task: str, quick: Quick, tmp_path: Path) -> None:
+    """For each setting of today. What an automatic choice makes of a default is the default still."""
+    data = {"digits": (), "folder": ("--data-root", str(own_folders(tmp_path / "data", True)), *OWN[:4])}[task]
+    folder = tmp_path / "run"
+    folder.mkdir()
+    added = [name for name in flat_settings(PRESETS[task].to_dict()) if name not in NAMES_THE_DATA]
+    added = [name for name in added if name != "data.data_root" or task == "digits"]
+    assert len(added) > 35
+    for name in added:
+        arguments = earlier_run(folder, name, quick.result, task, *data)
+        result, told = run(*arguments)
+        assert "finished already" in told, name
+        assert result == quick.result
+
+
+@pytest.mark.parametrize(
+    ("lacking", "option", "told"),
+    [
+        ("adversarial.beta", ("--beta", "2"), "adversarial.beta = 1.0 there and 2.0 here"),
+        ("run.steps", ("--steps", "700"), "run.steps = 800 there and 700 here"),
+        ("pseudo_labels.balance_target", ("--no-balance-target",), "balance_target = True there and False here"),
+        ("adversarial.backend", ("--backend", "reference"), r"adversarial.backend = \w+ there and reference here"),
+        ("data.data_root", ("--data-root", "{few_digits}"), "data.data_root = None there and .*digits here"),
+        ("data.quarantine", ("--quarantine", "{list}"), "data.quarantine = None there and .*list.txt here"),
+        ("run.resume", ("--resume", "{quick}"), "run.resume = auto there and .*quick here"),
+    ],
+)
+def test_a_run_from_before_a_setting_was_added_is_no_run_with_another_value(
+    lacking: str, option: tuple[str, ...], told: str, quick: Quick, few_digits: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "list.txt").write_text("")
+    (tmp_path / "run").mkdir()
+    places = {"few_digits": few_digits, "list": tmp_path / "list.txt", "quick": quick.folder}
+    arguments = earlier_run(tmp_path / "run", lacking, quick.result, "digits")
+    with pytest.raises(UsageError, match=rf"other settings \([^,]*{told}\)"):
+        run(*arguments, *[word.format(**places) for word in option])
+
+
+@pytest.mark.parametrize(
+    ("stored", "told"),
+    [
+        ('task = "digits"\n[data]\nsoftness = 3\n', "with other settings .data.softness = 3 there and unknown here"),
+        ("", "task = None there and digits here"),
+    ],
+    ids=["unknown setting", "no run's file"],
+)
+def test_settings_of_something_else_are_refused(stored: str, told: str, quick: Quick, tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(stored)
+    with pytest.raises(UsageError, match=told):
+        run("digits", "--output", str(tmp_path))
 
 
 class Killed(Exception):

@@ -351,11 +351,14 @@ class RunFolder:
                 return value
         return None
 
-    def changed_settings(self, config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Where `config` differs from the stored settings: dotted name -> (stored, asked for), None for not set."""
-        stored = flat_settings(self.read_config())
-        # Through TOML and back, so that a tuple equals the list and a Path the string that it is stored as.
-        asked = flat_settings(tomllib.loads(tomli_w.dumps(_toml_table(config))))
+    def changed_settings(self, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Where `config` differs from the stored settings: dotted name -> (stored, asked for), None for not set.
+
+        Args:
+            config: nested tables. defaults: by dotted name, what settings stand for that are not stored.
+        """
+        stored = _as_stored(defaults) | flat_settings(self.read_config())
+        asked = _as_stored(config)
         names = list(dict.fromkeys([*stored, *asked]))
         return {name: (stored.get(name), asked.get(name)) for name in names if stored.get(name) != asked.get(name)}
 
@@ -587,6 +590,11 @@ def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]
         else:
             flat[f"{prefix}{name}"] = value
     return flat
+
+
+def _as_stored(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Through TOML and back, so that a tuple equals the list and a Path the string that it is stored as; flat."""
+    return flat_settings(tomllib.loads(tomli_w.dumps(_toml_table(config))))
 
 
 def _toml_table(config: Mapping[str, Any]) -> dict[str, Any]:
