@@ -22,7 +22,7 @@ from gsda_fast.methods import build_method
 from gsda_fast.model import LENET, build_model
 from gsda_fast.results.run_folder import RunFolder, flat_settings
 from gsda_fast.training.distributed import Ranks, digest
-from gsda_fast.training.figures import device_floors
+from gsda_fast.training.figures import device_floors, forget_peak_memory
 from gsda_fast.training.generators import seed_generators
 from gsda_fast.training.precision import AUTOCAST_DTYPES, set_convolutions
 from gsda_fast.training.resume import summary
@@ -142,6 +142,7 @@ def build_trainer(
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     method = build_method(config.run.method, model, config.adversarial, source.num_classes, config.run.seed)
     method.to(device)
+    forget_peak_memory(device)
     if config.precision.compile == "on":
         method.compile_parts("reduce-overhead" if config.precision.cuda_graphs else None)
     ranks.require_equal(
