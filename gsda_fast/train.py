@@ -404,8 +404,10 @@ def _accuracy_line(result: RunResult) -> str:
     accuracy = result.accuracy
     if accuracy.last is None:
         return "no accuracy, since the target has no labels"
+    # A model that diverged before its first scoring has no mutual information to choose by.
+    label_free = "none" if accuracy.label_free is None else f"{accuracy.label_free:.2f} %"
     return (
-        f"accuracy {accuracy.last:.2f} % after the last step, {accuracy.label_free:.2f} % chosen without labels, "
+        f"accuracy {accuracy.last:.2f} % after the last step, {label_free} chosen without labels, "
         f"{accuracy.best:.2f} % at best on the target (an upper bound)"
     )
 

@@ -1,5 +1,6 @@
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,15 @@ from rich.console import Console
 from gsda_fast import train as command
 from gsda_fast.commands import run_command
 from gsda_fast.config import PRESETS, parse_config
+from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.errors import Stopped, UsageError
+from gsda_fast.report import suite_layout
+from gsda_fast.results.metrics import EvaluationFigures, evaluation_figures
+from gsda_fast.results.page import write_page
 from gsda_fast.results.run_folder import RunFolder, RunResult, flat_settings
+from gsda_fast.results.suite_folder import suite_tables
 from gsda_fast.train import train
-from gsda_fast.training import stopping
+from gsda_fast.training import stopping, trainer
 from gsda_fast.training.assemble import resolve
 from gsda_fast.training.checkpoint import CheckpointFolder
 from gsda_fast.training.trainer import Trainer
@@ -144,6 +151,27 @@ def test_what_a_run_tells(quick: Quick) -> None:
     assert lines[-1].startswith(f"{quick.folder}: accuracy ")
     assert "chosen without labels" in lines[-1]
     assert "upper bound" in lines[-1]
+
+
+def test_a_run_without_any_mutual_information_chose_none(
+    quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverged(*arguments: Any) -> EvaluationFigures:
+        return replace(evaluation_figures(*arguments), mutual_information=math.nan)
+
+    monkeypatch.setattr(trainer, "evaluation_figures", diverged)
+    arguments = (*quick.settings, "--output", str(tmp_path / "run"))
+    for _ in ("run", "told again"):
+        result, told = run(*arguments)
+        assert re.search(r"accuracy [\d.]+ % after the last step, none chosen without labels, [\d.]+ % at best", told)
+        assert result.accuracy.label_free is result.mean_per_class.label_free is None
+    stored = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert stored["accuracy"] == {**asdict(quick.result.accuracy), "label_free": None}
+    folder = RunFolder(tmp_path / "run")
+    assert {line["mutual_information"] for line in folder.read_metrics() if "accuracy" in line} == {None}
+    assert write_page([folder], folder.path, points=50).is_file()
+    _, label_free, _ = suite_tables([result], suite_layout(BENCHMARKS["digits"]).only([result]))
+    assert label_free.lines == [("gsda", "-")]
 
 
 def test_a_repeated_run_is_the_same_run(quick: Quick, tmp_path: Path) -> None:

@@ -56,7 +56,8 @@ class Selection:
     Attributes:
         last: after the last step; nothing is chosen.
         best: the highest of all evaluations. Chosen with the target's labels, so an upper bound and no result.
-        label_free: at the evaluation whose predictions have the largest mutual information; no label is used.
+        label_free: at the evaluation whose predictions have the largest mutual information; no label is used. None
+            also where none of them had a finite one.
     """
 
     last: float | None = None
