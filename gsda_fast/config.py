@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -130,6 +131,15 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Nested tables of plain values, as stored in config.toml."""
         return dataclasses.asdict(self)
+
+    def with_defaults(self, names: Iterable[str]) -> Config:
+        """The same with some settings, by names such as ``data.workers``, as the task's preset has them."""
+        preset, changed = PRESETS[self.task], self
+        for name in names:
+            table, _, setting = name.partition(".")
+            default = getattr(getattr(preset, table), setting)
+            changed = replace(changed, **{table: replace(getattr(changed, table), **{setting: default})})
+        return changed
 
 
 def _preset(task: str, steps: int, refresh_every: int = 0, **changes: Any) -> Config:

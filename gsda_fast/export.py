@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gsda_fast.commands import parse_command_line, run_command
 from gsda_fast.errors import UsageError
 from gsda_fast.model import AdaptationModel, output_layer
-from gsda_fast.results.run_folder import RunFolder, atomic_file
+from gsda_fast.results.run_folder import EXPORTED, RunFolder, atomic_file
 from gsda_fast.training.trained import TrainedModel, load_trained
 
 
@@ -63,7 +63,7 @@ def export(settings: ExportSettings) -> list[Path]:
     folder = settings.output or RunFolder(settings.run).exported
     told = json.dumps(facts(trained))
     network = _Network(trained.model).to(memory_format=torch.contiguous_format)
-    weights, program = folder / "model.safetensors", folder / "model.pt2"
+    weights, program = (folder / name for name in EXPORTED)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(weights) as file:

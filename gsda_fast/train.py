@@ -7,6 +7,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -22,8 +23,8 @@ from gsda_fast.data.verify import progress_bars, require_readable
 from gsda_fast.errors import Stopped, TrainingError, UsageError
 from gsda_fast.model import fetch_weights
 from gsda_fast.results.metrics import evaluation_figures
-from gsda_fast.results.run_folder import FREE_TO_CHANGE, RunFolder, RunResult
-from gsda_fast.training.assemble import build_trainer, choose_device, resolve
+from gsda_fast.results.run_folder import FREE_TO_CHANGE, RunFolder, RunResult, flat_settings
+from gsda_fast.training.assemble import build_trainer, choose_device, resolve, with_choices
 from gsda_fast.training.checkpoint import CheckpointFolder
 from gsda_fast.training.distributed import Ranks, join
 from gsda_fast.training.resume import Start, find_start, run_identity, versions
@@ -134,7 +135,8 @@ def _set_up(
 
     Nothing is written before everything has been checked.
     """
-    finished = ranks.from_first(lambda: _earlier_result(folder, config))
+    choose = partial(with_choices, source=source, target=target, world_size=ranks.world_size)
+    finished = ranks.from_first(lambda: _earlier_result(folder, config, choose))
     if finished is not None:
         return finished
     # Read by one process and handed to the others, which may not see its disk.
@@ -159,7 +161,7 @@ def _set_up(
     # Several ranks talk to each other while they build: none of them must leave.
     trainer = ranks.together(build if ranks.several else stop.interruptible(build))
     told = ranks.together(lambda: start.load_into(trainer))
-    finished = ranks.from_first(lambda: _prepare(folder, config))
+    finished = ranks.from_first(lambda: _prepare(folder, config, choose))
     if finished is not None:
         return finished
     ranks.from_first(lambda: _begin(config, folder, start, trainer))
@@ -240,31 +242,40 @@ def _profile(config: Config, folder: RunFolder, trainer: Trainer, console: Conso
         yield
 
 
-def _earlier_result(folder: RunFolder, config: Config) -> RunResult | None:
+def _earlier_result(folder: RunFolder, config: Config, choose: Callable[[Config], Config]) -> RunResult | None:
     """The result of the same run, if it has finished already; if not, and there is a folder, it is held from now on.
 
     Raises:
         UsageError: the folder holds a run with other settings, or another process writes into it.
     """
-    result = None if config.run.resume == "never" else _result_of_same_settings(folder, config)
+    result = None if config.run.resume == "never" else _result_of_same_settings(folder, config, choose)
     if result is None and folder.path.is_dir():
         folder.hold()
     return result
 
 
-def _prepare(folder: RunFolder, config: Config) -> RunResult | None:
+def _prepare(folder: RunFolder, config: Config, choose: Callable[[Config], Config]) -> RunResult | None:
     """Makes the folder and holds it. The result, if another process has made the folder and finished the run since."""
     folder.prepare()
-    return _earlier_result(folder, config)
+    return _earlier_result(folder, config, choose)
 
 
-def _result_of_same_settings(folder: RunFolder, config: Config) -> RunResult | None:
-    changed = folder.changed_settings(config.to_dict()) if folder.config_path.is_file() else {}
+def _result_of_same_settings(folder: RunFolder, config: Config, choose: Callable[[Config], Config]) -> RunResult | None:
+    if not folder.config_path.is_file():
+        return folder.read_result()
+    stored, asked = flat_settings(folder.read_config()), flat_settings(config.to_dict())
+    # A setting that the file lacks is younger than the run, which had its default. No file of a run lacks the task.
+    added = [name for name in asked if name not in stored and name != "task"]
+    default = flat_settings(choose(config.with_defaults(added)).to_dict())
+    changed = folder.changed_settings(config.to_dict(), {name: default[name] for name in added})
     differing = {name: pair for name, pair in changed.items() if name not in FREE_TO_CHANGE}
     if set(differing.get("run.resume", ())) <= {"auto", "never"}:
         differing.pop("run.resume", None)
     if differing:
-        told = ", ".join(f"{name} = {old} there and {new} here" for name, (old, new) in differing.items())
+        told = ", ".join(
+            f"{name} = {old} there and {new if name in asked else 'unknown'} here"
+            for name, (old, new) in differing.items()
+        )
         raise UsageError(
             "--output",
             found=f"{folder.path} with other settings ({told})",
@@ -281,7 +292,8 @@ def _begin(config: Config, folder: RunFolder, start: Start, trainer: Trainer) ->
         TrainingError: it cannot be written.
     """
     with _written(folder):
-        if config.run.resume == "never":
+        if config.run.resume == "never" and folder.begun:
+            CheckpointFolder(folder.checkpoints).clear()
             folder.clear()
         CheckpointFolder(folder.checkpoints).tidy(start.own_step)
         folder.truncate_metrics(trainer.step)
@@ -386,8 +398,10 @@ def _accuracy_line(result: RunResult) -> str:
     accuracy = result.accuracy
     if accuracy.last is None:
         return "no accuracy, since the target has no labels"
+    # A model that diverged before its first scoring has no mutual information to choose by.
+    label_free = "none" if accuracy.label_free is None else f"{accuracy.label_free:.2f} %"
     return (
-        f"accuracy {accuracy.last:.2f} % after the last step, {accuracy.label_free:.2f} % chosen without labels, "
+        f"accuracy {accuracy.last:.2f} % after the last step, {label_free} chosen without labels, "
         f"{accuracy.best:.2f} % at best on the target (an upper bound)"
     )
 

@@ -40,6 +40,17 @@ def test_a_state_comes_back_as_it_was(folder: CheckpointFolder) -> None:
     assert damage == []
 
 
+def test_files_of_others_are_no_checkpoints(folder: CheckpointFolder) -> None:
+    others = [folder.path / name for name in ("step-best.pt", "step-1.pt", "step-one.tmp", "my_other_model.pt")]
+    own = [folder.path / name for name in ("step-00000150.tmp", "step-00000020.damaged")]
+    for file in (*others, *own):
+        file.write_text("")
+    assert folder.steps() == [50, 100]
+    folder.tidy(50)
+    folder.clear()
+    assert set(folder.path.iterdir()) == set(others)
+
+
 def test_an_empty_or_missing_folder_has_no_checkpoint(tmp_path: Path) -> None:
     assert CheckpointFolder(tmp_path).load_newest() == (None, [])
     assert CheckpointFolder(tmp_path / "missing").load_newest() == (None, [])

@@ -161,6 +161,12 @@ def test_the_digits_are_those_of_the_published_figures() -> None:
     assert replace(partial.pseudo_labels, balance_target=True) == config.pseudo_labels
 
 
+def test_settings_go_back_to_those_of_the_preset() -> None:
+    config = parse("digits", "--steps", "500", "--beta", "2", "--target", "mnist")
+    back = config.with_defaults(["run.steps", "data.target", "run.warmup"])
+    assert back == parse("digits", "--beta", "2")
+
+
 def test_options_change_their_settings_alone() -> None:
     config = parse("digits", "--steps", "500", "--no-sync-ramp", "--target", "mnist", "--output", "here")
     expected = PRESETS["digits"]

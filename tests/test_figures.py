@@ -111,3 +111,20 @@ def test_a_report_tells_shares_where_they_are_known() -> None:
 def test_peak_memory_is_in_bytes() -> None:
     used = figures.peak_memory(torch.device("cpu"))
     assert 2**26 < used < 2**42
+
+
+def test_the_peak_of_the_run_before_is_forgotten_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    forgotten: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", forgotten.append)
+    figures.forget_peak_memory(torch.device("cpu"))
+    assert forgotten == []
+    figures.forget_peak_memory(torch.device("cuda:1"))
+    assert forgotten == [torch.device("cuda:1")]
+
+
+def test_each_run_of_a_process_starts_with_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    forgotten: list[torch.device] = []
+    monkeypatch.setattr(assemble, "forget_peak_memory", forgotten.append)
+    for runs in (1, 2):
+        build_trainer(*resolve(parse_config(["digits", "--synthetic", "--batch-size", "8"], "train"))).loader.close()
+        assert forgotten == [torch.device("cpu")] * runs

@@ -83,6 +83,8 @@ def test_single_run(tmp_path: Path) -> None:
     assert {file.stem for file in run.path.glob("*.png")} == SINGLE_PLOTS
     saved = sorted(file.read_bytes() for file in run.path.glob("*.png"))
     assert sorted(page.images.values()) == saved
+    run.clear()
+    assert [file.name for file in run.path.iterdir()] == ["checkpoints"]
 
 
 def test_page_is_self_contained_and_escaped(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_file_names_are_the_public_ones(run: RunFolder) -> None:
     )
     expected = {"config.toml", "environment.json", "metrics.jsonl", "result.json", "predictions.npz", "features.npz"}
     assert {path.name for path in run.path.iterdir()} == expected | {"checkpoints"}
-    assert (run.report_path.name, run.plot_path("loss").name) == ("report.html", "loss.png")
+    assert (run.report_path.name, run.plot_path("accuracy").name) == ("report.html", "accuracy.png")
     assert run.tensorboard.name == "tensorboard"
 
 
@@ -85,6 +85,37 @@ def test_existing_names_what_is_missing(tmp_path: Path, run: RunFolder) -> None:
     assert RunFolder.existing(run.path).path == run.path
 
 
+def test_clear_removes_the_files_that_runs_have_and_the_folders_that_this_empties(run: RunFolder) -> None:
+    own = [run.trace_path, run.plot_path("loss_entropy"), run.exported / "model.pt2"]
+    own += [run.tensorboard / "events.out.tfevents.1.host.2.0", run.exported / "model.safetensors", run.config_path]
+    others = [run.path / "holiday.png", run.path / "loss_entropy_of_mine.png", run.tensorboard / "notes.md"]
+    for file in (*own, *others):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("")
+    run.append_metrics(10, {})
+    run.clear()
+    assert {file for file in run.path.rglob("*") if file.is_file()} == set(others)
+    assert {folder.name for folder in run.path.iterdir() if folder.is_dir()} == {"checkpoints", "tensorboard"}
+    run.append_metrics(5, {})
+
+
+def test_a_folder_that_is_half_cleared_is_still_a_runs(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.write_config({"steps": 1})
+    run.write_result(RESULT)
+    run.plot_path("accuracy").write_text("")
+    original = Path.unlink
+
+    def killed(self: Path, missing_ok: bool = False) -> None:
+        original(self, missing_ok=missing_ok)
+        if self == run.plot_path("accuracy"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.clear()
+    assert (run.begun, run.finished) == (True, False)
+
+
 def test_config_round_trip_leaves_out_none(run: RunFolder) -> None:
     assert run.read_config() == {}
     config = {
@@ -102,13 +133,22 @@ def test_config_round_trip_leaves_out_none(run: RunFolder) -> None:
         None,
         None,
     )
-    assert run.changed_settings(config) == {}
+    assert run.changed_settings(config, {}) == {}
 
 
 def test_changed_settings_names_them(run: RunFolder) -> None:
     run.write_config({"steps": 5, "data": {"workers": 2, "root": None}, "old": True})
-    changed = run.changed_settings({"steps": 6, "data": {"workers": 2, "root": Path("x")}, "old": None})
-    assert changed == {"steps": (5, 6), "data.root": (None, "x"), "old": (True, None)}
+    asked = {"steps": 6, "data": {"workers": 2, "root": Path("x")}, "old": None}
+    changed = {"steps": (5, 6), "data.root": (None, "x"), "old": (True, None)}
+    assert run.changed_settings(asked, {"data.root": None}) == changed
+    assert run.changed_settings(asked, {"steps": 6}) == changed
+
+
+def test_settings_that_are_not_stored_have_their_defaults(run: RunFolder) -> None:
+    run.write_config({"data": {"workers": 2}})
+    asked = {"steps": 6, "data": {"workers": 2, "root": Path("x")}}
+    assert run.changed_settings(asked, {"steps": 6, "data.root": Path("x")}) == {}
+    assert run.changed_settings(asked, {"steps": 5, "data.root": None}) == {"steps": (5, 6), "data.root": (None, "x")}
 
 
 def test_broken_config_is_a_usage_error(run: RunFolder) -> None:

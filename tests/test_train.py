@@ -1,13 +1,16 @@
 import io
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 import tomllib
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,17 @@ from rich.console import Console
 
 from gsda_fast import train as command
 from gsda_fast.commands import run_command
-from gsda_fast.config import parse_config
+from gsda_fast.config import PRESETS, parse_config
+from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.errors import Stopped, UsageError
-from gsda_fast.results.run_folder import RunFolder, RunResult
+from gsda_fast.report import suite_layout
+from gsda_fast.results.metrics import EvaluationFigures, evaluation_figures
+from gsda_fast.results.page import write_page
+from gsda_fast.results.run_folder import RunFolder, RunResult, flat_settings
+from gsda_fast.results.suite_folder import suite_tables
 from gsda_fast.train import train
-from gsda_fast.training import stopping
+from gsda_fast.training import stopping, trainer
+from gsda_fast.training.assemble import resolve
 from gsda_fast.training.checkpoint import CheckpointFolder
 from gsda_fast.training.trainer import Trainer
 from gsda_kernels import available_backends
@@ -144,6 +153,27 @@ def test_what_a_run_tells(quick: Quick) -> None:
     assert "upper bound" in lines[-1]
 
 
+def test_a_run_without_any_mutual_information_chose_none(
+    quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverged(*arguments: Any) -> EvaluationFigures:
+        return replace(evaluation_figures(*arguments), mutual_information=math.nan)
+
+    monkeypatch.setattr(trainer, "evaluation_figures", diverged)
+    arguments = (*quick.settings, "--output", str(tmp_path / "run"))
+    for _ in ("run", "told again"):
+        result, told = run(*arguments)
+        assert re.search(r"accuracy [\d.]+ % after the last step, none chosen without labels, [\d.]+ % at best", told)
+        assert result.accuracy.label_free is result.mean_per_class.label_free is None
+    stored = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert stored["accuracy"] == {**asdict(quick.result.accuracy), "label_free": None}
+    folder = RunFolder(tmp_path / "run")
+    assert {line["mutual_information"] for line in folder.read_metrics() if "accuracy" in line} == {None}
+    assert write_page([folder], folder.path, points=50).is_file()
+    _, label_free, _ = suite_tables([result], suite_layout(BENCHMARKS["digits"]).only([result]))
+    assert label_free.lines == [("gsda", "-")]
+
+
 def test_a_repeated_run_is_the_same_run(quick: Quick, tmp_path: Path) -> None:
     run(*quick.settings, "--output", str(tmp_path / "again"))
     assert outcome(tmp_path / "again") == quick.outcome
@@ -217,6 +247,76 @@ def test_a_run_killed_at_its_very_end_finishes(quick: Quick, tmp_path: Path) -> 
     assert outcome(folder) == quick.outcome
 
 
+def earlier_run(folder: Path, lacking: str, result: RunResult, *arguments: str) -> tuple[str, ...]:
+    """A finished run of a version that had every setting but one, and the arguments that made it."""
+    arguments = (*arguments, "--output", str(folder))
+    config, *_ = resolve(parse_config(list(arguments), "train"))
+    tables = config.to_dict()
+    table, _, setting = lacking.partition(".")
+    del tables[table][setting]
+    run_folder = RunFolder(folder)
+    run_folder.write_config(tables)
+    run_folder.write_result(result)
+    return arguments
+
+
+NAMES_THE_DATA = ("task", "data.source", "data.target")
+"""What every version has stored."""
+
+
+@pytest.mark.parametrize("task", ["digits", "folder"])
+def test_a_run_from_before_a_setting_was_added_had_its_default(task: str, quick: Quick, tmp_path: Path) -> None:
+    """For each setting of today. What an automatic choice makes of a default is the default still."""
+    data = {"digits": (), "folder": ("--data-root", str(own_folders(tmp_path / "data", True)), *OWN[:4])}[task]
+    folder = tmp_path / "run"
+    folder.mkdir()
+    added = [name for name in flat_settings(PRESETS[task].to_dict()) if name not in NAMES_THE_DATA]
+    added = [name for name in added if name != "data.data_root" or task == "digits"]
+    assert len(added) > 35
+    for name in added:
+        arguments = earlier_run(folder, name, quick.result, task, *data)
+        result, told = run(*arguments)
+        assert "finished already" in told, name
+        assert result == quick.result
+
+
+@pytest.mark.parametrize(
+    ("lacking", "option", "told"),
+    [
+        ("adversarial.beta", ("--beta", "2"), "adversarial.beta = 1.0 there and 2.0 here"),
+        ("run.steps", ("--steps", "700"), "run.steps = 800 there and 700 here"),
+        ("pseudo_labels.balance_target", ("--no-balance-target",), "balance_target = True there and False here"),
+        ("adversarial.backend", ("--backend", "reference"), r"adversarial.backend = \w+ there and reference here"),
+        ("data.data_root", ("--data-root", "{few_digits}"), "data.data_root = None there and .*digits here"),
+        ("data.quarantine", ("--quarantine", "{list}"), "data.quarantine = None there and .*list.txt here"),
+        ("run.resume", ("--resume", "{quick}"), "run.resume = auto there and .*quick here"),
+    ],
+)
+def test_a_run_from_before_a_setting_was_added_is_no_run_with_another_value(
+    lacking: str, option: tuple[str, ...], told: str, quick: Quick, few_digits: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "list.txt").write_text("")
+    (tmp_path / "run").mkdir()
+    places = {"few_digits": few_digits, "list": tmp_path / "list.txt", "quick": quick.folder}
+    arguments = earlier_run(tmp_path / "run", lacking, quick.result, "digits")
+    with pytest.raises(UsageError, match=rf"other settings \([^,]*{told}\)"):
+        run(*arguments, *[word.format(**places) for word in option])
+
+
+@pytest.mark.parametrize(
+    ("stored", "told"),
+    [
+        ('task = "digits"\n[data]\nsoftness = 3\n', "with other settings .data.softness = 3 there and unknown here"),
+        ("", "task = None there and digits here"),
+    ],
+    ids=["unknown setting", "no run's file"],
+)
+def test_settings_of_something_else_are_refused(stored: str, told: str, quick: Quick, tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(stored)
+    with pytest.raises(UsageError, match=told):
+        run("digits", "--output", str(tmp_path))
+
+
 class Killed(Exception):
     pass
 
@@ -286,6 +386,39 @@ def test_resume_never_starts_afresh(quick: Quick, tmp_path: Path) -> None:
     assert (folder / "notes.txt").read_text() == "mine"
     # The same command without the option goes on from there: it is no setting of the run.
     assert "finished already" in run(*quick.settings, "--output", str(folder))[1]
+
+
+def filled(folder: Path, *names: str) -> set[Path]:
+    files = {folder / name for name in names}
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("kept")
+    return files
+
+
+OTHERS = ("holiday.png", "checkpoints/my_other_model.pt", "checkpoints/step-best.pt", "export/thesis.txt")
+
+
+def test_resume_never_removes_what_runs_write_and_nothing_else(quick: Quick, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(quick.folder, folder)
+    events = set((folder / "tensorboard").iterdir())
+    others = filled(folder, *OTHERS, "tensorboard/notes.md")
+    stale = filled(
+        folder, "report.html", "accuracy.png", "trace.json", "export/model.pt2", "checkpoints/step-00000011.pt"
+    )
+    run(*quick.settings, "--output", str(folder), "--resume", "never")
+    assert outcome(folder)["metrics"] == quick.outcome["metrics"]
+    assert {file.read_text() for file in others} == {"kept"}
+    assert not any(file.exists() for file in stale | events)
+
+
+def test_resume_never_removes_nothing_where_no_run_was_begun(quick: Quick, tmp_path: Path) -> None:
+    names = ("report.html", "accuracy.png", "writable", "export/model.pt2", "tensorboard/events.out.tfevents.1")
+    others = filled(tmp_path, *OTHERS, *names)
+    run(*quick.settings, "--output", str(tmp_path), "--resume", "never")
+    assert outcome(tmp_path)["metrics"] == quick.outcome["metrics"]
+    assert {file.read_text() for file in others} == {"kept"}
 
 
 def test_resume_never_needs_no_readable_folder(quick: Quick, tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def _outcome_sections(runs: Sequence[_Run], page: RunFolder) -> list[Section]:
     bars = [
         panel(
             plots.per_class_bars(figures, classes),
-            page.plot_path("per_class" if index == 0 else f"per_class_{index}"),
+            page.plot_path("per_class", index),
             "Accuracy of each class",
         )
         for index, (classes, figures) in enumerate(by_classes.items())

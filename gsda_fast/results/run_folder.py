@@ -16,10 +16,10 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import tomllib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,6 +42,17 @@ FREE_TO_CHANGE = frozenset(
 )
 """Settings that have no influence on the figures of a run. So has --resume, unless it names where the run begins."""
 
+PLOTS = (
+    *("accuracy", "mean_per_class", "mutual_information", "per_class", "confusion"),
+    *("tsne_warmup", "tsne_final", "gradient_norms", "relative_mismatch"),
+    *("loss_classification", "loss_entropy", "loss_synchronization"),
+    *("loss_adversarial_domain", "loss_adversarial_group", "loss_adversarial_class"),
+)
+"""The plots of a report, by name. Any other picture in a run's folder is somebody else's."""
+
+EXPORTED = ("model.safetensors", "model.pt2")
+"""The files of an export: the parameters, and the network as a program."""
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -50,7 +61,8 @@ class Selection:
     Attributes:
         last: after the last step; nothing is chosen.
         best: the highest of all evaluations. Chosen with the target's labels, so an upper bound and no result.
-        label_free: at the evaluation whose predictions have the largest mutual information; no label is used.
+        label_free: at the evaluation whose predictions have the largest mutual information; no label is used. None
+            also where none of them had a finite one.
     """
 
     last: float | None = None
@@ -186,9 +198,8 @@ class RunFolder:
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            with atomic_file(self.path / "writable") as file:
-                file.write(b"")
-            (self.path / "writable").unlink()
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
         except OSError as error:
             raise UsageError(
                 "--output",
@@ -235,13 +246,22 @@ class RunFolder:
             self._lock = None
 
     def clear(self) -> None:
-        """Removes what an earlier run left here; files that no run writes stay."""
-        for file in (self.config_path, self.environment_path, self.metrics_path, self.result_path, self.report_path):
+        """Removes what an earlier run, its report and its export left here, except for the checkpoints.
+
+        Files are known by their names, and all others stay: the folder may be somebody's own.
+        """
+        for file in (self.result_path, self.predictions_path, self.features_path, self.trace_path, self.report_path):
             file.unlink(missing_ok=True)
-        for file in (self.predictions_path, self.features_path, self.trace_path, *self.path.glob("*.png")):
+        for file in (*map(self.plot_path, PLOTS), *(self.exported / name for name in EXPORTED)):
             file.unlink(missing_ok=True)
-        for folder in (self.checkpoints, self.tensorboard, self.exported):
-            shutil.rmtree(folder, ignore_errors=True)
+        for file in self.tensorboard.glob("events.out.tfevents.*"):
+            file.unlink()
+        for folder in (self.tensorboard, self.exported):
+            with contextlib.suppress(OSError):  # there is none, or something else is in it
+                folder.rmdir()
+        # These last: by them the folder of a run is known, also after a kill amid all this.
+        for file in (self.environment_path, self.metrics_path, self.config_path):
+            file.unlink(missing_ok=True)
         self._last_step, self._unwritten = None, b""
 
     @property
@@ -292,9 +312,10 @@ class RunFolder:
         """Trace of some steps, for Perfetto or chrome://tracing."""
         return self.path / "trace.json"
 
-    def plot_path(self, name: str) -> Path:
-        """Where the plot `name` of this run is kept."""
-        return self.path / f"{name}.png"
+    def plot_path(self, name: str, number: int = 0) -> Path:
+        """Where the plot `name`, one of `PLOTS`, is kept; a page about several runs numbers those after the first."""
+        assert name in PLOTS, f"{name} is none of PLOTS, by which `clear` knows what to remove"
+        return self.path / (f"{name}_{number}.png" if number else f"{name}.png")
 
     @property
     def begun(self) -> bool:
@@ -336,11 +357,14 @@ class RunFolder:
                 return value
         return None
 
-    def changed_settings(self, config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Where `config` differs from the stored settings: dotted name -> (stored, asked for), None for not set."""
-        stored = flat_settings(self.read_config())
-        # Through TOML and back, so that a tuple equals the list and a Path the string that it is stored as.
-        asked = flat_settings(tomllib.loads(tomli_w.dumps(_toml_table(config))))
+    def changed_settings(self, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Where `config` differs from the stored settings: dotted name -> (stored, asked for), None for not set.
+
+        Args:
+            config: nested tables. defaults: by dotted name, what settings stand for that are not stored.
+        """
+        stored = _as_stored(defaults) | flat_settings(self.read_config())
+        asked = _as_stored(config)
         names = list(dict.fromkeys([*stored, *asked]))
         return {name: (stored.get(name), asked.get(name)) for name in names if stored.get(name) != asked.get(name)}
 
@@ -572,6 +596,11 @@ def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]
         else:
             flat[f"{prefix}{name}"] = value
     return flat
+
+
+def _as_stored(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Through TOML and back, so that a tuple equals the list and a Path the string that it is stored as; flat."""
+    return flat_settings(tomllib.loads(tomli_w.dumps(_toml_table(config))))
 
 
 def _toml_table(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from gsda_fast.methods import build_method
 from gsda_fast.model import LENET, build_model
 from gsda_fast.results.run_folder import RunFolder, flat_settings
 from gsda_fast.training.distributed import Ranks, digest
-from gsda_fast.training.figures import device_floors
+from gsda_fast.training.figures import device_floors, forget_peak_memory
 from gsda_fast.training.generators import seed_generators
 from gsda_fast.training.precision import AUTOCAST_DTYPES, set_arithmetic
 from gsda_fast.training.resume import summary
@@ -47,22 +47,36 @@ def resolve(config: Config, world_size: int = 1) -> tuple[Config, ImageDomain, I
         source, target = synthetic_pair(find_benchmark(config.task))
     else:
         source, target = open_pair(config.task, data.source, data.target, data.data_root, data.quarantine)
-    run, device = config.run, choose_device(config)
     # A pack has other pixels than the raw files, so a run says that it reads one, also where GSDA_DATA names it.
     data_root = data.data_root if source.frames is None else source.root
+    run = config.run
+    default_output = Path("runs") / RunFolder.default_name(config.task, source.name, target.name, run.method, run.seed)
+    named = replace(
+        config,
+        run=replace(run, output=run.output or default_output),
+        data=replace(data, source=source.name, target=target.name, data_root=data_root),
+    )
+    return with_choices(named, source, target, world_size), source, target
+
+
+def with_choices(config: Config, source: ImageDomain, target: ImageDomain, world_size: int) -> Config:
+    """The same with every automatic choice made that depends on the machine and on these domains.
+
+    Raises:
+        UsageError: a device, a loader or a backend that is not there.
+    """
+    run, data, device = config.run, config.data, choose_device(config)
     loader = data.loader if data.synthetic else resolve_loader(data, source, target, torch.device(device))
     groups = config.adversarial.groups or max(1, round(source.num_classes / 5))
     refresh_every = config.pseudo_labels.refresh_every or -(-len(target) // (run.batch_size * world_size))
-    default_output = Path("runs") / RunFolder.default_name(config.task, source.name, target.name, run.method, run.seed)
-    resolved = replace(
+    return replace(
         config,
-        run=replace(run, device=device, output=run.output or default_output),
-        data=replace(data, source=source.name, target=target.name, loader=loader, data_root=data_root),
+        run=replace(run, device=device),
+        data=replace(data, loader=loader),
         adversarial=replace(config.adversarial, groups=groups, backend=_backend(config.adversarial.backend, device)),
         pseudo_labels=replace(config.pseudo_labels, refresh_every=refresh_every),
         precision=config.precision.resolved(device, config.distributed.sync_batchnorm),
     )
-    return resolved, source, target
 
 
 def _backend(name: str, device: str) -> str:
@@ -128,6 +142,7 @@ def build_trainer(
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     method = build_method(config.run.method, model, config.adversarial, source.num_classes, config.run.seed)
     method.to(device)
+    forget_peak_memory(device)
     if config.precision.compile == "on":
         method.compile_parts("reduce-overhead" if config.precision.cuda_graphs else None)
     ranks.require_equal(

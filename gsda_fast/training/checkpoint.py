@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,7 +33,7 @@ class CheckpointFolder:
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints on disk, oldest first."""
-        return sorted(int(file.stem.removeprefix("step-")) for file in self.path.glob("step-*.pt"))
+        return sorted(int(file.stem.removeprefix("step-")) for file in self._written("pt"))
 
     def file(self, step: int) -> Path:
         return self.path / f"step-{step:08d}.pt"
@@ -58,6 +59,11 @@ class CheckpointFolder:
             raise
         _sync_folder(self.path)
         self._drop_old()
+
+    def _written(self, *suffixes: str) -> list[Path]:
+        """The files that a run has written. Others, such as ``step-best.pt``, are somebody else's."""
+        name = re.compile(rf"step-\d{{8,}}\.({'|'.join(suffixes)})")
+        return [file for file in self.path.glob("step-*") if name.fullmatch(file.name)]
 
     def _drop_old(self) -> None:
         for old in self.steps()[: -self.keep]:
@@ -89,12 +95,17 @@ class CheckpointFolder:
         Args:
             newest: the newest sound checkpoint; those after it are damaged, or all of them if there is none.
         """
-        for file in self.path.glob("step-*.tmp"):
+        for file in self._written("tmp"):
             file.unlink()
         for step in self.steps():
             if newest is None or step > newest:
                 self.file(step).replace(self.file(step).with_suffix(".damaged"))
         self._drop_old()
+
+    def clear(self) -> None:
+        """Removes all checkpoints, those half written or set aside too. Other files stay, and so does the folder."""
+        for file in self._written("pt", "tmp", "damaged"):
+            file.unlink()
 
 
 def read_checkpoint(file: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -18,8 +18,21 @@ from gsda_fast.data.benchmarks import ImageRecipe
 from gsda_fast.model import ModelSettings, build_model
 
 
+def forget_peak_memory(device: torch.device) -> None:
+    """Lets the peak of a GPU start from what is allocated there now, since a process may train one run after another.
+
+    That of host memory is the process's and stays.
+
+    Args:
+        device: if a GPU, one that this process has used already.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory(device: torch.device) -> float:
-    """Bytes that this process has needed at most: on its GPU, as PyTorch allocated them, or else of host memory."""
+    """Bytes needed at most: on the GPU, as PyTorch allocated them since `forget_peak_memory`, or else of host memory,
+    by this process."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
