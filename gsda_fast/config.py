@@ -18,6 +18,7 @@ from gsda_fast.errors import UsageError
 from gsda_fast.methods import METHODS
 from gsda_fast.methods.gsda import AdversarialSettings
 from gsda_fast.model import ModelSettings
+from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.training.distributed import DistributedSettings
 from gsda_fast.training.optim import OptimizerSettings
 from gsda_fast.training.precision import PrecisionSettings
@@ -272,6 +273,16 @@ _TOML_KINDS = {
 }
 
 
+def _without_default_output(config: Config) -> Config:
+    """The same without a folder that was chosen by the settings: with another seed or method it is another one."""
+    run, data = config.run, config.data
+    if data.source is None or data.target is None:
+        return config
+    if run.output != RunFolder.default_path(config.task, data.source, data.target, run.method, run.seed):
+        return config
+    return replace(config, run=replace(run, output=None))
+
+
 def _default_config(arguments: list[str], program: str) -> tuple[Config, list[str]]:
     """The configuration that options change, and those options."""
     tasks = ", ".join(PRESETS)
@@ -283,7 +294,7 @@ def _default_config(arguments: list[str], program: str) -> tuple[Config, list[st
             tables = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise UsageError("--config", found=f"{path} ({error})", expected="the config.toml of a run") from error
-        return config_from_dict(tables, str(path)), arguments[2:]
+        return _without_default_output(config_from_dict(tables, str(path))), arguments[2:]
     if arguments[:1] in (["-h"], ["--help"]):
         print(f"usage: {program} TASK [options]\n       {program} --config FILE [options]\n\nTASK: {tasks}")
         print(f"\n{program} TASK --help lists the options and the defaults of that task.")

@@ -186,6 +186,20 @@ def test_a_stored_configuration_runs_again(quick: Quick, tmp_path: Path) -> None
     assert outcome(tmp_path / "again") == quick.outcome
 
 
+def test_a_stored_configuration_runs_with_another_seed(
+    few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run("digits", *QUICK, "--data-root", str(few_digits))
+    (folder,) = Path("runs").iterdir()
+    stored = ("--config", str(folder / "config.toml"))
+    _, told = run(*stored)
+    assert "finished already" in told
+    result, _ = run(*stored, "--seed", "1")
+    assert result.seed == 1
+    assert RunFolder(str(folder).replace("seed0", "seed1")).read_result() == result
+
+
 @pytest.mark.parametrize("backend", [name for name in ("torch", "native") if available_backends("cpu")[name] is None])
 def test_a_fast_backend_trains_as_the_reference_does(few_digits: Path, tmp_path: Path, backend: str) -> None:
     settings = ("digits", *QUICK, "--steps", "24", "--log-every", "1", "--data-root", str(few_digits))

@@ -171,6 +171,11 @@ class RunFolder:
         return "-".join(map(file_name, (task, source, target, method, f"seed{seed}")))
 
     @classmethod
+    def default_path(cls, task: str, source: str, target: str, method: str, seed: int) -> Path:
+        """Where a run goes unless it is told: `runs` and the default name, from the current folder."""
+        return Path("runs") / cls.default_name(task, source, target, method, seed)
+
+    @classmethod
     def existing(cls, path: Path | str) -> RunFolder:
         """The folder of a run that has at least begun.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -50,7 +49,7 @@ def resolve(config: Config, world_size: int = 1) -> tuple[Config, ImageDomain, I
     # A pack has other pixels than the raw files, so a run says that it reads one, also where GSDA_DATA names it.
     data_root = data.data_root if source.frames is None else source.root
     run = config.run
-    default_output = Path("runs") / RunFolder.default_name(config.task, source.name, target.name, run.method, run.seed)
+    default_output = RunFolder.default_path(config.task, source.name, target.name, run.method, run.seed)
     named = replace(
         config,
         run=replace(run, output=run.output or default_output),
