@@ -31,7 +31,7 @@ from rich.table import Table
 from gsda_fast.data.benchmarks import Benchmark, find_benchmark
 from gsda_fast.data.digits import cache_home
 from gsda_fast.data.domains import ImageDomain, open_domain, open_pair
-from gsda_fast.data.torch_loader import MOST_PIXELS, png_damage, read_image, usable_cores
+from gsda_fast.data.torch_loader import MOST_PIXELS, image_threads, png_damage, read_image
 from gsda_fast.errors import UsageError, UsageWarning
 
 FilesDone = Callable[[str, int, int], None]
@@ -173,10 +173,7 @@ def unreadable_files(domain: ImageDomain, workers: int = 0, progress: FilesDone 
 
 @contextmanager
 def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
-    with (
-        warnings.catch_warnings(),
-        ThreadPoolExecutor(workers or usable_cores(), thread_name_prefix="verify") as pool,
-    ):
+    with warnings.catch_warnings(), image_threads(workers, "verify") as pool:
         # An image too large is a finding, in words of our own.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         yield pool
