@@ -6,8 +6,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -38,6 +40,7 @@ from gsda_fast.training.assemble import build_trainer, resolve
 from gsda_fast.training.checkpoint import CheckpointFolder
 from gsda_fast.training.distributed import Ranks, digest, join
 from gsda_fast.training.optim import OptimizerSettings, build_optimizers
+from gsda_fast.training.stopping import StopRequest
 from gsda_fast.training.update import Updater
 
 NUM_CLASSES, BATCH, DIM = 4, 6, 5
@@ -434,6 +437,78 @@ def test_one_process_needs_no_group() -> None:
         assert ranks.gather_objects("one") == ["one"]
         rows = torch.arange(3)
         assert ranks.exchange(rows, [3], [3]) is rows
+
+
+# --------------------------------------------------------------------------------------- waiting for one that has work
+
+
+def joined(rank: int, port: int, folder: str) -> AbstractContextManager[Ranks]:
+    """Two processes that wait for each other for 3 s, from the moment that both have started."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    (Path(folder) / f"{rank}.started").touch()
+    while len(list(Path(folder).glob("*.started"))) < 2:
+        time.sleep(0.01)
+    return join("cpu", timeout=3)
+
+
+def work_for_longer_than_the_timeout(rank: int, port: int, folder: str) -> None:
+    found: dict[str, Any] = {}
+
+    def slow(here: bool = True) -> str:
+        time.sleep(5 if here else 0)
+        return f"made by {rank}"
+
+    def interrupted() -> None:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        time.sleep(60)
+
+    with joined(rank, port, folder) as ranks, StopRequest().listening() as stop:
+        found["from first"] = ranks.from_first(slow)
+        found["together"] = ranks.together(lambda: slow(not ranks.first))
+        started = time.monotonic()
+        found["interrupted"] = failure_of(lambda: ranks.from_first(stop.interruptible(interrupted)))
+        found["seconds"] = time.monotonic() - started
+    torch.save(found, Path(folder) / f"{rank}.pt")
+
+
+def test_work_may_take_longer_than_the_timeout(tmp_path: Path) -> None:
+    arguments = free_port(), str(tmp_path)
+    start_processes(work_for_longer_than_the_timeout, arguments, nprocs=2, start_method="spawn")
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert found["from first"] == "made by 0"
+        assert found["together"] == f"made by {rank}"
+        assert found["interrupted"] == ("", rank > 0)
+        assert found["seconds"] < 10
+
+
+def die_at_work(rank: int, port: int, folder: str) -> None:
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    started = time.monotonic()
+    try:
+        with joined(rank, port, folder) as ranks:
+            started = time.monotonic()
+            ranks.from_first(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    except TrainingError as error:
+        found = {"message": str(error), "seconds": time.monotonic() - started}
+        (Path(folder) / "found.json").write_text(json.dumps(found))
+
+
+def test_one_that_dies_at_its_work_is_missed_within_the_timeout(tmp_path: Path) -> None:
+    # As torchrun's, the store outlives the process: no broken connection tells of its end.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    arguments = store.port, str(tmp_path)
+    started = start_processes(die_at_work, arguments, nprocs=2, join=False, start_method="spawn")
+    first, second = started.processes
+    try:
+        second.join(60)
+        assert first.exitcode == -signal.SIGKILL
+        found = json.loads((tmp_path / "found.json").read_text())
+    finally:
+        second.kill()
+    assert "process 1 of 2 lost another one" in found["message"]
+    assert "did not answer for 3 s (no sign of life)" in found["message"]
+    assert found["seconds"] < 10
 
 
 # -------------------------------------------------------------------------------------------------- pretrained weights

@@ -1,4 +1,8 @@
+import json
+import os
 import struct
+import subprocess
+import sys
 import time
 import zlib
 from collections.abc import Iterator
@@ -355,6 +359,49 @@ def test_bad_file_is_named(tmp_path: Path, kind: str, cache: bool) -> None:
 
     with pytest.raises(UsageError, match=rf"{bad}: found .*{BAD[kind]}.*; expected a readable image"):
         train()
+
+
+# A process of its own: the tests' computes in one thread anyway.
+THREADS = """
+import json, sys, threading
+from pathlib import Path
+import torch
+from PIL import Image
+from gsda_fast.data.benchmarks import find_benchmark
+from gsda_fast.data.domains import open_pair
+from gsda_fast.data.pack import pack
+from gsda_fast.data.sampling import SamplingPlan
+from gsda_fast.data.torch_loader import TorchLoader
+from gsda_fast.data.verify import require_readable
+
+torch.set_num_threads(4)
+found, opened = {}, Image.open
+def counting(file):
+    found[threading.current_thread().name.partition("_")[0]] = torch.get_num_threads()
+    return opened(file)
+Image.open = counting
+
+root, recipe = Path(sys.argv[1]), find_benchmark("folder").recipe
+source, target = open_pair("folder", "photos", "photos", root)
+require_readable("folder", source, target)
+found["main, before it computes"] = torch.get_num_threads()
+pack("folder", "photos", "photos", root, output=root / "pack")
+loader = TorchLoader(source, target, recipe, batch_size=2, device="cpu")
+list(loader.train(SamplingPlan(source.labels, len(target), recipe=recipe, batch_size=2, seed=0), range(1)))
+loader.close()
+found["main"] = torch.get_num_threads()
+print(json.dumps(found))
+"""
+
+
+def test_threads_that_work_on_images_have_no_teams_of_their_own(tmp_path: Path) -> None:
+    class_tree(tmp_path / "photos", ["cat", "dog"])
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", THREADS, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    expected = {"verify": 1, "pack": 1, "decode": 1, "main, before it computes": 4, "main": 4}
+    assert json.loads(done.stdout) == expected
 
 
 def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,13 +198,38 @@ def test_files_are_opened_again_only_when_something_changed(photos: Path, monkey
     assert len(opened) == 18
 
 
-def test_bad_files_are_remembered(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_bad(photos / "photos" / "dog" / "frame_0002.jpg", "zero bytes")
+def test_bad_files_alone_are_opened_again(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = photos / "photos" / "dog" / "frame_0002.jpg"
+    write_bad(bad, "zero bytes")
     source, _ = open_pair("folder", "photos", "new", photos)
     first = unreadable_files(source)
-    monkeypatch.setattr(verify_module, "file_problem", lambda path: pytest.fail(f"{path} was opened"))
+    assert [path for path, _ in first] == [str(bad)]
+    opened: list[str] = []
+    monkeypatch.setattr(verify_module, "file_problem", lambda path: opened.append(path) or file_problem(path))
     assert unreadable_files(source) == first
-    assert [Path(path).name for path, _ in first] == ["frame_0002.jpg"]
+    assert opened == [str(bad)]
+
+
+def test_a_file_that_is_repaired_without_a_trace_is_good_again(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, _ = open_pair("folder", "photos", "new", photos)
+    with monkeypatch.context() as failing:
+        failing.setattr(verify_module, "file_problem", lambda path: "permission denied" if "dog" in path else "")
+        assert len(unreadable_files(source)) == 3
+    assert unreadable_files(source) == []
+    monkeypatch.setattr(verify_module, "file_problem", lambda path: pytest.fail(f"{path} was opened"))
+    assert unreadable_files(source) == []
+
+
+@pytest.mark.parametrize("library", ["pillow", "torchvision"])
+def test_another_version_of_what_reads_them_opens_all_files(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    source, _ = open_pair("folder", "photos", "new", photos)
+    assert unreadable_files(source) == []
+    installed = verify_module.version
+    monkeypatch.setattr(verify_module, "version", lambda name: "0" if name == library else installed(name))
+    monkeypatch.setattr(verify_module, "file_problem", lambda path: "no longer read")
+    assert len(unreadable_files(source)) == 6
 
 
 def test_damaged_memory_is_no_obstacle(photos: Path) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from gsda_fast.data.benchmarks import ImageRecipe, find_benchmark
 from gsda_fast.data.domains import ImageDomain, open_domain, open_pair
 from gsda_fast.data.frames import FORMAT, SHARD_IMAGES, TABLE, Shard, file_digest, read_table
-from gsda_fast.data.torch_loader import read_frame, usable_cores
+from gsda_fast.data.torch_loader import image_threads, read_frame
 from gsda_fast.data.verify import FilesDone, file_state, require_readable
 from gsda_fast.errors import UsageError
 
@@ -74,7 +74,7 @@ def pack(
     _require_space(output, domains, recipe, sum(shard.images for shard in known.values()))
     if (output / TABLE).is_file():
         os.replace(output / TABLE, output / _UNFINISHED)  # no pack until all its shards are whole again
-    with ThreadPoolExecutor(workers or usable_cores(), thread_name_prefix="pack") as pool:
+    with image_threads(workers, "pack") as pool:
         for domain in domains:
             entry = {"classes": domain.classes, "paths": domain.paths, "labels": domain.labels.tolist(), "shards": []}
             table["domains"][domain.name] = entry

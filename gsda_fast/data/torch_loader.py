@@ -84,7 +84,7 @@ class TorchLoader:
         self._recipe = recipe
         self._batch_size = batch_size
         self._device, self._dtype = torch.device(device), dtype
-        self._pool = ThreadPoolExecutor(workers or usable_cores(), thread_name_prefix="decode")
+        self._pool = image_threads(workers, "decode")
         # For a row of pixels, channels innermost: a pass that repeats three numbers costs a CPU four times as much.
         std = torch.tensor(recipe.std, device=self._device).repeat(recipe.crop)
         mean = torch.tensor(recipe.mean, device=self._device).repeat(recipe.crop)
@@ -220,6 +220,19 @@ def usable_cores() -> int:
     """Cores that this process may use, divided by the processes that torchrun started on this machine; at most 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(_MAX_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def image_threads(workers: int, name: str) -> ThreadPoolExecutor:
+    """Threads that work on an image each, alone: by itself torch would give every one of them a team of its own.
+
+    Args:
+        workers: their number; 0 = the usable cores. name: what theirs begin with.
+    """
+    # A thread that torch has not asked yet would take over the number that is set below.
+    torch.get_num_threads()
+    return ThreadPoolExecutor(
+        workers or usable_cores(), thread_name_prefix=name, initializer=torch.set_num_threads, initargs=(1,)
+    )
 
 
 def read_frame(domain: ImageDomain, sample: int, recipe: ImageRecipe) -> Tensor:

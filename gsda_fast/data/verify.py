@@ -4,7 +4,9 @@ A JPEG with a sound header and its end marker, and a PNG whose checksums all hol
 else there is, is decoded as the torch loader would. So a file passes if and only if both loaders can read it.
 
 What was found is remembered, for each folder or list of files, under ``$XDG_CACHE_HOME/gsda_fast/verified``, together
-with a digest of all names, sizes and times of change: files that are as they were are not opened again.
+with a digest of all names, sizes and times of change, and of the versions of the libraries that read them: good files
+that are as they were are not opened again. Bad ones are: permissions that are given, and a disk that answers again,
+leave no trace in size and time.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 
@@ -29,7 +32,7 @@ from rich.text import Text
 from gsda_fast.data.benchmarks import Benchmark, find_benchmark
 from gsda_fast.data.digits import cache_home
 from gsda_fast.data.domains import ImageDomain, open_domain, open_pair
-from gsda_fast.data.torch_loader import MOST_PIXELS, png_damage, read_image, usable_cores
+from gsda_fast.data.torch_loader import MOST_PIXELS, image_threads, png_damage, read_image
 from gsda_fast.errors import UsageError, UsageWarning
 
 FilesDone = Callable[[str, int, int], None]
@@ -37,6 +40,7 @@ FilesDone = Callable[[str, int, int], None]
 
 _SHOWN = 5  # files named by an error message
 _FORMAT = "1"  # of what is remembered: another number makes everything be checked again
+_READ_BY = ("pillow", "torchvision")  # another version may read other files; the digest of a pack asks neither
 
 
 @dataclass(frozen=True)
@@ -145,32 +149,32 @@ def require_readable(task: str, *domains: ImageDomain, workers: int = 0, progres
 
 
 def unreadable_files(domain: ImageDomain, workers: int = 0, progress: FilesDone | None = None) -> list[tuple[str, str]]:
-    """(full path, what is wrong) of every file of a domain that cannot be read, from memory where nothing changed."""
+    """(full path, what is wrong) of every file of a domain that cannot be read.
+
+    Where nothing changed since the last time, only the files that were bad then are looked at.
+    """
     frames = domain.frames
     files = [domain.file(i) for i in range(len(domain))] if frames is None else frames.files()
-    check = file_problem if frames is None else frames.problem
+    check, read_by = (file_problem, _READ_BY) if frames is None else (frames.problem, ())
     with _pool(workers) as pool:
-        state = _digest(files, pool.map(file_state, files))
+        state = _digest(files, pool.map(file_state, files), read_by)
         memory = _memory_of(domain)
         known = _recall(memory, state)
-        if known is not None:
-            return known
+        in_doubt = files if known is None else [path for path, _ in known]
         bad = []
-        for i, problem in enumerate(pool.map(check, files)):
+        for i, problem in enumerate(pool.map(check, in_doubt)):
             if problem:
-                bad.append((files[i], problem))
+                bad.append((in_doubt[i], problem))
             if progress is not None:
-                progress(domain.name, i + 1, len(files))
-    _remember(memory, state, bad)
+                progress(domain.name, i + 1, len(in_doubt))
+    if bad != known:
+        _remember(memory, state, bad)
     return bad
 
 
 @contextmanager
 def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
-    with (
-        warnings.catch_warnings(),
-        ThreadPoolExecutor(workers or usable_cores(), thread_name_prefix="verify") as pool,
-    ):
+    with warnings.catch_warnings(), image_threads(workers, "verify") as pool:
         # An image too large is a finding, in words of our own.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         yield pool
@@ -214,8 +218,10 @@ def file_state(path: str) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _digest(files: list[str], states: Iterator[tuple[int, int]]) -> str:
+def _digest(files: list[str], states: Iterator[tuple[int, int]], read_by: tuple[str, ...]) -> str:
     digest = hashlib.sha256(_FORMAT.encode())
+    for name in read_by:
+        digest.update(f"{name} {version(name)}\0".encode())
     for path, state in zip(files, states):
         digest.update(f"{path}\0{state[0]} {state[1]}\0".encode())
     return digest.hexdigest()

@@ -9,8 +9,11 @@ Everything is a plain call on one process, so that the code around it knows no c
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +31,12 @@ T = TypeVar("T")
 Shared = UsageError | TrainingError | Stopped
 _SHARED = (UsageError, TrainingError, Stopped)
 """What ends all ranks alike, once one of them has found it."""
+
+_SIGN_EVERY = 5.0
+"""Seconds between two signs of life of a process that others wait for; less where they give up sooner."""
+
+_LONGEST_PAUSE = 1.0
+"""Seconds between two looks at whether all ranks are done."""
 
 _ALONE_FROM = 1 << 20
 """Elements from which a gradient is averaged on its own: copying it would take longer than one more all-reduce."""
@@ -51,12 +60,13 @@ class Ranks:
 
     Attributes:
         rank: number of this process, from 0. world_size: number of processes. local_rank: number on this machine,
-            which is the number of its GPU.
+            which is the number of its GPU. timeout: seconds after which one that waits for another gives up.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    timeout: int = DistributedSettings.timeout
 
     @property
     def first(self) -> bool:
@@ -177,41 +187,82 @@ class Ranks:
         return values
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` returns on the first rank, the only one that calls it.
+        """What `make` returns on the first rank, the only one that calls it; it may take longer than the timeout.
 
         Raises:
             UsageError, TrainingError, Stopped: raised by `make`; every rank raises it, the first one tells of it.
         """
+        made = self.together(lambda: make() if self.first else None)
         if not self.several:
-            return make()
-        result: list[Any] = [None, None]
-        if self.first:
-            try:
-                result[0] = make()
-            except _SHARED as error:
-                result[1] = error
+            return cast(T, made)
+        result: list[Any] = [made]
         dist.broadcast_object_list(result, src=0)
-        if result[1] is not None:
-            raise self._told(result[1])
         value: T = result[0]
         return value
 
     def together(self, make: Callable[[], T]) -> T:
         """What `make` returns here, if no rank fails: a mistake that one rank finds ends all of them, told once.
 
+        It may take longer than the timeout, on any of them.
+
         Raises:
             UsageError, TrainingError, Stopped: the one of the lowest rank.
         """
+        if not self.several:
+            return make()
         value: T | None = None
         failure: Shared | None = None
-        try:
-            value = make()
-        except _SHARED as error:
-            failure = error
+        with self._giving_signs_of_life():
+            try:
+                value = make()
+            except _SHARED as error:
+                failure = error
+        self._wait_until_all_are_done()
         failures = [each for each in self.gather_objects(failure) if each is not None]
         if failures:
             raise self._told(failures[0])
         return cast(T, value)
+
+    @contextmanager
+    def _giving_signs_of_life(self) -> Iterator[None]:
+        """Counts up in the store, which is no collective, so that the body may use these itself.
+
+        A thread of its own does it: the work stays in the calling one, the only one that signals can interrupt.
+        """
+        store, done = dist.distributed_c10d._get_default_store(), threading.Event()
+
+        def give_signs() -> None:
+            # Where the store has gone with its process, the main thread finds that out for itself.
+            with contextlib.suppress(RuntimeError):
+                while not done.wait(min(_SIGN_EVERY, self.timeout / 4)):
+                    store.add("signs of life", 1)
+
+        thread = threading.Thread(target=give_signs, name="signs of life", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def _wait_until_all_are_done(self) -> None:
+        """Returns once every rank has called this as often as this one: a collective after it waits for nobody's work.
+
+        It would give up after the timeout, whether the others are at work or dead. This gives up where for so long
+        no rank at work has given a sign of life.
+        """
+        store = dist.distributed_c10d._get_default_store()
+        # Nobody begins another round before all have ended this one.
+        rounds = -(-store.add("done", 1) // self.world_size)
+        signs, heard, pause = -1, time.monotonic(), 0.001
+        while store.add("done", 0) < rounds * self.world_size:
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            latest = store.add("signs of life", 0)
+            if latest != signs:
+                signs, heard = latest, time.monotonic()
+            elif time.monotonic() - heard > self.timeout:
+                raise dist.DistStoreError("no sign of life")
 
     def one_after_another(self, make: Callable[[], object]) -> None:
         """Calls `make` on one rank of each machine, on the first machine before all others; every rank waits for it.
@@ -269,7 +320,7 @@ def join(device_type: str, timeout: int) -> Iterator[Ranks]:
     if world_size == 1:
         yield Ranks()
         return
-    ranks = Ranks(rank, world_size, int(os.environ.get("LOCAL_RANK", "0")))
+    ranks = Ranks(rank, world_size, int(os.environ.get("LOCAL_RANK", "0")), timeout)
     if device_type == "cuda":
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if here > torch.cuda.device_count():
