@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+_FILE_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})\.pt")
 _MAGIC = b"gsda-sha256:"
 _TRAILER_LENGTH = len(_MAGIC) + hashlib.sha256().digest_size
 
@@ -32,7 +34,9 @@ class CheckpointFolder:
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints on disk, oldest first."""
-        return sorted(int(file.stem.removeprefix("step-")) for file in self.path.glob("step-*.pt"))
+        # A copy that a user keeps or a synchronised folder makes, `step-00000800 (copy).pt`, is none of them.
+        names = (_FILE_NAME.fullmatch(file.name) for file in self.path.glob("step-*.pt"))
+        return sorted(int(name[1]) for name in names if name)
 
     def file(self, step: int) -> Path:
         return self.path / f"step-{step:08d}.pt"
