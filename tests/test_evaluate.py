@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from image_trees import class_tree
 from rich.console import Console
+from saved_run import saved_run
 
 from gsda_fast import evaluate as command
 from gsda_fast.commands import run_command
@@ -119,6 +121,49 @@ def test_checkpoints_that_are_not_there_or_damaged(
     damaged(file)
     with pytest.raises(UsageError, match=r"--checkpoint: found .*step-00000009\.pt.*; expected an undamaged file"):
         evaluate(EvaluateSettings(copy))
+
+
+@pytest.fixture(scope="module")
+def own_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on folders of the classes cat and dog."""
+    root = tmp_path_factory.mktemp("own")
+    for domain in ("drawn", "photo"):
+        class_tree(root / "data" / domain, ("cat", "dog"), per_class=1)
+    model = ("--backbone", "resnet18", "--weights", "none", "--bottleneck-dim", "8", "--hidden-dim", "8")
+    domains = ("--source", "drawn", "--target", "photo", "--data-root", str(root / "data"))
+    return saved_run(root / "run", "folder", *domains, *model)
+
+
+@pytest.mark.parametrize(
+    ("classes", "found", "expected"),
+    [
+        (("bird", "cat", "dog"), "3 with 'bird' as number 1", "2 with 'cat' as number 1"),
+        (("cat", "dog", "zebra"), "3 with 'zebra' as number 3", "2 with none as number 3"),
+        (("dog", "zebra"), "2 with 'dog' as number 1", "2 with 'cat' as number 1"),  # as many: the network would fit
+    ],
+)
+def test_data_with_other_classes_are_refused(
+    classes: tuple[str, ...], found: str, expected: str, own_classes: Path, tmp_path: Path
+) -> None:
+    for domain in ("drawn", "photo"):
+        class_tree(tmp_path / domain, classes, per_class=1)
+    with pytest.raises(UsageError) as error:
+        evaluate(EvaluateSettings(own_classes, data_root=tmp_path))
+    assert error.value.what == "classes"
+    assert error.value.found == f"{found} in {tmp_path / 'drawn'}"
+    assert error.value.expected == f"{expected}, as in {own_classes}"
+
+
+def test_a_target_may_lack_classes_and_labels(own_classes: Path, tmp_path: Path) -> None:
+    class_tree(tmp_path / "drawn", ("cat", "dog"), per_class=1)
+    class_tree(tmp_path / "photo", ("dog",), per_class=1)
+    _, figures, classes = evaluate(EvaluateSettings(own_classes, data_root=tmp_path))
+    assert classes == ("cat", "dog")
+    assert figures.per_class[0] is None
+    (tmp_path / "photo" / "dog" / "frame_0001.jpg").rename(tmp_path / "photo" / "flat.jpg")
+    (tmp_path / "photo" / "dog").rmdir()
+    _, figures, _ = evaluate(EvaluateSettings(own_classes, data_root=tmp_path))
+    assert figures.accuracy is None
 
 
 def test_folders_that_hold_no_run(tmp_path: Path) -> None:
