@@ -1,7 +1,10 @@
 import io
 import shutil
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -12,10 +15,12 @@ from saved_run import saved_run
 from gsda_fast import evaluate as command
 from gsda_fast.commands import run_command
 from gsda_fast.config import parse_config
+from gsda_fast.data.pack import pack
 from gsda_fast.errors import UsageError
 from gsda_fast.evaluate import EvaluateSettings, evaluate
 from gsda_fast.results.run_folder import RunFolder, RunResult
 from gsda_fast.train import train
+from gsda_fast.training.trained import for_scoring
 
 pytestmark = pytest.mark.filterwarnings("ignore:domain .* found .* images")
 
@@ -97,6 +102,44 @@ def test_a_run_of_a_gpu_is_evaluated_here(result: tuple[Path, RunResult], few_di
         assert figures.per_class == expected.per_class
         with pytest.raises(UsageError, match="--device: found cuda"):
             evaluate(EvaluateSettings(folder, device="cuda"))
+
+
+def without_dali(few_digits: Path, folder: Path, patch: pytest.MonkeyPatch) -> Path:
+    patch.setitem(sys.modules, "nvidia.dali", None)
+    return few_digits
+
+
+def from_a_pack(few_digits: Path, folder: Path, patch: pytest.MonkeyPatch) -> Path:
+    return pack("digits", data_root=few_digits, output=folder / "pack", workers=1)
+
+
+@pytest.mark.parametrize("data", [without_dali, from_a_pack])
+def test_a_run_with_dali_is_evaluated_where_dali_cannot_serve(
+    data: Callable[[Path, Path, pytest.MonkeyPatch], Path],
+    result: tuple[Path, RunResult],
+    few_digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The device is of the same kind, and `evaluate` has no option to choose another loader."""
+    folder, expected = result
+    shutil.copytree(folder, tmp_path / "run")
+    text = (folder / "config.toml").read_text().replace('loader = "torch"', 'loader = "dali"')
+    assert 'loader = "dali"' in text
+    (tmp_path / "run" / "config.toml").write_text(text)
+    root = data(few_digits, tmp_path, monkeypatch)
+    _, figures, _ = evaluate(EvaluateSettings(tmp_path / "run", device="cpu", data_root=root))
+    assert figures.per_class == expected.per_class
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(("loader", "here"), [("torch", "torch"), ("dali", "auto")])
+def test_the_torch_loader_stays_on_every_device(
+    device: Literal["cpu", "cuda"], loader: Literal["torch", "dali"], here: str
+) -> None:
+    config = parse_config(["digits"], "train")
+    config = replace(config, run=replace(config.run, device=device), data=replace(config.data, loader=loader))
+    assert for_scoring(config, "cpu").data.loader == here
 
 
 def damaged(path: Path) -> None:
