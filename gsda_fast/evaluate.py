@@ -13,9 +13,12 @@ from rich.table import Table
 
 from gsda_fast.commands import parse_command_line, plain_console, run_command
 from gsda_fast.data.batches import Crops
+from gsda_fast.data.domains import ImageDomain
+from gsda_fast.errors import UsageError
 from gsda_fast.results.metrics import EvaluationFigures, evaluation_figures
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.training.assemble import build_trainer, resolve
+from gsda_fast.training.resume import first_difference
 from gsda_fast.training.trained import for_scoring, read_checkpoint, read_settings
 
 
@@ -42,19 +45,33 @@ def evaluate(settings: EvaluateSettings) -> tuple[int, EvaluationFigures, tuple[
         The checkpoint's step, the figures, and the names of the classes.
 
     Raises:
-        UsageError: no run, no such checkpoint, or a damaged one.
+        UsageError: no run, no such checkpoint, a damaged one, or data with other classes than the run's.
     """
     folder = RunFolder.existing(settings.run)
     step, state = read_checkpoint(folder, settings.checkpoint)
     config = for_scoring(read_settings(folder), settings.device)
     root, crops = settings.data_root or config.data.data_root, settings.test_crops or config.data.test_crops
     config, source, target = resolve(replace(config, data=replace(config.data, data_root=root, test_crops=crops)))
+    _require_classes(source, state["classes"], folder)
     trainer = build_trainer(config, source, target)
     trainer.method.load_state_dict(state["method"])
     probabilities = trainer.predict("target", trainer.test_crops)
     figures = evaluation_figures(torch.from_numpy(target.labels), probabilities)
     trainer.loader.close()
     return step, figures, target.classes
+
+
+def _require_classes(source: ImageDomain, of_run: list[str], folder: RunFolder) -> None:
+    """Whether labels mean what the network has learnt; as many classes under other names would give wrong figures."""
+    classes = list(source.classes)
+    if classes != of_run:
+        found, expected = first_difference(classes, of_run)
+        raise UsageError(
+            "classes",
+            found=f"{found} in {source.root}",
+            expected=f"{expected}, as in {folder.path}",
+            remedy="give the data of the run as --data-root",
+        )
 
 
 def _figure(value: float | None) -> str:

@@ -56,6 +56,30 @@ def test_an_empty_or_missing_folder_has_no_checkpoint(tmp_path: Path) -> None:
     assert CheckpointFolder(tmp_path / "missing").load_newest() == (None, [])
 
 
+def test_a_step_of_more_than_eight_digits_is_one(folder: CheckpointFolder) -> None:
+    folder.save(123_456_789, state(1))
+    assert folder.steps() == [100, 123_456_789]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("step-00000100-keep.pt", "step-00000100 (conflicted copy).pt", "step-.pt", "step-best.pt"),
+        *("step-100.pt", "step-000000100.pt"),  # not as the folder writes them: `file` would not find them again
+    ],
+)
+def test_files_under_other_names_are_left_alone(name: str, folder: CheckpointFolder) -> None:
+    (folder.path / name).write_bytes(b"mine")
+    assert folder.steps() == [50, 100]
+    newest, damage = folder.load_newest()
+    assert newest is not None
+    assert (newest["step"], damage) == (100, [])
+    folder.save(150, state(150))
+    folder.tidy(newest=150)
+    assert folder.steps() == [100, 150]
+    assert (folder.path / name).read_bytes() == b"mine"
+
+
 def cut_off(content: bytearray) -> bytes:
     return bytes(content[: len(content) // 2])
 

@@ -152,9 +152,9 @@ def build_trainer(
             "initial parameters": digest(method.state_dict()),
         }
     )
-    if ranks.several:
-        # Parameters are drawn by now; what is drawn from here on (dropout) is drawn for this rank's own images.
-        seed_generators(config.run.seed + ranks.rank)
+    # Parameters are drawn by now, as many as the method has; what is drawn from here on (dropout) is drawn for this
+    # rank's own images, and is the same for every method until warm-up ends.
+    seed_generators(config.run.seed + ranks.rank)
     scale = ranks.world_size if config.distributed.scale_learning_rate else 1
     optimizer = replace(
         config.optimizer,

@@ -162,14 +162,20 @@ def _require_same(stored: Mapping[str, Any], now: Mapping[str, Any], origin: str
             continue
         found, expected = str(value), str(there)
         if isinstance(value, list) and isinstance(there, list):
-            place = next(i for i in range(max(len(value), len(there))) if value[i : i + 1] != there[i : i + 1])
-            found, expected = (_class_at(classes, place) for classes in (value, there))
+            found, expected = first_difference(value, there)
         raise UsageError(
             name,
             found=found,
             expected=f"{expected}, as in {origin}",
             remedy="start as before; another folder with --resume PATH --weights-alone takes its weights and no more",
         )
+
+
+def first_difference(found: list[str], expected: list[str]) -> tuple[str, str]:
+    """What two different lists of classes have where they first differ, each in words."""
+    longer = max(len(found), len(expected))
+    place = next(i for i in range(longer) if found[i : i + 1] != expected[i : i + 1])
+    return _class_at(found, place), _class_at(expected, place)
 
 
 def _class_at(classes: list[str], place: int) -> str:

@@ -91,19 +91,22 @@ def read_checkpoint(folder: RunFolder, step: int | None = None) -> tuple[int, di
 def for_scoring(config: Config, device: Device) -> Config:
     """The settings of a run for scoring images with its parameters, perhaps on another kind of machine.
 
-    Nothing is fetched, compiled or optimised. What was chosen for the run's device (precision, loader) stays where this
-    one is of the same kind, and is chosen anew where it is not.
+    Nothing is fetched, compiled or optimised. The precision that was chosen for the run's device stays where this one
+    is of the same kind, and is chosen anew where it is not. The torch loader serves everywhere and stays. DALI may be
+    missing here or be given a pack, so in its place comes ``auto``: DALI on a GPU where it can serve, torch otherwise,
+    whose test images are within a level of 255 of those of DALI on a CPU.
 
     Raises:
         UsageError: a GPU is asked for and not there.
     """
     here = choose_device(replace(config, run=replace(config.run, device=device)))
     alike = config.run.device == here
+    loader: Literal["auto", "torch"] = "torch" if config.data.loader == "torch" else "auto"
     precision = PrecisionSettings(config.precision.precision if alike else "auto", "off")
     return replace(
         config,
         run=replace(config.run, device=here),
-        data=replace(config.data, loader=config.data.loader if alike else "auto", cache_on_device=False),
+        data=replace(config.data, loader=loader, cache_on_device=False),
         model=replace(config.model, weights="none"),
         adversarial=replace(config.adversarial, backend="auto"),
         optimizer=replace(config.optimizer, optimizer="auto"),
