@@ -62,7 +62,7 @@ class CheckpointFolder:
 
     def _written(self, *suffixes: str) -> list[Path]:
         """The files that a run has written. Others, such as ``step-00000800 (copy).pt``, are somebody else's."""
-        name = re.compile(rf"step-(\d{{8}}|[1-9]\d{{8,}})\.({'|'.join(suffixes)})")
+        name = re.compile(rf"step-([0-9]{{8}}|[1-9][0-9]{{8,}})\.({'|'.join(suffixes)})")
         return [file for file in self.path.glob("step-*") if name.fullmatch(file.name)]
 
     def _drop_old(self) -> None:
