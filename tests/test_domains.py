@@ -257,6 +257,14 @@ def test_list_label_out_of_range(tmp_path: Path, label: int) -> None:
         open_pair("visda", data_root=visda(tmp_path, {"train": bad, "validation": lines}))
 
 
+@pytest.mark.parametrize("ending", ["--5", "-", "5-", "\u0663"])
+def test_what_is_no_number_belongs_to_the_name_of_a_listed_file(tmp_path: Path, ending: str) -> None:
+    lines = [f"{name}/0000.png {label}" for label, name in enumerate(VISDA)]
+    bad = [*lines, f"bus/0000.png {ending}"]
+    with pytest.raises(UsageError, match=rf"1 listed files that are missing from .*train: bus/0000.png {ending};"):
+        open_pair("visda", data_root=visda(tmp_path, {"train": bad, "validation": lines}))
+
+
 def test_listed_file_that_is_missing(tmp_path: Path) -> None:
     lines = [f"{name}/0000.png {label}" for label, name in enumerate(VISDA)]
     bad = [*lines, "bus/gone.png 2", "nowhere/x.png 0"]

@@ -6,6 +6,7 @@ No image is opened here.
 """
 
 import os
+import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -249,7 +250,7 @@ def _read_list(name: str, list_file: Path, start: Path, classes: tuple[str, ...]
             continue
         path, _, last = line.strip().rpartition(" ")
         label = UNKNOWN
-        if path and last.lstrip("-").isdecimal():
+        if path and re.fullmatch(r"-?[0-9]+", last):
             label = int(last)
             if not 0 <= label < len(classes):
                 raise UsageError(
