@@ -1,4 +1,5 @@
 import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,14 @@ def test_own_folders_match_classes_by_name(tmp_path: Path) -> None:
     assert source.classes == target.classes == ("cat", "dog", "horse")
     assert source.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert target.labels.tolist() == [0, 0, 2, 2]
+
+
+def test_accents_match_however_they_are_written(tmp_path: Path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "Bücher") for form in ("NFC", "NFD"))
+    class_tree(tmp_path / "photos", [decomposed, "cat"])
+    class_tree(tmp_path / "sketches", [composed])
+    _, target = open_pair("folder", "photos", "sketches", tmp_path)
+    assert [target.classes[label] for label in target.labels.tolist()] == [decomposed] * 2
 
 
 def test_own_flat_target_is_unlabelled(tmp_path: Path) -> None:

@@ -434,7 +434,7 @@ def _class_folders(root: Path) -> dict[str, str]:
             raise UsageError(
                 str(root),
                 found=f"the folders '{found[plain_name(name)]}' and '{name}'",
-                expected="class names that differ by more than case, spaces and hyphens",
+                expected="class names that differ by more than case, spaces, hyphens and the encoding of accents",
                 remedy="merge or rename one of them",
             )
         found[plain_name(name)] = name
