@@ -1,14 +1,15 @@
+import errno
 import os
 import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
-from image_trees import class_tree, save
+from image_trees import class_tree, refuse, save
 
 from gsda_fast.data import digits
 from gsda_fast.data.benchmarks import BENCHMARKS
-from gsda_fast.data.domains import open_pair
+from gsda_fast.data.domains import open_images, open_pair
 from gsda_fast.errors import UsageError
 
 OFFICE31 = BENCHMARKS["office31"].classes or ()
@@ -199,6 +200,42 @@ def test_root_that_is_missing_empty_or_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="which is a file"):
         open_pair("office31", data_root=tmp_path / "file")
+
+
+@pytest.mark.parametrize("private", ["", "data", "data/photos", "data/photos/cat", "data/photos/cat/deep", "data/new"])
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_own_folder_that_cannot_be_read_is_named(
+    tmp_path: Path, private: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch_tree(tmp_path / "data" / "photos", ["cat", "cat/deep", "dog"])
+    touch_tree(tmp_path / "data" / "new", ["cat"])
+    refuse(monkeypatch, tmp_path / private, code)
+    with pytest.raises(
+        UsageError, match=rf"^{tmp_path / private}\S*: found {os.strerror(code)}; expected .* can be read"
+    ):
+        open_pair("folder", "photos", "new", tmp_path / "data")
+
+
+@pytest.mark.parametrize("private", ["", "train", "train/bus"])
+@pytest.mark.parametrize("listed", [False, True])
+def test_folder_of_a_benchmark_that_cannot_be_read_is_named(
+    tmp_path: Path, private: str, listed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [f"{name}/0000.png {label}" for label, name in enumerate(VISDA)]
+    visda(tmp_path, {"train": lines, "validation": lines} if listed else None)
+    refuse(monkeypatch, tmp_path / private)
+    with pytest.raises(UsageError, match=rf"^{tmp_path / private}\S*: found Permission denied; expected"):
+        open_pair("visda", data_root=tmp_path)
+
+
+@pytest.mark.parametrize("private", ["", "images", "images/deep"])
+def test_folder_of_images_that_cannot_be_read_is_named(
+    tmp_path: Path, private: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch_tree(tmp_path / "images", [".", "deep"])
+    refuse(monkeypatch, tmp_path / private)
+    with pytest.raises(UsageError, match=rf"^{tmp_path / private}\S*: found Permission denied; expected"):
+        open_images(tmp_path / "images", ("cat", "dog"))
 
 
 def test_root_without_the_domain_says_what_is_there(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ No image is opened here.
 import os
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -125,6 +126,22 @@ def open_domain(
     return _open_domain(benchmark, facts, root, partial=partial, left_out=_read_quarantine(quarantine))
 
 
+@contextmanager
+def _naming_what_cannot_be_read() -> Iterator[None]:
+    """For want of permission, or because a disk fails. A folder is never passed over: part of a data set looks whole.
+
+    Raises:
+        UsageError: in place of an `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            str(error.filename or "data set"), found=f"{error.strerror}", expected="files and folders that can be read"
+        ) from error
+
+
+@_naming_what_cannot_be_read()
 def open_images(folder: Path, classes: tuple[str, ...]) -> ImageDomain:
     """All images below a folder, sorted by path, without labels.
 
@@ -132,7 +149,7 @@ def open_images(folder: Path, classes: tuple[str, ...]) -> ImageDomain:
         classes: the label space.
 
     Raises:
-        UsageError: there is no such folder, or no image in it.
+        UsageError: there is no such folder, no image in it, or part of it cannot be read.
     """
     if not folder.is_dir():
         raise UsageError(str(folder), found="a file" if folder.exists() else "nothing", expected="a folder of images")
@@ -141,6 +158,7 @@ def open_images(folder: Path, classes: tuple[str, ...]) -> ImageDomain:
     return _domain(str(folder), folder, [(path, UNKNOWN) for path in paths], classes)
 
 
+@_naming_what_cannot_be_read()
 def _existing_root(data_root: Path | None) -> Path:
     what = "--data-root"
     if data_root is None:
@@ -187,6 +205,7 @@ def _open_domain(
     return domain
 
 
+@_naming_what_cannot_be_read()
 def _find_domain(
     benchmark: Benchmark, facts: DomainFacts, root: Path, classes: tuple[str, ...], kept: tuple[str, ...]
 ) -> ImageDomain:
@@ -276,7 +295,7 @@ def _require_listed_files(list_file: Path, start: Path, paths: list[str]) -> Non
         if folder not in listings:
             try:
                 listings[folder] = set(os.listdir(start / folder))
-            except OSError:
+            except (FileNotFoundError, NotADirectoryError):
                 listings[folder] = set()
         if file_name not in listings[folder]:
             missing.append(path)
@@ -292,6 +311,7 @@ def _require_listed_files(list_file: Path, start: Path, paths: list[str]) -> Non
 # --------------------------------------------------------------------------------------------------- the user's own
 
 
+@_naming_what_cannot_be_read()
 def _open_own_folders(source: str | None, target: str | None, root: Path) -> tuple[ImageDomain, ImageDomain]:
     if is_pack(root):
         return _open_own_pack(str(source), str(target), root)
@@ -445,12 +465,19 @@ def _images_in(folder: Path) -> list[str]:
     return [entry.name for entry in os.scandir(folder) if _is_image(entry.name) and entry.is_file()]
 
 
-def _images_below(root: Path, folder: str) -> Iterable[str]:
-    """Paths of all images in `folder` and below, relative to `root`."""
-    for directory, _, names in os.walk(root / folder, followlinks=True):
-        relative = os.path.relpath(directory, root)
-        prefix = "" if relative == "." else relative + os.sep
-        yield from (prefix + name for name in names if _is_image(name))
+def _images_below(root: Path, folder: str) -> Iterator[str]:
+    """Paths of all images in `folder` and below, relative to `root`.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    with os.scandir(root / folder) as entries:
+        for entry in entries:
+            path = os.path.join(folder, entry.name)
+            if entry.is_dir():
+                yield from _images_below(root, path)
+            elif _is_image(entry.name):
+                yield path
 
 
 def _is_image(name: str) -> bool:
