@@ -178,6 +178,42 @@ def test_accents_match_however_they_are_written(tmp_path: Path) -> None:
     assert [target.classes[label] for label in target.labels.tolist()] == [decomposed] * 2
 
 
+@pytest.mark.parametrize("name", [".ipynb_checkpoints", ".Trash-1000", "__MACOSX", "@eaDir"])
+def test_folders_of_programs_hold_no_samples_at_any_depth(tmp_path: Path, name: str) -> None:
+    touch_tree(tmp_path / "photos", ["cat", "dog", "dog/small", name, f"cat/{name}", f"dog/small/{name}/deeper"])
+    source, _ = open_pair("folder", "photos", "photos", tmp_path)
+    assert source.paths == ["cat/0000.jpg", "dog/0000.jpg", "dog/small/0000.jpg"]
+    assert open_images(tmp_path / "photos", ("cat", "dog")).paths == source.paths
+
+
+@pytest.mark.parametrize("leads_to", [".", "..", "../..", "small", "small/back"])
+def test_links_that_lead_back_add_no_images(tmp_path: Path, leads_to: str) -> None:
+    touch_tree(tmp_path / "photos", ["cat", "cat/small", "dog"])
+    (tmp_path / "photos" / "cat" / "small" / "back").symlink_to("..")
+    # `small` once more by another name, as any other folder would be; what leads back from there is left out as well.
+    again = ["cat/link/0000.jpg"] if leads_to == "small" else []
+    (tmp_path / "photos" / "cat" / "link").symlink_to(leads_to)
+    source, _ = open_pair("folder", "photos", "photos", tmp_path)
+    assert source.paths == ["cat/0000.jpg", *again, "cat/small/0000.jpg", "dog/0000.jpg"]
+
+
+def test_link_that_leads_back_is_no_class(tmp_path: Path) -> None:
+    touch_tree(tmp_path / "photos", ["cat", "dog"])
+    (tmp_path / "photos" / "latest").symlink_to(".")
+    with pytest.raises(UsageError, match="photos/latest: found no image"):
+        open_pair("folder", "photos", "photos", tmp_path)
+
+
+def test_two_links_in_a_circle_end(tmp_path: Path) -> None:
+    touch_tree(tmp_path / "photos", ["cat", "dog"])
+    touch_tree(tmp_path / "disk", ["one", "two"])
+    (tmp_path / "photos" / "cat" / "link").symlink_to(tmp_path / "disk" / "one")
+    (tmp_path / "disk" / "one" / "back").symlink_to(tmp_path / "photos" / "cat")
+    (tmp_path / "disk" / "one" / "next").symlink_to(tmp_path / "disk" / "two")
+    source, _ = open_pair("folder", "photos", "photos", tmp_path)
+    assert source.paths == ["cat/0000.jpg", "cat/link/0000.jpg", "cat/link/next/0000.jpg", "dog/0000.jpg"]
+
+
 def test_own_flat_target_is_unlabelled(tmp_path: Path) -> None:
     class_tree(tmp_path / "photos", ["cat", "dog"])
     save(tmp_path / "new" / "b.png")

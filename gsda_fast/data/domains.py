@@ -396,9 +396,10 @@ def _read_tree(
 ) -> ImageDomain:
     """All images of the class folders whose plain name is in `labels`."""
     samples: list[tuple[str, int]] = []
+    above = (Path(os.path.realpath(root)),)
     for key, folder in folders.items():
         if key in labels:
-            paths = list(_images_below(root, folder))
+            paths = list(_images_below(root, folder, above))
             _require_images(root / folder, paths)
             samples.extend((path, labels[key]) for path in paths)
     return _domain(name, root, sorted(samples), classes)
@@ -444,10 +445,9 @@ def _without(domain: ImageDomain, left_out: frozenset[str]) -> ImageDomain:
 
 
 def _class_folders(root: Path) -> dict[str, str]:
-    """Class folders by plain name, in sorted order; hidden folders and those of archive tools are none."""
+    """Class folders by plain name, in sorted order."""
     found: dict[str, str] = {}
-    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    names = [name for name in names if not name.startswith((".", "__"))]
+    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not _is_left_out(entry.name))
     _require_utf8(root, names)
     for name in names:
         if plain_name(name) in found:
@@ -465,19 +465,33 @@ def _images_in(folder: Path) -> list[str]:
     return [entry.name for entry in os.scandir(folder) if _is_image(entry.name) and entry.is_file()]
 
 
-def _images_below(root: Path, folder: str) -> Iterator[str]:
+def _images_below(root: Path, folder: str, above: tuple[Path, ...] = ()) -> Iterator[str]:
     """Paths of all images in `folder` and below, relative to `root`.
+
+    Symbolic links are followed, except to a folder that they lie in: images would be found again and again.
+
+    Args:
+        above: the real paths of the folders on the way here.
 
     Raises:
         OSError: a folder cannot be read.
     """
+    real = Path(os.path.realpath(root / folder))
+    if any(known.is_relative_to(real) for known in above):
+        return
     with os.scandir(root / folder) as entries:
         for entry in entries:
             path = os.path.join(folder, entry.name)
             if entry.is_dir():
-                yield from _images_below(root, path)
+                if not _is_left_out(entry.name):
+                    yield from _images_below(root, path, (*above, real))
             elif _is_image(entry.name):
                 yield path
+
+
+def _is_left_out(folder_name: str) -> bool:
+    """Hidden folders, and those of archive tools (``__MACOSX``) and network disks (``@eaDir``), hold no samples."""
+    return folder_name.startswith((".", "__")) or folder_name == "@eaDir"
 
 
 def _is_image(name: str) -> bool:
