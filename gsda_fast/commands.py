@@ -33,7 +33,8 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     A `UsageError` becomes one line on standard error and exit code 2, a `TrainingError` one line and exit code 1, a
     `Stopped` one line on standard output and exit code 0; an interrupt from the keyboard one line (with what the
     `KeyboardInterrupt` says, if anything) and exit code 130, as in a shell; standard output that nobody reads any more
-    (`| head`) ends the command quietly, with a shell's 141. Any other exception is a defect and keeps its traceback.
+    (`| head`) ends the command quietly, with a shell's 141. A file or folder without permission, wherever it is met, is
+    told as a `UsageError` is. Any other exception is a defect and keeps its traceback.
     A `UsageWarning` is one line on standard error, from the first of the processes that torchrun started.
 
     Args:
@@ -47,6 +48,12 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         if not error.told:
             print(f"error: {_one_line(str(error))}", file=sys.stderr)
         code = 2 if isinstance(error, UsageError) else 1
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        told = UsageError(str(error.filename), found=f"{error.strerror}", expected="permission to use it")
+        print(f"error: {_one_line(str(told))}", file=sys.stderr)
+        code = 2
     except Stopped as stopped:
         # All is saved. A signal that comes while the interpreter goes down must not make a failure of that.
         for number in (signal.SIGTERM, signal.SIGINT):

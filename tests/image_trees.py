@@ -1,9 +1,13 @@
 """Small trees of natural-looking images in the layouts of the real data sets, for the data tests."""
 
-from collections.abc import Iterable
+import errno
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 
@@ -28,3 +32,19 @@ def class_tree(root: Path, classes: Iterable[str], per_class: int = 2, suffix: s
         for number in range(1, per_class + 1):
             save(root / name / f"frame_{number:04d}{suffix}", seed=100 * position + number)
     return root
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, folder: Path, code: int = errno.EACCES) -> None:
+    """As `chmod 000` does, which does not stop root: the folder cannot be listed and nothing in it be looked at."""
+
+    def refusing(call: Callable[..., Any], *, itself: bool) -> Callable[..., Any]:
+        def checked(path: Any = ".", *arguments: Any, **more: Any) -> Any:
+            if isinstance(path, str | Path) and (folder in Path(path).parents or (itself and folder == Path(path))):
+                raise OSError(code, os.strerror(code), str(path))
+            return call(path, *arguments, **more)
+
+        return checked
+
+    monkeypatch.setattr(os, "stat", refusing(os.stat, itself=False))
+    monkeypatch.setattr(os, "scandir", refusing(os.scandir, itself=True))
+    monkeypatch.setattr(os, "listdir", refusing(os.listdir, itself=True))

@@ -4,13 +4,16 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
 import pytest
 import tyro
+from image_trees import refuse
 
 from gsda_fast.commands import parse_command_line, plain_console, run_command
 from gsda_fast.errors import UsageError, UsageWarning
+from gsda_fast.results.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,17 @@ def test_usage_error_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == "error: --steps: found 0; expected 1 or more; ask for one\n"
 
 
+def test_folder_without_permission_is_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse(monkeypatch, tmp_path)
+    with pytest.raises(SystemExit) as end:
+        run_command(lambda: RunFolder.existing(tmp_path / "runs" / "first"))  # type: ignore[arg-type, return-value]
+    assert end.value.code == 2
+    told = f"error: {tmp_path / 'runs' / 'first'}: found Permission denied; expected permission to use it\n"
+    assert capsys.readouterr().err == told
+
+
 @pytest.mark.parametrize(("rank", "lines"), [("0", ["warning: domain amazon: found 31 images"]), ("1", [])])
 def test_warning_is_one_line_of_the_first_process(
     rank: str, lines: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -185,4 +199,12 @@ def test_defect_keeps_its_traceback() -> None:
         raise ValueError("a defect")
 
     with pytest.raises(ValueError, match="a defect"):
+        run_command(main)
+
+
+def test_refusal_that_names_no_file_keeps_its_traceback() -> None:
+    def main() -> NoReturn:
+        raise PermissionError(1, "Operation not permitted")
+
+    with pytest.raises(PermissionError):
         run_command(main)

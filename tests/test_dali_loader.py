@@ -116,6 +116,7 @@ FORMATS: dict[str, Callable[[Path], object]] = {
     "deep.png": lambda path: Image.fromarray(_deep(natural_image(11, 401, 299))).save(path),
     "bitmap.bmp": lambda path: natural_image(12, 401, 299).save(path),
     "tagged.tiff": lambda path: natural_image(13, 401, 299).save(path),
+    "deep.tiff": lambda path: Image.fromarray(_deep(natural_image(19, 401, 299))).save(path),
     "web.webp": lambda path: natural_image(14, 401, 299).save(path, lossless=True),
     "dot.png": lambda path: natural_image(15, 1, 1).save(path),
     "column.jpg": lambda path: natural_image(16, 1, 40).save(path),

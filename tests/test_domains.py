@@ -1,13 +1,15 @@
+import errno
 import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
-from image_trees import class_tree, save
+from image_trees import class_tree, refuse, save
 
 from gsda_fast.data import digits
 from gsda_fast.data.benchmarks import BENCHMARKS
-from gsda_fast.data.domains import open_pair
+from gsda_fast.data.domains import open_images, open_pair
 from gsda_fast.errors import UsageError
 
 OFFICE31 = BENCHMARKS["office31"].classes or ()
@@ -168,6 +170,50 @@ def test_own_folders_match_classes_by_name(tmp_path: Path) -> None:
     assert target.labels.tolist() == [0, 0, 2, 2]
 
 
+def test_accents_match_however_they_are_written(tmp_path: Path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "Bücher") for form in ("NFC", "NFD"))
+    class_tree(tmp_path / "photos", [decomposed, "cat"])
+    class_tree(tmp_path / "sketches", [composed])
+    _, target = open_pair("folder", "photos", "sketches", tmp_path)
+    assert [target.classes[label] for label in target.labels.tolist()] == [decomposed] * 2
+
+
+@pytest.mark.parametrize("name", [".ipynb_checkpoints", ".Trash-1000", "__MACOSX", "@eaDir"])
+def test_folders_of_programs_hold_no_samples_at_any_depth(tmp_path: Path, name: str) -> None:
+    touch_tree(tmp_path / "photos", ["cat", "dog", "dog/small", name, f"cat/{name}", f"dog/small/{name}/deeper"])
+    source, _ = open_pair("folder", "photos", "photos", tmp_path)
+    assert source.paths == ["cat/0000.jpg", "dog/0000.jpg", "dog/small/0000.jpg"]
+    assert open_images(tmp_path / "photos", ("cat", "dog")).paths == source.paths
+
+
+@pytest.mark.parametrize("leads_to", [".", "..", "../..", "small", "small/back"])
+def test_links_that_lead_back_add_no_images(tmp_path: Path, leads_to: str) -> None:
+    touch_tree(tmp_path / "photos", ["cat", "cat/small", "dog"])
+    (tmp_path / "photos" / "cat" / "small" / "back").symlink_to("..")
+    # `small` once more by another name, as any other folder would be; what leads back from there is left out as well.
+    again = ["cat/link/0000.jpg"] if leads_to == "small" else []
+    (tmp_path / "photos" / "cat" / "link").symlink_to(leads_to)
+    source, _ = open_pair("folder", "photos", "photos", tmp_path)
+    assert source.paths == ["cat/0000.jpg", *again, "cat/small/0000.jpg", "dog/0000.jpg"]
+
+
+def test_link_that_leads_back_is_no_class(tmp_path: Path) -> None:
+    touch_tree(tmp_path / "photos", ["cat", "dog"])
+    (tmp_path / "photos" / "latest").symlink_to(".")
+    with pytest.raises(UsageError, match="photos/latest: found no image"):
+        open_pair("folder", "photos", "photos", tmp_path)
+
+
+def test_two_links_in_a_circle_end(tmp_path: Path) -> None:
+    touch_tree(tmp_path / "photos", ["cat", "dog"])
+    touch_tree(tmp_path / "disk", ["one", "two"])
+    (tmp_path / "photos" / "cat" / "link").symlink_to(tmp_path / "disk" / "one")
+    (tmp_path / "disk" / "one" / "back").symlink_to(tmp_path / "photos" / "cat")
+    (tmp_path / "disk" / "one" / "next").symlink_to(tmp_path / "disk" / "two")
+    source, _ = open_pair("folder", "photos", "photos", tmp_path)
+    assert source.paths == ["cat/0000.jpg", "cat/link/0000.jpg", "cat/link/next/0000.jpg", "dog/0000.jpg"]
+
+
 def test_own_flat_target_is_unlabelled(tmp_path: Path) -> None:
     class_tree(tmp_path / "photos", ["cat", "dog"])
     save(tmp_path / "new" / "b.png")
@@ -190,6 +236,42 @@ def test_root_that_is_missing_empty_or_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="which is a file"):
         open_pair("office31", data_root=tmp_path / "file")
+
+
+@pytest.mark.parametrize("private", ["", "data", "data/photos", "data/photos/cat", "data/photos/cat/deep", "data/new"])
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_own_folder_that_cannot_be_read_is_named(
+    tmp_path: Path, private: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch_tree(tmp_path / "data" / "photos", ["cat", "cat/deep", "dog"])
+    touch_tree(tmp_path / "data" / "new", ["cat"])
+    refuse(monkeypatch, tmp_path / private, code)
+    with pytest.raises(
+        UsageError, match=rf"^{tmp_path / private}\S*: found {os.strerror(code)}; expected .* can be read"
+    ):
+        open_pair("folder", "photos", "new", tmp_path / "data")
+
+
+@pytest.mark.parametrize("private", ["", "train", "train/bus"])
+@pytest.mark.parametrize("listed", [False, True])
+def test_folder_of_a_benchmark_that_cannot_be_read_is_named(
+    tmp_path: Path, private: str, listed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [f"{name}/0000.png {label}" for label, name in enumerate(VISDA)]
+    visda(tmp_path, {"train": lines, "validation": lines} if listed else None)
+    refuse(monkeypatch, tmp_path / private)
+    with pytest.raises(UsageError, match=rf"^{tmp_path / private}\S*: found Permission denied; expected"):
+        open_pair("visda", data_root=tmp_path)
+
+
+@pytest.mark.parametrize("private", ["", "images", "images/deep"])
+def test_folder_of_images_that_cannot_be_read_is_named(
+    tmp_path: Path, private: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch_tree(tmp_path / "images", [".", "deep"])
+    refuse(monkeypatch, tmp_path / private)
+    with pytest.raises(UsageError, match=rf"^{tmp_path / private}\S*: found Permission denied; expected"):
+        open_images(tmp_path / "images", ("cat", "dog"))
 
 
 def test_root_without_the_domain_says_what_is_there(tmp_path: Path) -> None:
@@ -254,6 +336,14 @@ def test_list_label_out_of_range(tmp_path: Path, label: int) -> None:
     with pytest.raises(
         UsageError, match=rf"image_list.txt, line 5: found label {label} .*; expected a label from 0 to 11"
     ):
+        open_pair("visda", data_root=visda(tmp_path, {"train": bad, "validation": lines}))
+
+
+@pytest.mark.parametrize("ending", ["--5", "-", "5-", "\u0663"])
+def test_what_is_no_number_belongs_to_the_name_of_a_listed_file(tmp_path: Path, ending: str) -> None:
+    lines = [f"{name}/0000.png {label}" for label, name in enumerate(VISDA)]
+    bad = [*lines, f"bus/0000.png {ending}"]
+    with pytest.raises(UsageError, match=rf"1 listed files that are missing from .*train: bus/0000.png {ending};"):
         open_pair("visda", data_root=visda(tmp_path, {"train": bad, "validation": lines}))
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -155,6 +156,64 @@ def test_finished_pack_is_left_alone_and_changes_are_followed(raw: Path, packed:
     shutil.rmtree(raw / "new" / "horse")
     pack("folder", "photos", "new", raw, output=packed)
     assert sorted(file_times(packed)) == ["new-00000.npy", "photos-00000.npy", "photos-00001.npy"]
+    assert all(not unreadable_files(domain) for domain in open_folders(packed))
+
+
+def test_files_of_the_user_stay(raw: Path) -> None:
+    output = raw.parent / "pack"
+    output.mkdir()
+    for name in ("features.npy", "photos-00009.npy", "notes.txt"):
+        (output / name).write_text("mine")
+    pack("folder", "photos", "new", raw, output=output)
+    shutil.rmtree(raw / "photos" / "horse")
+    shutil.rmtree(raw / "new" / "horse")
+    pack("folder", "photos", "new", raw, output=output)
+    shards = ["new-00000.npy", "photos-00000.npy", "photos-00001.npy"]
+    assert sorted(file_times(output)) == sorted([*shards, "features.npy", "photos-00009.npy"])
+    assert all((output / name).read_text() == "mine" for name in ("features.npy", "photos-00009.npy", "notes.txt"))
+
+
+def test_shards_that_an_interrupted_call_was_to_replace_do_not_stay(
+    raw: Path, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    shutil.rmtree(raw / "photos" / "horse")
+    shutil.rmtree(raw / "new" / "horse")
+    with monkeypatch.context() as patch:
+        patch.setattr(pack_module, "read_frame", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pack("folder", "photos", "new", raw, output=packed, workers=1)
+    pack("folder", "photos", "new", raw, output=packed)
+    assert sorted(os.listdir(packed)) == ["new-00000.npy", "pack.json", "photos-00000.npy", "photos-00001.npy"]
+
+
+def test_folders_whose_names_differ_in_a_slash_have_shards_of_their_own(raw: Path) -> None:
+    names = ("a/b", "a_b", "a%2Fb")
+    for seed, name in enumerate(names):
+        save(raw / name / "cat" / "1.jpg", seed=2 * seed)
+        save(raw / name / "dog" / "1.jpg", seed=2 * seed + 1)
+    output = raw.parent / "pack"
+    pack("folder", "a/b", "a_b", raw, output=output)
+    pack("folder", "a%2Fb", "a_b", raw, output=output)
+    assert len(file_times(output)) == 3
+    for seed, name in enumerate(names):
+        packed, _ = open_pair("folder", name, name, output)
+        assert packed.frames is not None
+        assert unreadable_files(packed) == []
+        for i in range(2):
+            assert abs(float(packed.frames[i].mean()) - np.asarray(natural_image(2 * seed + i)).mean()) < 3
+
+
+def test_pack_with_other_names_of_shards_is_read_and_followed(raw: Path, packed: Path) -> None:
+    """As an earlier version named the shards of a folder with a slash in its name."""
+    (packed / "photos-00001.npy").rename(packed / "other.npy")
+    table = (packed / "pack.json").read_text()
+    (packed / "pack.json").write_text(table.replace("photos-00001.npy", "other.npy"))
+    assert all(not unreadable_files(domain) for domain in open_folders(packed))
+    pack("folder", "photos", "new", raw, output=packed)
+    assert sorted(file_times(packed)) == ["new-00000.npy", *(f"photos-0000{i}.npy" for i in range(3))]
     assert all(not unreadable_files(domain) for domain in open_folders(packed))
 
 

@@ -8,11 +8,13 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 from image_trees import class_tree, natural_image
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
@@ -21,6 +23,7 @@ from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.data.domains import ImageDomain, open_pair
 from gsda_fast.data.sampling import SamplingPlan, source_window
 from gsda_fast.data.torch_loader import TorchLoader, crop_frames, read_image, usable_cores
+from gsda_fast.data.verify import file_problem
 from gsda_fast.errors import UsageError
 
 PHOTOS = replace(BENCHMARKS["office31"].recipe, resize=64, crop=48)
@@ -278,10 +281,91 @@ def test_formats_read_as_pillow_reads_them(tmp_path: Path, name: str, mode: str,
     assert difference.max() <= (channels == 1)  # grey weights are rounded differently
 
 
-def test_16_bit_png_keeps_its_upper_byte(tmp_path: Path) -> None:
-    values = np.arange(0, 65536, 55, dtype=np.uint16)[:1190].reshape(34, 35)
-    Image.fromarray(values).save(tmp_path / "deep.png")
-    assert (read_image(str(tmp_path / "deep.png"), 3).numpy() == values >> 8).all()
+RAMP = np.arange(0, 65536, 55, dtype=np.uint16)[:1190].reshape(34, 35)
+
+
+def _png_chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def _png(values: NDArray[np.uint16], colour_type: int) -> bytes:
+    height, width = values.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    parts = {b"IHDR": struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0), b"IDAT": zlib.compress(rows)}
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_png_chunk(*part) for part in (*parts.items(), (b"IEND", b"")))
+
+
+DEEP_PNGS = {
+    "grey": _png(RAMP[..., None], 0),
+    "colour": _png(np.stack([RAMP] * 3, axis=-1), 2),
+    "grey and alpha": _png(np.stack([RAMP, RAMP[::-1]], axis=-1), 4),
+    "colour and alpha": _png(np.stack([RAMP] * 3 + [RAMP[::-1]], axis=-1), 6),
+}
+
+
+@pytest.mark.parametrize("kind", DEEP_PNGS)
+@pytest.mark.parametrize("channels", [3, 1])
+def test_16_bit_png_keeps_its_upper_byte(tmp_path: Path, kind: str, channels: int) -> None:
+    (tmp_path / "deep.png").write_bytes(DEEP_PNGS[kind])
+    difference = read_image(str(tmp_path / "deep.png"), channels).numpy().astype(int) - (RAMP >> 8)
+    assert np.abs(difference).max() <= (channels == 1 and "colour" in kind)  # grey weights are rounded
+
+
+def _tiff(values: bytes, bits: int, order: Literal["<", ">"] = "<", sample_format: int = 1) -> bytes:
+    """Grey, of the shape of `RAMP`, in the byte order that is told."""
+    height, width = RAMP.shape
+    # Tag: (type, value); 3 is a short, 4 a long. The pixels follow the ten entries.
+    tags = {256: (3, width), 257: (3, height), 258: (3, bits), 259: (3, 1), 262: (3, 1), 273: (4, 134)}
+    tags |= {277: (3, 1), 278: (3, height), 279: (4, len(values)), 339: (3, sample_format)}
+    entries = b"".join(
+        struct.pack(f"{order}HHIHH" if kind == 3 else f"{order}HHII", tag, kind, 1, value, *[0] * (kind == 3))
+        for tag, (kind, value) in tags.items()
+    )
+    start = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HIH", 42, 8, len(tags))
+    return start + entries + bytes(4) + values
+
+
+def _twelve_bits() -> bytes:
+    """Rows of 35 values of 12 bits, filled up to whole bytes."""
+    rows = ["".join(f"{value >> 4:012b}" for value in row) for row in RAMP.tolist()]
+    return b"".join(int(f"{row}0000", 2).to_bytes(53, "big") for row in rows)
+
+
+DEEP_TIFFS = {
+    "little endian": _tiff(RAMP.astype("<u2").tobytes(), 16),
+    "big endian": _tiff(RAMP.astype(">u2").tobytes(), 16, ">"),
+    "twelve bits": _tiff(_twelve_bits(), 12),
+}
+
+
+@pytest.mark.parametrize("kind", DEEP_TIFFS)
+@pytest.mark.parametrize("channels", [3, 1])
+def test_deep_grey_tiff_keeps_its_upper_byte(tmp_path: Path, kind: str, channels: int) -> None:
+    (tmp_path / "deep.tif").write_bytes(DEEP_TIFFS[kind])
+    image = read_image(str(tmp_path / "deep.tif"), channels)
+    assert image.shape == (channels, *RAMP.shape)
+    assert (image.numpy() == RAMP >> 8).all()
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate"])
+@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
+def test_compressed_deep_tiff(tmp_path: Path, compression: str, mode: str) -> None:
+    values = RAMP.astype(">u2" if mode == "I;16B" else "<u2")
+    image = Image.frombytes(mode, (35, 34), values.tobytes())
+    image.save(tmp_path / "deep.tif", compression=compression)
+    assert (read_image(str(tmp_path / "deep.tif"), 3).numpy() == RAMP >> 8).all()
+
+
+@pytest.mark.parametrize(("bits", "sample_format", "kind"), [(32, 2, "i4"), (32, 3, "f4"), (16, 2, "i2")])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_values_without_a_scale_are_refused(
+    tmp_path: Path, bits: int, sample_format: int, kind: str, order: Literal["<", ">"]
+) -> None:
+    path = tmp_path / "deep.tif"
+    path.write_bytes(_tiff((RAMP >> 1).astype(order + kind).tobytes(), bits, order, sample_format))
+    with pytest.raises(UsageError, match=rf"{path}: found signed or 32-bit values, .*; expected a readable image"):
+        read_image(str(path), 3)
+    assert "32-bit values" in file_problem(str(path))
 
 
 def test_orientation_tags_are_ignored(tmp_path: Path) -> None:
@@ -294,11 +378,9 @@ def test_orientation_tags_are_ignored(tmp_path: Path) -> None:
 
 
 def _png_header(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_png_chunk(*part) for part in parts)
 
 
 def write_bad(path: Path, kind: str) -> None:
@@ -321,6 +403,8 @@ def write_bad(path: Path, kind: str) -> None:
         path.write_bytes(_png_header(12_000, 12_000))
     elif kind == "more absurd size":
         path.write_bytes(_png_header(60_000, 60_000))
+    elif kind == "32-bit values":
+        Image.fromarray(np.asarray(natural_image(1).convert("L"), dtype=np.int32)).save(path, format="TIFF")
     elif kind == "missing":
         path.unlink()
 
@@ -335,6 +419,7 @@ BAD = {
     "animation": "an animation of 2 frames",
     "absurd size": "a header of 12000x12000 pixels",
     "more absurd size": "exceeds limit",
+    "32-bit values": "signed or 32-bit values",
     "missing": "no such file any more",
 }
 

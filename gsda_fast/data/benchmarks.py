@@ -3,6 +3,7 @@
 A new data set is one new entry in `BENCHMARKS`; nothing else in the package knows a data set by name.
 """
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -116,8 +117,11 @@ class Benchmark:
 
 
 def plain_name(name: str) -> str:
-    """The name as compared: copies of the data sets differ in case, spaces, hyphens and underscores."""
-    return name.casefold().replace(" ", "_").replace("-", "_")
+    """The name as compared: copies of the data sets differ in case, spaces, hyphens and underscores.
+
+    An accented letter may be one character or, as archives made on a Mac have it, a letter and its accent.
+    """
+    return unicodedata.normalize("NFC", name).casefold().replace(" ", "_").replace("-", "_")
 
 
 def find_benchmark(task: str) -> Benchmark:

@@ -6,8 +6,10 @@ No image is opened here.
 """
 
 import os
+import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -124,6 +126,22 @@ def open_domain(
     return _open_domain(benchmark, facts, root, partial=partial, left_out=_read_quarantine(quarantine))
 
 
+@contextmanager
+def _naming_what_cannot_be_read() -> Iterator[None]:
+    """For want of permission, or because a disk fails. A folder is never passed over: part of a data set looks whole.
+
+    Raises:
+        UsageError: in place of an `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            str(error.filename or "data set"), found=f"{error.strerror}", expected="files and folders that can be read"
+        ) from error
+
+
+@_naming_what_cannot_be_read()
 def open_images(folder: Path, classes: tuple[str, ...]) -> ImageDomain:
     """All images below a folder, sorted by path, without labels.
 
@@ -131,7 +149,7 @@ def open_images(folder: Path, classes: tuple[str, ...]) -> ImageDomain:
         classes: the label space.
 
     Raises:
-        UsageError: there is no such folder, or no image in it.
+        UsageError: there is no such folder, no image in it, or part of it cannot be read.
     """
     if not folder.is_dir():
         raise UsageError(str(folder), found="a file" if folder.exists() else "nothing", expected="a folder of images")
@@ -140,6 +158,7 @@ def open_images(folder: Path, classes: tuple[str, ...]) -> ImageDomain:
     return _domain(str(folder), folder, [(path, UNKNOWN) for path in paths], classes)
 
 
+@_naming_what_cannot_be_read()
 def _existing_root(data_root: Path | None) -> Path:
     what = "--data-root"
     if data_root is None:
@@ -186,6 +205,7 @@ def _open_domain(
     return domain
 
 
+@_naming_what_cannot_be_read()
 def _find_domain(
     benchmark: Benchmark, facts: DomainFacts, root: Path, classes: tuple[str, ...], kept: tuple[str, ...]
 ) -> ImageDomain:
@@ -249,7 +269,7 @@ def _read_list(name: str, list_file: Path, start: Path, classes: tuple[str, ...]
             continue
         path, _, last = line.strip().rpartition(" ")
         label = UNKNOWN
-        if path and last.lstrip("-").isdecimal():
+        if path and re.fullmatch(r"-?[0-9]+", last):
             label = int(last)
             if not 0 <= label < len(classes):
                 raise UsageError(
@@ -275,7 +295,7 @@ def _require_listed_files(list_file: Path, start: Path, paths: list[str]) -> Non
         if folder not in listings:
             try:
                 listings[folder] = set(os.listdir(start / folder))
-            except OSError:
+            except (FileNotFoundError, NotADirectoryError):
                 listings[folder] = set()
         if file_name not in listings[folder]:
             missing.append(path)
@@ -291,6 +311,7 @@ def _require_listed_files(list_file: Path, start: Path, paths: list[str]) -> Non
 # --------------------------------------------------------------------------------------------------- the user's own
 
 
+@_naming_what_cannot_be_read()
 def _open_own_folders(source: str | None, target: str | None, root: Path) -> tuple[ImageDomain, ImageDomain]:
     if is_pack(root):
         return _open_own_pack(str(source), str(target), root)
@@ -375,9 +396,10 @@ def _read_tree(
 ) -> ImageDomain:
     """All images of the class folders whose plain name is in `labels`."""
     samples: list[tuple[str, int]] = []
+    above = (Path(os.path.realpath(root)),)
     for key, folder in folders.items():
         if key in labels:
-            paths = list(_images_below(root, folder))
+            paths = list(_images_below(root, folder, above))
             _require_images(root / folder, paths)
             samples.extend((path, labels[key]) for path in paths)
     return _domain(name, root, sorted(samples), classes)
@@ -423,17 +445,16 @@ def _without(domain: ImageDomain, left_out: frozenset[str]) -> ImageDomain:
 
 
 def _class_folders(root: Path) -> dict[str, str]:
-    """Class folders by plain name, in sorted order; hidden folders and those of archive tools are none."""
+    """Class folders by plain name, in sorted order."""
     found: dict[str, str] = {}
-    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    names = [name for name in names if not name.startswith((".", "__"))]
+    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not _is_left_out(entry.name))
     _require_utf8(root, names)
     for name in names:
         if plain_name(name) in found:
             raise UsageError(
                 str(root),
                 found=f"the folders '{found[plain_name(name)]}' and '{name}'",
-                expected="class names that differ by more than case, spaces and hyphens",
+                expected="class names that differ by more than case, spaces, hyphens and the encoding of accents",
                 remedy="merge or rename one of them",
             )
         found[plain_name(name)] = name
@@ -444,12 +465,33 @@ def _images_in(folder: Path) -> list[str]:
     return [entry.name for entry in os.scandir(folder) if _is_image(entry.name) and entry.is_file()]
 
 
-def _images_below(root: Path, folder: str) -> Iterable[str]:
-    """Paths of all images in `folder` and below, relative to `root`."""
-    for directory, _, names in os.walk(root / folder, followlinks=True):
-        relative = os.path.relpath(directory, root)
-        prefix = "" if relative == "." else relative + os.sep
-        yield from (prefix + name for name in names if _is_image(name))
+def _images_below(root: Path, folder: str, above: tuple[Path, ...] = ()) -> Iterator[str]:
+    """Paths of all images in `folder` and below, relative to `root`.
+
+    Symbolic links are followed, except to a folder that they lie in: images would be found again and again.
+
+    Args:
+        above: the real paths of the folders on the way here.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    real = Path(os.path.realpath(root / folder))
+    if any(known.is_relative_to(real) for known in above):
+        return
+    with os.scandir(root / folder) as entries:
+        for entry in entries:
+            path = os.path.join(folder, entry.name)
+            if entry.is_dir():
+                if not _is_left_out(entry.name):
+                    yield from _images_below(root, path, (*above, real))
+            elif _is_image(entry.name):
+                yield path
+
+
+def _is_left_out(folder_name: str) -> bool:
+    """Hidden folders, and those of archive tools (``__MACOSX``) and network disks (``@eaDir``), hold no samples."""
+    return folder_name.startswith((".", "__")) or folder_name == "@eaDir"
 
 
 def _is_image(name: str) -> bool:

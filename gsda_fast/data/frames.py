@@ -3,7 +3,8 @@
 ::
 
     PACK/pack.json           {"format", "side", "channels", "domains": {name: {"classes", "paths", "labels", "shards"}}}
-    PACK/<domain>-00000.npy  (n, side, side, channels) uint8, and so on; `SHARD_IMAGES` frames each but for the last
+    PACK/<domain>-00000.npy  (n, side, side, channels) uint8, and so on; `SHARD_IMAGES` frames each but for the last;
+                             the table names the files
 
 `pack.json` is written last, so a folder without it is no pack. `data/pack.py` writes, this module reads.
 """

@@ -27,6 +27,7 @@ from gsda_fast.data.verify import FilesDone, file_state, require_readable
 from gsda_fast.errors import UsageError
 
 _UNFINISHED = "pack.partial.json"
+_REPLACED = "replaced"  # in an unfinished table: files to remove at the end, where the pack uses them no more
 
 
 def pack(
@@ -65,6 +66,7 @@ def pack(
     require_readable(task, *domains, workers=workers)
     output.mkdir(parents=True, exist_ok=True)
     table = _earlier_table(output, recipe)
+    earlier = _files(table) | set(table.pop(_REPLACED, ()))
     known = {
         (shard["made_from"], shard["file"]): Shard(**shard)
         for entry in table["domains"].values()
@@ -74,12 +76,13 @@ def pack(
     _require_space(output, domains, recipe, sum(shard.images for shard in known.values()))
     if (output / TABLE).is_file():
         os.replace(output / TABLE, output / _UNFINISHED)  # no pack until all its shards are whole again
+    table[_REPLACED] = sorted(earlier)
     with image_threads(workers, "pack") as pool:
         for domain in domains:
             entry = {"classes": domain.classes, "paths": domain.paths, "labels": domain.labels.tolist(), "shards": []}
             table["domains"][domain.name] = entry
             for number, samples in enumerate(_shards(domain)):
-                file = f"{domain.name.replace('/', '_')}-{number:05d}.npy"
+                file = f"{_file_name(domain)}-{number:05d}.npy"
                 made_from = _state(domain, samples, recipe)
                 shard = known.get((made_from, file))
                 if shard is None:
@@ -87,11 +90,11 @@ def pack(
                     shard = Shard(file, len(samples), file_digest(output / file), made_from)
                 entry["shards"].append(asdict(shard))
                 _write_table(output / _UNFINISHED, table)
+    for file in earlier - _files(table):  # whatever else lies in the folder is the user's
+        (output / file).unlink(missing_ok=True)
+    del table[_REPLACED]
+    _write_table(output / _UNFINISHED, table)
     os.replace(output / _UNFINISHED, output / TABLE)
-    in_use = {shard["file"] for entry in table["domains"].values() for shard in entry["shards"]}
-    for path in output.glob("*.npy"):
-        if path.name not in in_use:
-            path.unlink()
     return output
 
 
@@ -109,6 +112,11 @@ def _open_domains(
     # Whole domains also for a partial task: as a source, each is needed whole.
     wanted = sorted(benchmark.domain(str(name)).name for name in names)
     return [open_domain(task, name, data_root, quarantine=quarantine) for name in wanted]
+
+
+def _file_name(domain: ImageDomain) -> str:
+    """The domain's name without slashes, distinct for distinct names."""
+    return domain.name.replace("%", "%25").replace("/", "%2F")
 
 
 def _shards(domain: ImageDomain) -> Iterator[range]:
@@ -148,6 +156,10 @@ def _write_shard(
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _files(table: dict[str, Any]) -> set[str]:
+    return {shard["file"] for entry in table["domains"].values() for shard in entry["shards"]}
 
 
 def _earlier_table(output: Path, recipe: ImageRecipe) -> dict[str, Any]:

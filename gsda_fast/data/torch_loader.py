@@ -4,7 +4,8 @@ Every other loader answers to this one: the same samples, windows and flips from
 tolerance.
 
 - Files are decoded as stored: an EXIF orientation is ignored (DALI's ``adjust_orientation=False``), alpha is dropped,
-  16-bit values keep their upper byte. JPEG and PNG go through torchvision.io, what it refuses through Pillow.
+  16-bit values keep their upper byte, 32-bit ones are refused. JPEG and PNG go through torchvision.io, what it refuses
+  and other formats through Pillow.
 - Training: the window, drawn in the recipe's square frame, is mapped to whole source pixels and resampled once.
   Evaluation: the whole image is resized to the frame, then its centre is cut out.
 - A pack holds frames: windows are cut from these, and so resampled a second time.
@@ -26,7 +27,7 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional
 from torchvision.io import ImageReadMode, decode_image
@@ -256,7 +257,8 @@ def read_image(path: str, channels: int) -> Tensor:
     """An image as stored, (channels, height, width) uint8, RGB or grey.
 
     Raises:
-        UsageError: the file is gone, cannot be decoded, is an animation, or declares an absurd size.
+        UsageError: the file is gone, cannot be decoded, is an animation, has values of 32 bits, or declares an absurd
+            size.
     """
     try:
         with open(path, "rb") as file:
@@ -273,6 +275,8 @@ def read_image(path: str, channels: int) -> Tensor:
             num_frames = getattr(header, "n_frames", 1)
             if num_frames > 1:
                 raise _unreadable(path, f"an animation of {num_frames} frames")
+            if header.mode in ("I", "F"):
+                raise _unreadable(path, "signed or 32-bit values, which have no defined scale of 8 bits")
             return _decode_with_pillow(header, channels)
     except UsageError:
         raise
@@ -318,6 +322,10 @@ def _decode(data: bytes, header: Image.Image, channels: int) -> Tensor:
 
 
 def _decode_with_pillow(image: Image.Image, channels: int) -> Tensor:
+    if image.mode.startswith("I;16"):
+        # Pillow's own conversion makes all above 255 white. A TIFF may use fewer of the 16 bits, 12 for one.
+        bits = getattr(image, "tag_v2", {}).get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
+        image = Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
     converted = image.convert("RGB" if channels == 3 else "L")
     return torch.from_numpy(np.array(converted)).view(image.height, image.width, channels).permute(2, 0, 1)
 

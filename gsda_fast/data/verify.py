@@ -39,7 +39,7 @@ FilesDone = Callable[[str, int, int], None]
 """Called with (what is worked on, files done, files in all)."""
 
 _SHOWN = 5  # files named by an error message
-_FORMAT = "1"  # of what is remembered: another number makes everything be checked again
+_FORMAT = "2"  # of what is remembered: another number makes everything be checked again
 _READ_BY = ("pillow", "torchvision")  # another version may read other files; the digest of a pack asks neither
 
 
