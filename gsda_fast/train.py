@@ -397,7 +397,7 @@ def _report_line(report: Report) -> str:
 def _accuracy_line(result: RunResult) -> str:
     accuracy = result.accuracy
     if accuracy.last is None:
-        return "no accuracy, since the target has no labels"
+        return "no accuracy (the target has no labels)"
     # A model that diverged before its first scoring has no mutual information to choose by.
     label_free = "none" if accuracy.label_free is None else f"{accuracy.label_free:.2f} %"
     return (

@@ -640,7 +640,7 @@ def test_a_run_on_folders_of_ones_own(labelled: bool, tmp_path: Path) -> None:
     else:
         assert result.accuracy.last is None
         assert result.per_class == (None, None, None)
-        assert "no accuracy, since the target has no labels" in told
+        assert "no accuracy (the target has no labels)" in told
     predictions = RunFolder(tmp_path / "run").read_predictions()
     assert predictions is not None
     assert predictions.labels.tolist() == ([1, 1, 2, 2] if labelled else [-1] * 5)
