@@ -17,7 +17,7 @@ from rich.console import Console
 from gsda_fast.data import frames as frames_module
 from gsda_fast.data import pack as pack_module
 from gsda_fast.data.__main__ import main
-from gsda_fast.data.benchmarks import BENCHMARKS
+from gsda_fast.data.benchmarks import BENCHMARKS, ImageRecipe
 from gsda_fast.data.domains import ImageDomain, open_pair
 from gsda_fast.data.loaders import DataSettings, open_loader, resolve_loader
 from gsda_fast.data.pack import pack
@@ -217,22 +217,26 @@ def test_pack_with_other_names_of_shards_is_read_and_followed(raw: Path, packed:
     assert all(not unreadable_files(domain) for domain in open_folders(packed))
 
 
-def test_interrupted_pack_goes_on(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    output, read_frame = raw.parent / "pack", pack_module.read_frame
-    reads = []
+def pack_six_of_photos(raw: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_frame, reads = pack_module.read_frame, []
 
-    def interrupted(domain: ImageDomain, sample: int, recipe: object) -> torch.Tensor:
+    def interrupted(domain: ImageDomain, sample: int, recipe: ImageRecipe) -> torch.Tensor:
         reads.append(sample)
         if len(reads) > 6:
             raise KeyboardInterrupt
-        return read_frame(domain, sample, recipe)  # type: ignore[arg-type]
+        return read_frame(domain, sample, recipe)
 
-    monkeypatch.setattr(pack_module, "read_frame", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        pack("folder", "photos", "new", raw, output=output, workers=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(pack_module, "read_frame", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pack("folder", "photos", "new", raw, output=output, workers=1)
+
+
+def test_interrupted_pack_goes_on(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = raw.parent / "pack"
+    pack_six_of_photos(raw, output, monkeypatch)
     assert sorted(os.listdir(output)) == ["pack.partial.json", "photos-00000.npy"]
     assert not frames_module.is_pack(output)
-    monkeypatch.setattr(pack_module, "read_frame", read_frame)
     before, steps = file_times(output), []
     pack("folder", "photos", "new", raw, output=output, progress=lambda *done: steps.append(done))
     assert file_times(output)["photos-00000.npy"] == before["photos-00000.npy"]
@@ -240,6 +244,15 @@ def test_interrupted_pack_goes_on(raw: Path, monkeypatch: pytest.MonkeyPatch) ->
     whole = pack("folder", "photos", "new", raw, output=raw.parent / "other")
     for file in file_times(whole):
         assert (whole / file).read_bytes() == (output / file).read_bytes()
+
+
+def test_a_domain_that_stayed_unfinished_is_not_in_the_pack(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = raw.parent / "pack"
+    pack_six_of_photos(raw, output, monkeypatch)
+    pack("folder", "new", "new", raw, output=output)
+    assert sorted(os.listdir(output)) == ["new-00000.npy", "pack.json"]
+    with pytest.raises(UsageError, match="a pack of new; expected one with the domain photos"):
+        open_pair("folder", "photos", "new", output)
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

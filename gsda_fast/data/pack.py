@@ -90,6 +90,8 @@ def pack(
                     shard = Shard(file, len(samples), file_digest(output / file), made_from)
                 entry["shards"].append(asdict(shard))
                 _write_table(output / _UNFINISHED, table)
+    # One that an earlier call was interrupted in, and that this one was not asked for, has lost its last frames.
+    table["domains"] = {name: entry for name, entry in table["domains"].items() if _is_whole(entry)}
     for file in earlier - _files(table):  # whatever else lies in the folder is the user's
         (output / file).unlink(missing_ok=True)
     del table[_REPLACED]
@@ -156,6 +158,10 @@ def _write_shard(
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_whole(entry: dict[str, Any]) -> bool:
+    return sum(shard["images"] for shard in entry["shards"]) == len(entry["paths"])
 
 
 def _files(table: dict[str, Any]) -> set[str]:
