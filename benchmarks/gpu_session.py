@@ -24,7 +24,7 @@ import subprocess
 import sys
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -67,7 +67,8 @@ def main() -> int:
     failed = run_tests(options.output / "tests.txt") if "tests" in options.only else None
     if "head" in options.only:
         passed = None if failed is None else failed == 0
-        measure(options.output / "head.json", options.shapes, options.dtypes, tests_passed=passed)
+        rows = measure(options.output / "head.json", options.shapes, options.dtypes, tests_passed=passed)
+        failed = exit_status(rows) or failed
     if "step" in options.only:
         failed = time_training_steps(options.output, STEP_OPTIONS) or failed
     if "tune" in options.only:
@@ -101,8 +102,15 @@ def _pytest(arguments: Sequence[str], report: Path) -> int:
     return process.wait()
 
 
-def measure(path: Path, shapes: Sequence[str], dtypes: Sequence[str], tests_passed: bool | None) -> None:
-    """Writes `path` after every row, so that what was measured survives a session that is cut off."""
+def exit_status(rows: Sequence[Mapping[str, Any]]) -> int:
+    """1 if this project's own contender failed in a row, which says so in the file alone; others may lack memory."""
+    return int(any("failed" in row and row["contender"] == "triton" for row in rows))
+
+
+def measure(
+    path: Path, shapes: Sequence[str], dtypes: Sequence[str], tests_passed: bool | None
+) -> list[dict[str, Any]]:
+    """The rows. Writes `path` after every row, so that what was measured survives a session that is cut off."""
     import triton
 
     properties = torch.cuda.get_device_properties(0)
@@ -125,6 +133,8 @@ def measure(path: Path, shapes: Sequence[str], dtypes: Sequence[str], tests_pass
         results["rows"].append(row)
         path.write_text(json.dumps(results, indent=1))
         print({key: value for key, value in row.items() if key != "kernels"}, flush=True)
+    rows: list[dict[str, Any]] = results["rows"]
+    return rows
 
 
 def _rows(shapes: Sequence[str], dtypes: Sequence[str], device: str = "cuda") -> Iterator[dict[str, Any]]:

@@ -34,6 +34,12 @@ def test_a_contender_that_fails_is_a_row_and_not_the_end(monkeypatch: pytest.Mon
     assert all("no more" in row["failed"] for row in rows)
 
 
+def test_a_failure_of_the_kernels_is_the_exit_status() -> None:
+    good = [{"contender": "triton", "eager_ms": 1.0}, {"contender": "reference loop", "failed": "no memory"}]
+    assert gpu_session.exit_status(good) == 0
+    assert gpu_session.exit_status([*good, {"contender": "triton", "failed": "no such instruction"}]) == 1
+
+
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu_session.py"])
