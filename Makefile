@@ -8,7 +8,7 @@ INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton_inte
 OLDEST := .venv-oldest
 KERNEL_TESTS := $(patsubst %,tests/test_%.py,buffers closed_form functional native ops reference restore triton_compile triton_configs \
 	tune_triton)
-BUILT_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/native/*)
+BUILT_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/gsda_kernels/native/*)
 
 .PHONY: help demo test test-all test-oldest lint types clean
 
@@ -45,10 +45,8 @@ lint: $(VENV)/installed-dev types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
-# mypy finds gsda_kernels by its import name, which is not its folder's.
 types: $(VENV)/installed-dev
-	mkdir -p build/types && ln -sfn ../../kernels build/types/gsda_kernels
-	MYPYPATH=build/types $(BIN)/python -m mypy -p gsda_fast -p gsda_kernels
+	MYPYPATH=kernels $(BIN)/python -m mypy -p gsda_fast -p gsda_kernels
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build

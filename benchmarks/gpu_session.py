@@ -12,7 +12,7 @@ needs what gsda_fast imports (pyproject.toml), too. Writes, each part as soon as
   each kernel, the time under `torch.compile`, and whether the host ever waits for the device (it must not);
 - `step.json`: pytest-benchmark's results of the whole training step, `source-only` beside `gsda` (ResNet-50, bfloat16,
   random images), eager and compiled, with device, versions and revision; `step.txt`: its report;
-- `table.py`: the tuned configurations of this chip (`--only tune`), to go into kernels/triton/.
+- `table.py`: the tuned configurations of this chip (`--only tune`), to go into kernels/gsda_kernels/triton/.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ from gsda_kernels.triton import configs
 from gsda_kernels.triton.configs import KINDS, SHAPE_CLASSES, Configuration, Key, Product, Rows, look_up
 from gsda_kernels.triton.table import TABLE
 
-TABLE_FILE = Path(__file__).resolve().parents[1] / "kernels" / "triton" / "table.py"
+TABLE_FILE = Path(__file__).resolve().parents[1] / "kernels" / "gsda_kernels" / "triton" / "table.py"
 PRODUCTS = tuple(field.name for field in fields(Configuration))
 
 # The dtype of the features, of the parameters, and whether TF32 is allowed.

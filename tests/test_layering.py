@@ -31,7 +31,7 @@ WINGS = {
 
 def modules() -> dict[str, Path]:
     found = {}
-    for name, folder in (("gsda_fast", ROOT / "gsda_fast"), ("gsda_kernels", ROOT / "kernels")):
+    for name, folder in (("gsda_fast", ROOT / "gsda_fast"), ("gsda_kernels", ROOT / "kernels" / "gsda_kernels")):
         for path in sorted(folder.rglob("*.py")):
             parts = path.relative_to(folder).with_suffix("").parts
             found[".".join([name, *parts]).removesuffix(".__init__")] = path
