@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from gsda_fast.commands import parse_command_line, run_command
 from gsda_fast.errors import UsageError
+from gsda_fast.files import atomic_file
 from gsda_fast.model import AdaptationModel, output_layer
-from gsda_fast.results.run_folder import EXPORTED, RunFolder, atomic_file
+from gsda_fast.results.run_folder import EXPORTED, RunFolder
 from gsda_fast.training.trained import TrainedModel, load_trained
 
 

@@ -42,7 +42,7 @@ def test_a_state_comes_back_as_it_was(folder: CheckpointFolder) -> None:
 
 def test_files_of_others_are_no_checkpoints(folder: CheckpointFolder) -> None:
     others = [folder.path / name for name in ("step-best.pt", "step-1.pt", "step-one.tmp", "my_other_model.pt")]
-    own = [folder.path / name for name in ("step-00000150.tmp", "step-00000020.damaged")]
+    own = [folder.path / name for name in (".step-00000150.pt.tmp", "step-00000020.damaged")]
     for file in (*others, *own):
         file.write_text("")
     assert folder.steps() == [50, 100]
@@ -164,7 +164,7 @@ def test_what_is_damaged_takes_no_place_among_those_kept(folder: CheckpointFolde
 
 
 def test_tidying_removes_what_is_half_written_and_nothing_else(folder: CheckpointFolder) -> None:
-    (folder.path / "step-00000150.tmp").write_bytes(b"half")
+    (folder.path / ".step-00000150.pt.tmp").write_bytes(b"half")
     (folder.path / "notes.tmp").write_bytes(b"mine")
     folder.tidy(newest=100)
     expected = ["notes.tmp", "step-00000050.pt", "step-00000100.pt"]
@@ -218,7 +218,7 @@ def test_fewer_than_two_are_never_enough(keep: int, tmp_path: Path) -> None:
 
 
 def test_what_a_kill_leaves_behind_is_ignored_and_taken_over(folder: CheckpointFolder) -> None:
-    (folder.path / "step-00000150.tmp").write_bytes(b"half of it")
+    (folder.path / ".step-00000150.pt.tmp").write_bytes(b"half of it")
     assert folder.steps() == [50, 100]
     newest, damage = folder.load_newest()
     assert newest is not None

@@ -108,8 +108,8 @@ def test_the_moments_are_those_of_a_whole_run(runs: Runs) -> None:
     kinds = {moment.partition(" ")[0] for moment in runs.moments}
     assert kinds == {"mkdir", "open", "write", "flush", "close", "fsync", "replace", "unlink", "step"}
     assert [moment for moment in runs.moments if moment.startswith("step")] == [f"step {n}" for n in range(1, 9)]
-    saves = [moment for moment in runs.moments if moment.startswith("replace step-")]
-    assert saves == [f"replace step-0000000{n}.tmp" for n in (2, 4, 6, 8)]
+    saves = [moment for moment in runs.moments if moment.startswith("replace .step-")]
+    assert saves == [f"replace .step-0000000{n}.pt.tmp" for n in (2, 4, 6, 8)]
 
 
 def of_third_save(moments: list[str]) -> list[int]:

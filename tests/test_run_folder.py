@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from gsda_fast.errors import UsageError
-from gsda_fast.results.run_folder import RunFolder, RunResult, Selection, atomic_file, flat_settings
+from gsda_fast.files import atomic_file
+from gsda_fast.results.run_folder import RunFolder, RunResult, Selection, flat_settings
 
 RESULT = RunResult(
     task="digits",
@@ -346,7 +347,7 @@ def test_kill_during_a_write_leaves_the_old_file(tmp_path: Path) -> None:
     program = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from gsda_fast.results.run_folder import atomic_file\n"
+        "from gsda_fast.files import atomic_file\n"
         "with atomic_file(Path(sys.argv[1])) as file:\n"
         "    file.write(b'half'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
     )

@@ -10,8 +10,8 @@ from pathlib import Path
 import jinja2
 from matplotlib.figure import Figure
 
+from gsda_fast.files import atomic_file
 from gsda_fast.results import plots
-from gsda_fast.results.run_folder import atomic_file
 
 
 @dataclass(frozen=True)

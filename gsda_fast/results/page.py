@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from gsda_fast.errors import UsageError
+from gsda_fast.files import atomic_file
 from gsda_fast.results import alignment, plots
 from gsda_fast.results.html import Section, drawn, panel, template
 from gsda_fast.results.metrics import evaluation_figures
@@ -20,7 +21,6 @@ from gsda_fast.results.run_folder import (
     RunFolder,
     RunResult,
     Selection,
-    atomic_file,
     flat_settings,
 )
 from gsda_fast.results.tables import CHOICE_NAMES, ResultTable, test_notes, transfer_table

@@ -22,17 +22,17 @@ import sys
 import tempfile
 import tomllib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import filelock
 import numpy as np
 import tomli_w
 
 from gsda_fast.errors import UsageError, UsageWarning
+from gsda_fast.files import atomic_file
 
 LABEL_FREE_CRITERION = "mutual_information"
 """What chooses the label-free figure: the mutual information of the target predictions (see `metrics`)."""
@@ -566,30 +566,6 @@ class RunFolder:
 def file_name(text: str) -> str:
     """The text with `_` for characters that do not belong into a file's or a folder's name."""
     return re.sub(r"[^\w.+-]+", "_", text)
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes the place of `path` when the block ends well, and leaves no trace when it does not.
-
-    It is on the disk before it is renamed, so that after a kill or a loss of power `path` holds all of the old content
-    or all of the new. A kill can leave the temporary file behind; its name is fixed, so the next write takes it over.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from gsda_fast.files import atomic_file
 from gsda_fast.results import alignment, paired, tables
 from gsda_fast.results.paper import with_paper
-from gsda_fast.results.run_folder import RunFolder, RunResult, atomic_file, file_name
+from gsda_fast.results.run_folder import RunFolder, RunResult, file_name
 from gsda_fast.results.tables import CHOICE_NAMES, FIGURE_NAMES, ResultTable, Row
 
 

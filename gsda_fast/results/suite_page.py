@@ -11,12 +11,13 @@ import torch
 from matplotlib.figure import Figure
 
 from gsda_fast.errors import UsageError
+from gsda_fast.files import atomic_file
 from gsda_fast.results import alignment, plots, suite_plots, tables
 from gsda_fast.results.html import Panel, Section, drawn, panel, template
 from gsda_fast.results.metrics import evaluation_figures
 from gsda_fast.results.paired import PairedTable
 from gsda_fast.results.plots import Curves
-from gsda_fast.results.run_folder import FREE_TO_CHANGE, RunFolder, RunResult, atomic_file, flat_settings
+from gsda_fast.results.run_folder import FREE_TO_CHANGE, RunFolder, RunResult, flat_settings
 from gsda_fast.results.suite_folder import (
     Layout,
     SuiteFolder,

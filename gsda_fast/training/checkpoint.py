@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+
+from gsda_fast.files import atomic_file
 
 _MAGIC = b"gsda-sha256:"
 _TRAILER_LENGTH = len(_MAGIC) + hashlib.sha256().digest_size
@@ -45,25 +46,21 @@ class CheckpointFolder:
             OSError: it cannot be written, for lack of space for one; the checkpoints before it are as they were.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        temporary = self.path / f"step-{step:08d}.tmp"
-        try:
-            with temporary.open("wb") as file:
-                digest = _HashingWriter(file)
-                digest.save(state)
-                file.write(_MAGIC + digest.sha256.digest())
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.file(step))
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(self.path)
+        with atomic_file(self.file(step)) as file:
+            digest = _HashingWriter(file)
+            digest.save(state)
+            file.write(_MAGIC + digest.sha256.digest())
         self._drop_old()
 
     def _written(self, *suffixes: str) -> list[Path]:
         """The files that a run has written. Others, such as ``step-00000800 (copy).pt``, are somebody else's."""
         name = re.compile(rf"step-([0-9]{{8}}|[1-9][0-9]{{8,}})\.({'|'.join(suffixes)})")
         return [file for file in self.path.glob("step-*") if name.fullmatch(file.name)]
+
+    def _half_written(self) -> list[Path]:
+        """What a kill has left of `atomic_file`."""
+        name = re.compile(r"\.step-[0-9]{8,}\.pt\.tmp")
+        return [file for file in self.path.glob(".step-*") if name.fullmatch(file.name)]
 
     def _drop_old(self) -> None:
         for old in self.steps()[: -self.keep]:
@@ -95,7 +92,7 @@ class CheckpointFolder:
         Args:
             newest: the newest sound checkpoint; those after it are damaged, or all of them if there is none.
         """
-        for file in self._written("tmp"):
+        for file in self._half_written():
             file.unlink()
         for step in self.steps():
             if newest is None or step > newest:
@@ -104,7 +101,7 @@ class CheckpointFolder:
 
     def clear(self) -> None:
         """Removes all checkpoints, those half written or set aside too. Other files stay, and so does the folder."""
-        for file in self._written("pt", "tmp", "damaged"):
+        for file in [*self._written("pt", "damaged"), *self._half_written()]:
             file.unlink()
 
 
@@ -156,12 +153,3 @@ class _HashingWriter:
 
     def flush(self) -> None:
         self.file.flush()
-
-
-def _sync_folder(path: Path) -> None:
-    """Makes a rename durable: without it a power cut can bring the old name back."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
