@@ -166,6 +166,8 @@ def build_trainer(
         seed=config.run.seed,
         world_size=ranks.world_size,
         balance_target=config.pseudo_labels.balance_target,
+        target_views=method.target_views,
+        strong_view=method.strong_view,
     )
     return Trainer(
         method,

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.multiprocessing import start_processes
 from torch.testing import assert_close
 
+from gsda_fast.assemble import build_trainer, resolve
 from gsda_fast.config import parse_config
 from gsda_fast.errors import Stopped, TrainingError, UsageError
 from gsda_fast.methods import Move, StepInputs, build_method
@@ -36,7 +37,6 @@ from gsda_fast.methods.objective import Objective, target_class_weights
 from gsda_fast.model import AdaptationModel, ModelSettings, fetch_weights
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.training import distributed
-from gsda_fast.assemble import build_trainer, resolve
 from gsda_fast.training.checkpoint import CheckpointFolder
 from gsda_fast.training.distributed import Ranks, digest, join
 from gsda_fast.training.optim import OptimizerSettings, build_optimizers
@@ -284,7 +284,9 @@ def work(rank: int, world_size: int, port: int, folder: str) -> None:
         for error in (TrainingError, Stopped):
             found[f"from first {error.__name__}"] = failure_of(partial(ranks.from_first, partial(fail, error)))
         found["together"] = ranks.on_all_ranks(lambda: f"made by {rank}")
-        found["together fails"] = failure_of(lambda: ranks.on_all_ranks(lambda: raising("last", rank == world_size - 1)))
+        found["together fails"] = failure_of(
+            lambda: ranks.on_all_ranks(lambda: raising("last", rank == world_size - 1))
+        )
         found["equal"] = failure_of(lambda: ranks.require_equal({"--seed": 0}))
         found["unequal"] = failure_of(lambda: ranks.require_equal({"--seed": 0, "--steps": 5 + rank}))
         torch.save(found, Path(folder) / f"{rank}.pt")

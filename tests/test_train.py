@@ -20,6 +20,7 @@ from image_trees import class_tree, save
 from rich.console import Console
 
 from gsda_fast import train as command
+from gsda_fast.assemble import resolve
 from gsda_fast.commands import run_command
 from gsda_fast.config import PRESETS, parse_config
 from gsda_fast.data.benchmarks import BENCHMARKS
@@ -31,7 +32,6 @@ from gsda_fast.results.run_folder import RunFolder, RunResult, flat_settings
 from gsda_fast.results.suite_folder import suite_tables
 from gsda_fast.train import train
 from gsda_fast.training import stopping, trainer
-from gsda_fast.assemble import resolve
 from gsda_fast.training.checkpoint import CheckpointFolder
 from gsda_fast.training.trainer import Trainer
 from gsda_kernels import available_backends

@@ -43,6 +43,8 @@ class Batch:
     """(B,) int64: sample numbers in the source domain"""
     target_index: Tensor
     """(B,) int64: sample numbers in the target domain"""
+    further_views: tuple[Tensor, ...] = ()
+    """(B, C, H, W) each: the target's images once more, augmented independently"""
 
 
 class Loader(Protocol):

@@ -35,6 +35,7 @@ from gsda_fast.data.benchmarks import ImageRecipe
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.sampling import Augmentation, IntArray, SamplingPlan
 from gsda_fast.data.torch_loader import cut_crops, read_image, usable_cores
+from gsda_fast.data.views import finish_view
 from gsda_fast.errors import UsageError
 
 _AHEAD = 2  # batches that DALI prepares beyond the one that is handed out
@@ -78,29 +79,33 @@ class DaliLoader:
 
     def train(self, plan: SamplingPlan, steps: range, rank: int = 0) -> Iterator[Batch]:
         """See `Loader.train`."""
-        size = plan.batch_size
-        feed = self._training
-        if feed is None or not feed.idle or feed.capacity != 2 * size:
-            feed = self._training = _Feed(2 * size, self._graph.training, self._lent)
+        size, numbers = plan.batch_size, iter(steps)
+        feed, capacity = self._training, (1 + plan.target_views) * plan.batch_size
+        if feed is None or not feed.idle or feed.capacity != capacity:
+            feed = self._training = _Feed(capacity, self._graph.training, self._lent)
         for images, index in feed.run(lambda i: self._requests(plan, steps[i], rank), len(steps)):
             images, source_index = images.to(self._dtype), index[:size]
+            source, target, *views = images.split(size)
+            drawn = plan.batch(next(numbers), rank).further_views if views else ()
             yield Batch(
-                source_images=images[:size],
+                source_images=source,
                 source_labels=self._labels[source_index],
-                target_images=images[size:],
+                target_images=target,
                 source_index=source_index,
-                target_index=index[size:],
+                target_index=index[size : 2 * size],
+                further_views=tuple(finish_view(*each, self._recipe) for each in zip(views, drawn)),
             )
 
     def _requests(self, plan: SamplingPlan, step: int, rank: int) -> "_Requests":
         batch = plan.batch(step, rank)
-        source, target = batch.source_augmentation, batch.target_augmentation
+        views = [batch.source_augmentation, batch.target_augmentation, *batch.further_views]
+        target_views = len(views) - 1
         return _Requests(
-            self._files("source", batch.source_index) + self._files("target", batch.target_index),
-            np.concatenate([batch.source_index, batch.target_index]),
+            self._files("source", batch.source_index) + target_views * self._files("target", batch.target_index),
+            np.concatenate([batch.source_index, *target_views * [batch.target_index]]),
             Augmentation(
-                np.concatenate([source.window, target.window]),
-                np.concatenate([source.flip, target.flip]),
+                np.concatenate([view.window for view in views]),
+                np.concatenate([view.flip for view in views]),
             ),
         )
 

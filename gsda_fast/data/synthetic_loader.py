@@ -67,6 +67,7 @@ class SyntheticLoader:
                 target_images=self._images("target", len(target)),
                 source_index=source,
                 target_index=target,
+                further_views=tuple(self._images("target", len(target)) for _ in batch.further_views),
             )
 
     def evaluate(

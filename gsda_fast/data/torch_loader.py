@@ -37,7 +37,8 @@ from gsda_fast.data.batches import Batch, Crops, Role, samples_in_batch, to_devi
 from gsda_fast.data.benchmarks import ImageRecipe
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.frame_cache import ALONE, FrameCache, Peers
-from gsda_fast.data.sampling import Augmentation, IntArray, SamplingPlan, source_window
+from gsda_fast.data.sampling import Augmentation, BatchPlan, IntArray, SamplingPlan, source_window
+from gsda_fast.data.views import finish_view
 from gsda_fast.errors import UsageError
 
 Result = TypeVar("Result")
@@ -107,33 +108,40 @@ class TorchLoader:
 
     def _start_batch(self, plan: SamplingPlan, step: int, rank: int) -> "_Pending[Batch]":
         batch = plan.batch(step, rank)
-        source = self._start_crops("source", batch.source_index, batch.source_augmentation)
-        target = self._start_crops("target", batch.target_index, batch.target_augmentation)
+        source = self._start_crops("source", batch.source_index, [batch.source_augmentation])
+        views = [batch.target_augmentation, *batch.further_views]
+        target = self._start_crops("target", batch.target_index, views)
 
         def finish() -> Batch:
             source_index = self._to_device(torch.from_numpy(batch.source_index))
+            first, *further = (self._normalise(pixels) for pixels in target.pixels)
             return Batch(
-                source_images=self._normalise(source.pixels),
+                source_images=self._normalise(source.pixels[0]),
                 source_labels=self._labels[source_index],
-                target_images=self._normalise(target.pixels),
+                target_images=first,
                 source_index=source_index,
                 target_index=self._to_device(torch.from_numpy(batch.target_index)),
+                further_views=self._finished(further, batch),
             )
 
         return _Pending(source.futures + target.futures, finish)
 
-    def _start_crops(self, role: Role, index: NDArray[np.int64], augmentation: Augmentation) -> "_Crops":
-        domain, recipe = self._domains[role], self._recipe
-        pixels = self._empty_pixels(len(index), recipe.crop)
+    def _finished(self, views: list[Tensor], batch: BatchPlan) -> tuple[Tensor, ...]:
+        return tuple(finish_view(view, drawn, self._recipe) for view, drawn in zip(views, batch.further_views))
 
-        def crop(i: int) -> None:
+    def _start_crops(self, role: Role, index: NDArray[np.int64], views: list[Augmentation]) -> "_Crops":
+        domain, recipe = self._domains[role], self._recipe
+        pixels = [self._empty_pixels(len(index), recipe.crop) for _ in views]
+
+        def decode(i: int) -> None:
             image = read_sample(domain, int(index[i]), recipe.channels)
             height, width = image.shape[-2:]
-            window = source_window(augmentation.window[i], height, width, recipe.resize)
-            image = transforms.resized_crop(image, *window, size=[recipe.crop, recipe.crop], antialias=True)
-            pixels[i] = image.flip(-1) if augmentation.flip[i] else image
+            for view, augmentation in zip(pixels, views):
+                window = source_window(augmentation.window[i], height, width, recipe.resize)
+                crop = transforms.resized_crop(image, *window, size=[recipe.crop, recipe.crop], antialias=True)
+                view[i] = crop.flip(-1) if augmentation.flip[i] else crop
 
-        return _Crops(pixels, [self._pool.submit(crop, i) for i in range(len(index))])
+        return _Crops(pixels, [self._pool.submit(decode, i) for i in range(len(index))])
 
     def _cached_batch(self, cache: FrameCache, plan: SamplingPlan, step: int, rank: int) -> Batch:
         batch = plan.batch(step, rank)
@@ -145,6 +153,7 @@ class TorchLoader:
             target_images=self._cached_crops(target, batch.target_augmentation),
             source_index=source_index,
             target_index=self._to_device(torch.from_numpy(batch.target_index)),
+            further_views=self._finished([self._cached_crops(target, view) for view in batch.further_views], batch),
         )
 
     def _cached_crops(self, frames: Tensor, augmentation: Augmentation) -> Tensor:
@@ -388,7 +397,7 @@ def _require_fitting_frames(domain: ImageDomain, recipe: ImageRecipe) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Crops:
-    pixels: Tensor
+    pixels: list[Tensor]
     futures: list[Future[None]]
 
 
