@@ -501,14 +501,14 @@ def test_one_that_dies_at_its_work_is_missed_within_the_timeout(tmp_path: Path) 
     started = start_processes(die_at_work, arguments, nprocs=2, join=False, start_method="spawn")
     first, second = started.processes
     try:
-        second.join(60)
+        second.join(300)
         assert first.exitcode == -signal.SIGKILL
         found = json.loads((tmp_path / "found.json").read_text())
     finally:
         second.kill()
     assert "process 1 of 2 lost another one" in found["message"]
     assert "did not answer for 3 s (no sign of life)" in found["message"]
-    assert found["seconds"] < 300  # of 600
+    assert found["seconds"] < 300  # torch itself would wait for half an hour
 
 
 # -------------------------------------------------------------------------------------------------- pretrained weights
