@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 # A process in which Triton interprets its kernels cannot compile any: those tests run apart.
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton_interpreter.py
 OLDEST := .venv-oldest
-KERNEL_TESTS := $(patsubst %,tests/test_%.py,buffers closed_form functional native ops reference restore triton_compile triton_configs \
+KERNEL_TESTS := $(patsubst %,tests/test_%.py,buffers closed_form functional native ops reference triton_compile triton_configs \
 	tune_triton)
 BUILT_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/gsda_kernels/native/*)
 

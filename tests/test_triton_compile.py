@@ -28,7 +28,6 @@ from benchmarks.cross_compile import (
     head_launches,
     recorded_launches,
 )
-from gsda_kernels.triton.restore import restore
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 VISDA = {"num_discriminators": 17, "dim": 256, "hidden": 1024}
@@ -126,15 +125,6 @@ def test_compiles_for_dimensions_that_align_with_nothing(
         capability=capability,
     )
     _assert_compiles(forward + backward, capability, tmp_path, tensor_cores=dtype != SINGLE)
-
-
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_the_undo_compiles(capability: int, tmp_path: Path) -> None:
-    with fake_device(), recorded_launches() as launches:
-        flag, *pair = (torch.empty(shape, device="cuda") for shape in ((), (17, 1024, 256), (17, 1024, 256)))
-        restore(flag, *pair)
-    assert [launch.name for launch in launches] == ["restore_kernel"]
-    _assert_compiles(launches, capability, tmp_path, tensor_cores=False)
 
 
 @pytest.mark.slow

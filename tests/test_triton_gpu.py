@@ -9,7 +9,6 @@ from equivalence import INPUTS, assert_equivalent, assert_nan_stays_visible, com
 from triton_cases import SHAPES
 
 import gsda_kernels as gk
-from gsda_kernels.restore import restore_where
 
 pytestmark = [
     pytest.mark.gpu,
@@ -128,21 +127,3 @@ def test_auto_takes_it() -> None:
     expected, found = (compute(problem, backend) for backend in ("triton", "auto"))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert gk.available_backends()["triton"] is None
-
-
-@pytest.mark.parametrize("flag", [0.0, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_restored_where_a_flag_says_so_without_waiting(flag: float, dtype: torch.dtype) -> None:
-    shapes = ((5,), (3, 5600), (2, 3, 4, 5))
-    before = [torch.randn(shape, device="cuda", dtype=dtype) for shape in shapes]
-    before[-1] = before[-1].to(memory_format=torch.channels_last)
-    moved = [tensor + 1 for tensor in before]
-    tensors, copies = [tensor.clone() for tensor in moved], [tensor.clone() for tensor in before]
-    asked = torch.full((), flag, device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        restore_where(asked, tensors, copies)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    for found, expected in zip(tensors, before if flag else moved):
-        assert found.equal(expected)
