@@ -171,6 +171,7 @@ _DIGITS: dict[str, Any] = {
 PRESETS: dict[str, Config] = {
     "digits": _preset("digits", steps=800, refresh_every=50, **_DIGITS),
     "digits-partial": _preset("digits-partial", steps=800, refresh_every=50, **_DIGITS),
+    "pictures": _preset("pictures", steps=2_000, refresh_every=100, model=ModelSettings(backbone="efficientnet-lite0")),
     "visda": _preset("visda", steps=30_000),
     "office31": _preset("office31", steps=20_000),
     "office31-partial": _preset("office31-partial", steps=20_000),
