@@ -11,15 +11,15 @@ import torch
 import tyro
 from rich.table import Table
 
+from gsda_fast.assemble import build_trainer, resolve
 from gsda_fast.commands import parse_command_line, plain_console, run_command
 from gsda_fast.data.batches import Crops
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.errors import UsageError
 from gsda_fast.results.metrics import EvaluationFigures, evaluation_figures
 from gsda_fast.results.run_folder import RunFolder
-from gsda_fast.training.assemble import build_trainer, resolve
-from gsda_fast.training.resume import first_difference
-from gsda_fast.training.trained import for_scoring, read_checkpoint, read_settings
+from gsda_fast.resume import first_difference
+from gsda_fast.trained import for_scoring, read_checkpoint, read_settings
 
 
 @dataclass(frozen=True)

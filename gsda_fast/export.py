@@ -19,7 +19,7 @@ from gsda_fast.errors import UsageError
 from gsda_fast.files import atomic_file
 from gsda_fast.model import AdaptationModel, output_layer
 from gsda_fast.results.run_folder import EXPORTED, RunFolder
-from gsda_fast.training.trained import TrainedModel, load_trained
+from gsda_fast.trained import TrainedModel, load_trained
 
 
 @dataclass(frozen=True)

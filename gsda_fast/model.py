@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from textwrap import shorten
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torchvision
+from msgspec import Meta
 from torch import Tensor, nn
 
 from gsda_fast.errors import UsageError
 
 LENET = "lenet"
+
+Head = Callable[[int, int], nn.Module]
+"""Builds a classifier: (N, feature_dim) to (N, num_classes) logits."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +31,14 @@ class ModelSettings:
     """A classification model of torchvision by name, or lenet (16x16 grey images)."""
     weights: str = "IMAGENET1K_V1"
     """Initial backbone weights: a name that torchvision knows, the path of a file, or none."""
-    bottleneck_dim: int = 256
+    bottleneck_dim: Annotated[int, Meta(ge=1)] = 256
     """Size of the features that the discriminators and the classifier see (D)."""
+    bottleneck_norm: Literal["none", "batch"] = "none"
+    """BatchNorm after the bottleneck's linear layer."""
     bottleneck_activation: Literal["none", "relu"] = "none"
-    """What follows the bottleneck's linear layer."""
+    """What follows then."""
+    bottleneck_dropout: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    """Probability of dropout at the bottleneck's end."""
 
 
 class ModelOutput(NamedTuple):
@@ -45,7 +53,8 @@ class AdaptationModel(nn.Module):
 
     Args:
         backbone: maps images (N, C, H, W) to (N, backbone_dim).
-        backbone_dim: its output size. num_classes: r. settings: the bottleneck's size and activation.
+        backbone_dim: its output size. num_classes: r. settings: the bottleneck's layers.
+        head: builds the classifier from the sizes of features and classes.
 
     Attributes:
         autocast_dtype: what products run in; None: in the dtype of the parameters.
@@ -53,15 +62,21 @@ class AdaptationModel(nn.Module):
 
     autocast_dtype: torch.dtype | None = None
 
-    def __init__(self, backbone: nn.Module, backbone_dim: int, num_classes: int, settings: ModelSettings) -> None:
+    def __init__(
+        self, backbone: nn.Module, backbone_dim: int, num_classes: int, settings: ModelSettings, head: Head = nn.Linear
+    ) -> None:
         super().__init__()
         self.feature_dim = settings.bottleneck_dim
         self.backbone = backbone
         layers: list[nn.Module] = [nn.Linear(backbone_dim, settings.bottleneck_dim)]
+        if settings.bottleneck_norm == "batch":
+            layers.append(nn.BatchNorm1d(settings.bottleneck_dim))
         if settings.bottleneck_activation == "relu":
             layers.append(nn.ReLU())
+        if settings.bottleneck_dropout:
+            layers.append(nn.Dropout(settings.bottleneck_dropout))
         self.bottleneck = nn.Sequential(*layers)
-        self.classifier = nn.Linear(settings.bottleneck_dim, num_classes)
+        self.classifier = head(settings.bottleneck_dim, num_classes)
 
     def forward(self, images: Tensor) -> ModelOutput:
         """images (N, C, H, W) -> features (N, D), in the autocast dtype, and logits (N, r), never below float32."""
@@ -71,8 +86,11 @@ class AdaptationModel(nn.Module):
         return ModelOutput(features, logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
 
-def build_model(settings: ModelSettings, num_classes: int) -> AdaptationModel:
-    """The network of `settings`, in channels_last memory format.
+def build_model(settings: ModelSettings, num_classes: int, head: Head = nn.Linear) -> AdaptationModel:
+    """Build the network of `settings`, in channels_last memory format.
+
+    Args:
+        num_classes: r. head: builds the classifier from the sizes of features and classes.
 
     Raises:
         UsageError: a backbone or weights that do not exist, or that do not fit.
@@ -83,7 +101,7 @@ def build_model(settings: ModelSettings, num_classes: int) -> AdaptationModel:
             raise UsageError("--weights", found=settings.weights, expected="none, the only choice for lenet")
     else:
         backbone, dim = _torchvision_backbone(settings.backbone, settings.weights)
-    model = AdaptationModel(backbone, dim, num_classes, settings)
+    model = AdaptationModel(backbone, dim, num_classes, settings, head)
     return model.to(memory_format=torch.channels_last)
 
 

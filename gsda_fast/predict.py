@@ -21,7 +21,7 @@ from gsda_fast.data.torch_loader import TorchLoader
 from gsda_fast.data.verify import progress_bars, unreadable_files
 from gsda_fast.errors import UsageError
 from gsda_fast.files import atomic_file
-from gsda_fast.training.trained import TrainedModel, load_trained
+from gsda_fast.trained import TrainedModel, load_trained
 
 COLUMNS = ("file", "predicted_class", "confidence")
 """What stands before the probabilities, one column for each class by its name."""

@@ -36,7 +36,7 @@ from gsda_fast.methods.objective import Objective, target_class_weights
 from gsda_fast.model import AdaptationModel, ModelSettings, fetch_weights
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.training import distributed
-from gsda_fast.training.assemble import build_trainer, resolve
+from gsda_fast.assemble import build_trainer, resolve
 from gsda_fast.training.checkpoint import CheckpointFolder
 from gsda_fast.training.distributed import Ranks, digest, join
 from gsda_fast.training.optim import OptimizerSettings, build_optimizers
@@ -279,12 +279,12 @@ def work(rank: int, world_size: int, port: int, folder: str) -> None:
         ranks.mean_buffers(found["buffers"])
         found["buffers"] = found["buffers"].state_dict()
         found["max"] = ranks.max(float(rank), torch.device("cpu"))
-        found["from first"] = ranks.from_first(lambda: f"made by {rank}")
-        found["from first fails"] = failure_of(lambda: ranks.from_first(lambda: raising("first", True)))
+        found["from first"] = ranks.on_rank_zero(lambda: f"made by {rank}")
+        found["from first fails"] = failure_of(lambda: ranks.on_rank_zero(lambda: raising("first", True)))
         for error in (TrainingError, Stopped):
             found[f"from first {error.__name__}"] = failure_of(partial(ranks.from_first, partial(fail, error)))
-        found["together"] = ranks.together(lambda: f"made by {rank}")
-        found["together fails"] = failure_of(lambda: ranks.together(lambda: raising("last", rank == world_size - 1)))
+        found["together"] = ranks.on_all_ranks(lambda: f"made by {rank}")
+        found["together fails"] = failure_of(lambda: ranks.on_all_ranks(lambda: raising("last", rank == world_size - 1)))
         found["equal"] = failure_of(lambda: ranks.require_equal({"--seed": 0}))
         found["unequal"] = failure_of(lambda: ranks.require_equal({"--seed": 0, "--steps": 5 + rank}))
         torch.save(found, Path(folder) / f"{rank}.pt")
@@ -463,10 +463,10 @@ def work_for_longer_than_the_timeout(rank: int, port: int, folder: str) -> None:
         time.sleep(60)
 
     with joined(rank, port, folder) as ranks, StopRequest().listening() as stop:
-        found["from first"] = ranks.from_first(slow)
-        found["together"] = ranks.together(lambda: slow(not ranks.first))
+        found["from first"] = ranks.on_rank_zero(slow)
+        found["together"] = ranks.on_all_ranks(lambda: slow(not ranks.first))
         started = time.monotonic()
-        found["interrupted"] = failure_of(lambda: ranks.from_first(stop.interruptible(interrupted)))
+        found["interrupted"] = failure_of(lambda: ranks.on_rank_zero(stop.interruptible(interrupted)))
         found["seconds"] = time.monotonic() - started
     torch.save(found, Path(folder) / f"{rank}.pt")
 
@@ -488,7 +488,7 @@ def die_at_work(rank: int, port: int, folder: str) -> None:
     try:
         with joined(rank, port, folder) as ranks:
             started = time.monotonic()
-            ranks.from_first(lambda: os.kill(os.getpid(), signal.SIGKILL))
+            ranks.on_rank_zero(lambda: os.kill(os.getpid(), signal.SIGKILL))
     except TrainingError as error:
         found = {"message": str(error), "seconds": time.monotonic() - started}
         (Path(folder) / "found.json").write_text(json.dumps(found))
@@ -538,7 +538,7 @@ def fetch(rank: int, port: int, folder: str) -> None:
             os.environ["TORCH_HOME"] = str(Path(folder) / disk)
             fetched.clear()
             here, settings = replace(ranks, local_rank=local_rank), ModelSettings("resnet18")
-            failure = failure_of(lambda: here.one_after_another(lambda: fetch_weights(settings)))  # noqa: B023
+            failure = failure_of(lambda: here.once_per_machine(lambda: fetch_weights(settings)))  # noqa: B023
             found[name] = len(fetched), failure, list((Path(folder) / disk).rglob("resnet18-*.pth")) != []
     torch.save(found, Path(folder) / f"{rank}.pt")
 

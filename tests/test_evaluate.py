@@ -20,7 +20,7 @@ from gsda_fast.errors import UsageError
 from gsda_fast.evaluate import EvaluateSettings, evaluate
 from gsda_fast.results.run_folder import RunFolder, RunResult
 from gsda_fast.train import train
-from gsda_fast.training.trained import for_scoring
+from gsda_fast.trained import for_scoring
 
 pytestmark = pytest.mark.filterwarnings("ignore:domain .* found .* images")
 

@@ -12,7 +12,7 @@ from gsda_fast.methods import Method, StepInputs, build_method
 from gsda_fast.methods.gsda import AdversarialSettings
 from gsda_fast.methods.objective import synchronization_loss
 from gsda_fast.model import ModelSettings, build_model
-from gsda_fast.training.assemble import build_trainer, resolve
+from gsda_fast.assemble import build_trainer, resolve
 from gsda_fast.training.distributed import Ranks
 from gsda_fast.training.precision import AUTOCAST_DTYPES, PrecisionSettings, set_arithmetic
 

@@ -19,9 +19,9 @@ from gsda_fast.errors import UsageError
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.train import train
 from gsda_fast.training import resume
-from gsda_fast.training.assemble import build_trainer, resolve
+from gsda_fast.assemble import build_trainer, resolve
 from gsda_fast.training.checkpoint import CheckpointFolder
-from gsda_fast.training.resume import find_start, run_identity
+from gsda_fast.resume import find_start, run_identity
 
 pytestmark = pytest.mark.filterwarnings("ignore:domain .* found .* images")
 

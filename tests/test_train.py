@@ -31,7 +31,7 @@ from gsda_fast.results.run_folder import RunFolder, RunResult, flat_settings
 from gsda_fast.results.suite_folder import suite_tables
 from gsda_fast.train import train
 from gsda_fast.training import stopping, trainer
-from gsda_fast.training.assemble import resolve
+from gsda_fast.assemble import resolve
 from gsda_fast.training.checkpoint import CheckpointFolder
 from gsda_fast.training.trainer import Trainer
 from gsda_kernels import available_backends

@@ -4,9 +4,10 @@ import importlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from msgspec import Meta
 
 from gsda_fast.data.batches import Batch, Crops, Loader, Role
 from gsda_fast.data.benchmarks import ImageRecipe
@@ -39,7 +40,7 @@ class DataSettings:
     """Look for unreadable files before the training; what was found is remembered until files change."""
     loader: Literal["auto", "dali", "torch"] = "auto"
     """What decodes the images; auto: DALI on a GPU, torch on a CPU."""
-    workers: int = 0
+    workers: Annotated[int, Meta(ge=0)] = 0
     """Threads that decode images, in each process; 0: the usable cores, shared by the processes of a machine."""
     cache_on_device: bool = False
     """Decode every image once and keep all of them as 8-bit pixels, divided over the training devices."""

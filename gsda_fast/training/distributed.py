@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from msgspec import Meta
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
@@ -50,7 +51,7 @@ class DistributedSettings:
     """Multiply the learning rates by the number of processes."""
     sync_batchnorm: bool = False
     """BatchNorm statistics over the batches of all processes (GPUs only); otherwise each normalizes its own batch."""
-    timeout: int = 600
+    timeout: Annotated[int, Meta(ge=1)] = 600
     """Seconds after which a process that waits for another one gives up."""
 
 
@@ -88,6 +89,20 @@ class Ranks:
         total = tensor.detach().clone()
         dist.all_reduce(total)
         return total / self.world_size
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """Return the rows of all ranks, (n, ...) -> (world_size * n, ...), in rank order, on every rank.
+
+        A function of the result has the value of the whole batch. Each rank's gradient is that of its own rows, times
+        the number of ranks: the mean over ranks of the parameters' gradients is exactly the whole batch's.
+
+        Args:
+            rows: (n, ...), as many on every rank.
+        """
+        if not self.several:
+            return rows
+        gathered: Tensor = _GatheredRows.apply(rows, self)
+        return gathered
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, detached."""
@@ -186,13 +201,13 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
-    def from_first(self, make: Callable[[], T]) -> T:
+    def on_rank_zero(self, make: Callable[[], T]) -> T:
         """What `make` returns on the first rank, the only one that calls it; it may take longer than the timeout.
 
         Raises:
             UsageError, TrainingError, Stopped: raised by `make`; every rank raises it, the first one tells of it.
         """
-        made = self.together(lambda: make() if self.first else None)
+        made = self.on_all_ranks(lambda: make() if self.first else None)
         if not self.several:
             return cast(T, made)
         result: list[Any] = [made]
@@ -200,7 +215,7 @@ class Ranks:
         value: T = result[0]
         return value
 
-    def together(self, make: Callable[[], T]) -> T:
+    def on_all_ranks(self, make: Callable[[], T]) -> T:
         """What `make` returns here, if no rank fails: a mistake that one rank finds ends all of them, told once.
 
         It may take longer than the timeout, on any of them.
@@ -264,7 +279,7 @@ class Ranks:
             elif time.monotonic() - heard > self.timeout:
                 raise dist.DistStoreError("no sign of life")
 
-    def one_after_another(self, make: Callable[[], object]) -> None:
+    def once_per_machine(self, make: Callable[[], object]) -> None:
         """Calls `make` on one rank of each machine, on the first machine before all others; every rank waits for it.
 
         For what lands in a cache: on a disk that all machines share it is found there after the first call, on disks
@@ -274,7 +289,7 @@ class Ranks:
             UsageError: raised by `make`; every rank raises it, the first one tells of it.
         """
         for mine in (self.first, self.local_rank == 0 and not self.first):
-            self.together(lambda mine=mine: make() if mine else None)  # type: ignore[misc]
+            self.on_all_ranks(lambda mine=mine: make() if mine else None)  # type: ignore[misc]
 
     def require_equal(self, values: Mapping[str, Any]) -> None:
         """Checks that all ranks train the same thing.
@@ -301,6 +316,20 @@ class Ranks:
     def _told(self, error: Shared) -> Shared:
         error.told = not self.first
         return error
+
+
+class _GatheredRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks, ctx.count = ranks, len(rows)
+        parts = [torch.empty_like(rows) for _ in range(ranks.world_size)]
+        dist.all_gather(parts, rows.detach().contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        start = ctx.ranks.rank * ctx.count
+        return ctx.ranks.world_size * gradients[0][start : start + ctx.count], None
 
 
 @contextmanager

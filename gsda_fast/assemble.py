@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import nn
 
-import gsda_kernels
 from gsda_fast.config import Config
 from gsda_fast.data.benchmarks import ImageRecipe, find_benchmark
 from gsda_fast.data.domains import ImageDomain, open_pair
@@ -17,14 +17,14 @@ from gsda_fast.data.loaders import open_loader, require_room, resolve_loader
 from gsda_fast.data.sampling import SamplingPlan
 from gsda_fast.data.synthetic_loader import synthetic_pair
 from gsda_fast.errors import UsageError
-from gsda_fast.methods import build_method
+from gsda_fast.methods import METHODS, TaskFacts, build_method
 from gsda_fast.model import LENET, build_model
 from gsda_fast.results.run_folder import RunFolder, flat_settings
+from gsda_fast.resume import summary
 from gsda_fast.training.distributed import Ranks, digest
 from gsda_fast.training.figures import device_floors, forget_peak_memory
 from gsda_fast.training.generators import seed_generators
 from gsda_fast.training.precision import AUTOCAST_DTYPES, set_arithmetic
-from gsda_fast.training.resume import summary
 from gsda_fast.training.schedules import Schedule
 from gsda_fast.training.trainer import Trainer
 
@@ -66,27 +66,22 @@ def with_choices(config: Config, source: ImageDomain, target: ImageDomain, world
     """
     run, data, device = config.run, config.data, choose_device(config)
     loader = data.loader if data.synthetic else resolve_loader(data, source, target, torch.device(device))
-    groups = config.adversarial.groups or max(1, round(source.num_classes / 5))
+    method = METHODS[run.method].method
+    if method.fits:
+        run = replace(run, warmup=run.steps - 1)
     refresh_every = config.pseudo_labels.refresh_every or -(-len(target) // (run.batch_size * world_size))
     return replace(
         config,
         run=replace(run, device=device),
         data=replace(data, loader=loader),
-        adversarial=replace(config.adversarial, groups=groups, backend=_backend(config.adversarial.backend, device)),
+        method=method.resolve(config.method, source.num_classes, device),
         pseudo_labels=replace(config.pseudo_labels, refresh_every=refresh_every),
         precision=config.precision.resolved(device, config.distributed.sync_batchnorm),
     )
 
 
-def _backend(name: str, device: str) -> str:
-    try:
-        return gsda_kernels.resolve_backend(name, device)
-    except ValueError as error:
-        raise UsageError("--backend", found=name, expected=f"one that can run here ({error})") from error
-
-
 def _require_fit(backbone: str, recipe: ImageRecipe) -> None:
-    """Whether the backbone takes the task's images, asked before a folder is made for the run."""
+    """Raise where the backbone does not take the task's images, before a folder is made for the run."""
     if (backbone == LENET) != (recipe.channels == 1):
         raise UsageError(
             "--backbone",
@@ -131,7 +126,8 @@ def build_trainer(
     seed_generators(config.run.seed)
     recipe = find_benchmark(config.task).recipe
     _require_fit(config.model.backbone, recipe)
-    model = build_model(config.model, source.num_classes)
+    entry = METHODS[config.run.method]
+    model = build_model(config.model, source.num_classes, partial(entry.method.classifier, config.method))
     model.autocast_dtype = AUTOCAST_DTYPES[config.precision.precision]
     if config.distributed.sync_batchnorm:
         if device.type != "cuda":
@@ -139,7 +135,8 @@ def build_trainer(
                 "--sync-batchnorm", found=f"device {device.type}", expected="GPUs, the only ones it runs on"
             )
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    method = build_method(config.run.method, model, config.adversarial, source.num_classes, config.run.seed)
+    task = TaskFacts(source.num_classes, len(source), len(target), config.run.seed)
+    method = build_method(config.run.method, model, config.method, task, config.adaptation)
     method.to(device)
     forget_peak_memory(device)
     if config.precision.compile == "on":
@@ -184,9 +181,9 @@ def build_trainer(
         ),
         plan,
         target,
-        Schedule(config.run.steps, config.run.warmup, config.pseudo_labels.refresh_every),
+        Schedule(config.run.steps, config.run.warmup, config.pseudo_labels.refresh_every, optimizer.decay),
         optimizer,
-        confidence_threshold=config.pseudo_labels.confidence_threshold,
+        confidence_threshold=config.pseudo_labels.confidence_threshold if entry.target_samples == "confident" else None,
         device=device,
         log_every=config.run.log_every,
         ranks=ranks,

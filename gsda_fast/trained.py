@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from gsda_fast.assemble import choose_device
 from gsda_fast.config import Config, config_from_dict
 from gsda_fast.data.benchmarks import ImageRecipe, find_benchmark
 from gsda_fast.errors import UsageError
+from gsda_fast.methods import METHODS
 from gsda_fast.model import AdaptationModel, build_model
 from gsda_fast.results.run_folder import RunFolder
-from gsda_fast.training.assemble import choose_device
 from gsda_fast.training.checkpoint import CheckpointFolder, DamagedCheckpoint
 from gsda_fast.training.distributed import DistributedSettings
 from gsda_fast.training.precision import AUTOCAST_DTYPES, PrecisionSettings, set_arithmetic
@@ -54,7 +56,8 @@ def load_trained(run: Path, checkpoint: int | None = None, device: Device = "cpu
     folder = RunFolder.existing(run)
     step, state = read_checkpoint(folder, checkpoint)
     config = for_scoring(read_settings(folder), device)
-    model = build_model(config.model, len(state["classes"]))
+    head = partial(METHODS[config.run.method].method.classifier, config.method)
+    model = build_model(config.model, len(state["classes"]), head)
     own = "model."
     parameters = {name.removeprefix(own): each for name, each in state["method"].items() if name.startswith(own)}
     model.load_state_dict(parameters)
@@ -108,7 +111,6 @@ def for_scoring(config: Config, device: Device) -> Config:
         run=replace(config.run, device=here),
         data=replace(config.data, loader=loader, cache_on_device=False),
         model=replace(config.model, weights="none"),
-        adversarial=replace(config.adversarial, backend="auto"),
         optimizer=replace(config.optimizer, optimizer="auto"),
         precision=precision.resolved(here),
         distributed=DistributedSettings(),
