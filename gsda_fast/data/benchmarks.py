@@ -5,7 +5,7 @@ A new data set is one new entry in `BENCHMARKS`; nothing else in the package kno
 
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gsda_fast.errors import UsageError
 
@@ -33,6 +33,11 @@ class ImageRecipe:
     """one value a channel, on the scale 0..1"""
     std: tuple[float, ...]
     """one value a channel, on the scale 0..1"""
+
+
+    def for_backbone(self, side: int, mean: tuple[float, ...], std: tuple[float, ...]) -> "ImageRecipe":
+        """The same with the size of crop and the normalisation of a backbone; the frame grows or shrinks with it."""
+        return replace(self, resize=round(self.resize * side / self.crop), crop=side, mean=mean, std=std)
 
 
 @dataclass(frozen=True)
