@@ -22,9 +22,9 @@ from gsda_fast.model import LENET, build_model, input_format
 from gsda_fast.results.run_folder import RunFolder, flat_settings
 from gsda_fast.resume import summary
 from gsda_fast.training.distributed import Ranks, digest
-from gsda_fast.training.figures import device_floors, forget_peak_memory
 from gsda_fast.training.generators import seed_generators
 from gsda_fast.training.precision import AUTOCAST_DTYPES, set_arithmetic
+from gsda_fast.training.rooflines import device_floors, forget_peak_memory
 from gsda_fast.training.schedules import Schedule
 from gsda_fast.training.trainer import Trainer
 

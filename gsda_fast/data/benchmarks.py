@@ -1,4 +1,4 @@
-"""The one table of benchmarks: domains, layouts, class order, counts, transfer tasks, recipes, the paper's settings.
+"""The one table of benchmarks: domains, layouts, class order, counts, transfer tasks, recipes.
 
 A new data set is one new entry in `BENCHMARKS`; nothing else in the package knows a data set by name.
 """
@@ -64,18 +64,6 @@ class DomainFacts:
 
 
 @dataclass(frozen=True)
-class PaperSettings:
-    """Hyper-parameters that the GSDA paper (CVPR 2020) states for a benchmark."""
-
-    alpha: float
-    """weight of the target's entropy, eq. 5"""
-    beta: float
-    """weight of the synchronization loss, eqs. 13 and 16"""
-    groups: int
-    """number of class groups b"""
-
-
-@dataclass(frozen=True)
 class Benchmark:
     """Everything that is known about a benchmark before its files are looked at.
 
@@ -94,7 +82,6 @@ class Benchmark:
     recipe: ImageRecipe
     roots: tuple[str, ...] = ("",)
     """folders below the data root in which the domains may lie, tried in order"""
-    paper: PaperSettings | None = None
     reported_by_class: bool = False
     """its literature reports the accuracy of each class and their mean"""
     built_in: bool = False
@@ -326,7 +313,6 @@ _TABLE: Sequence[Benchmark] = (
         transfer_tasks=(("train", "validation"),),
         recipe=_VISDA_RECIPE,
         roots=("", "visda", "visda-2017", "VisDA-2017", "visda2017"),
-        paper=PaperSettings(alpha=0.2, beta=10.0, groups=4),
         reported_by_class=True,
     ),
     Benchmark(
@@ -339,7 +325,6 @@ _TABLE: Sequence[Benchmark] = (
         transfer_tasks=_OFFICE31_TASKS,
         recipe=_IMAGENET_RECIPE,
         roots=_OFFICE31_ROOTS,
-        paper=PaperSettings(alpha=0.02, beta=1.0, groups=6),
     ),
     Benchmark(
         name="office31-partial",
@@ -351,7 +336,6 @@ _TABLE: Sequence[Benchmark] = (
         transfer_tasks=_OFFICE31_TASKS,
         recipe=_IMAGENET_RECIPE,
         roots=_OFFICE31_ROOTS,
-        paper=PaperSettings(alpha=0.2, beta=10.0, groups=6),
     ),
     Benchmark(
         name="office-home",
@@ -363,7 +347,6 @@ _TABLE: Sequence[Benchmark] = (
         transfer_tasks=_OFFICE_HOME_TASKS,
         recipe=_IMAGENET_RECIPE,
         roots=_OFFICE_HOME_ROOTS,
-        paper=PaperSettings(alpha=0.02, beta=1.0, groups=13),
     ),
     Benchmark(
         name="office-home-partial",

@@ -104,8 +104,8 @@ class Floors:
     def shares(self, images: int, seconds: float) -> dict[str, float]:
         """The floors' shares of the time that `images` took, from 0 to 1, under their names in metrics.jsonl."""
         return {
-            "matrix_share": images * self.matrix / seconds,
-            "bandwidth_share": images * self.bandwidth / seconds,
+            "mfu": images * self.matrix / seconds,
+            "mbu": images * self.bandwidth / seconds,
         }
 
 
