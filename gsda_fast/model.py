@@ -39,8 +39,8 @@ class ModelSettings:
     """A classification model of torchvision by name, timm:NAME for one of timm's, efficientnet-lite0, lenet (16x16 grey
     images), or features (rows of features, for the task of that name)."""
     weights: str = "IMAGENET1K_V1"
-    """Initial backbone weights: a name that torchvision knows (efficientnet-lite0: IMAGENET1K_V1; timm: pretrained), the
-    path of a file, or none."""
+    """Initial backbone weights: a name that torchvision knows (for efficientnet-lite0 IMAGENET1K_V1, for one of timm's
+    pretrained), the path of a file, or none."""
     feature_norm: Literal["none", "rms"] = "none"
     """Of the backbone features: divide each row of features by its root mean square, or leave it."""
     input_dim: Annotated[int, Meta(ge=0)] = 0
@@ -256,7 +256,9 @@ def _timm(backbone: str) -> ModuleType:
 def _timm_backbone(backbone: str, weights: str) -> tuple[nn.Module, int]:
     timm, path = _timm(backbone), Path(weights)
     if weights not in ("none", "pretrained") and not path.is_file():
-        raise UsageError("--weights", found=weights, expected="none, an existing file, or pretrained, for timm's models")
+        raise UsageError(
+            "--weights", found=weights, expected="none, an existing file, or pretrained, for timm's models"
+        )
     try:
         network = timm.create_model(backbone.removeprefix(TIMM), pretrained=weights == "pretrained", num_classes=0)
     except (OSError, RuntimeError) as error:
@@ -271,7 +273,8 @@ def _torchvision_backbone(name: str, weights: str) -> tuple[nn.Module, int]:
     models = torchvision.models.list_models(module=torchvision.models)
     if name not in models:
         raise UsageError(
-            "--backbone", found=name, 
+            "--backbone",
+            found=name,
             expected=f"{LENET}, {EFFICIENTNET_LITE0}, {TIMM}NAME or a torchvision model such as resnet50, vit_b_16",
         )
     path = Path(weights)

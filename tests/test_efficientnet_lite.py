@@ -18,7 +18,10 @@ def test_size_of_the_network() -> None:
     assert len([module for module in network.modules() if isinstance(module, nn.Conv2d)]) == 49
 
 
-@pytest.mark.parametrize(("size", "kernel", "stride", "before", "after"), [(8, 3, 2, 0, 1), (9, 3, 2, 1, 1), (8, 5, 2, 1, 2), (7, 5, 1, 2, 2), (4, 1, 1, 0, 0)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "before", "after"),
+    [(8, 3, 2, 0, 1), (9, 3, 2, 1, 1), (8, 5, 2, 1, 2), (7, 5, 1, 2, 2), (4, 1, 1, 0, 0)],
+)
 def test_padding_is_tensorflows(size: int, kernel: int, stride: int, before: int, after: int) -> None:
     torch.manual_seed(0)
     conv, maps = _SameConv(2, 3, kernel, stride), torch.randn(1, 2, size, size + stride)

@@ -34,7 +34,6 @@ class ImageRecipe:
     std: tuple[float, ...]
     """one value a channel, on the scale 0..1"""
 
-
     def for_backbone(self, side: int, mean: tuple[float, ...], std: tuple[float, ...]) -> "ImageRecipe":
         """The same with the size of crop and the normalisation of a backbone; the frame grows or shrinks with it."""
         return replace(self, resize=round(self.resize * side / self.crop), crop=side, mean=mean, std=std)
