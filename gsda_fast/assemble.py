@@ -18,7 +18,7 @@ from gsda_fast.data.sampling import SamplingPlan
 from gsda_fast.data.synthetic_loader import synthetic_pair
 from gsda_fast.errors import UsageError
 from gsda_fast.methods import METHODS, TaskFacts, build_method
-from gsda_fast.model import LENET, build_model
+from gsda_fast.model import LENET, build_model, input_format
 from gsda_fast.results.run_folder import RunFolder, flat_settings
 from gsda_fast.resume import summary
 from gsda_fast.training.distributed import Ranks, digest
@@ -41,7 +41,7 @@ def resolve(config: Config, world_size: int = 1) -> tuple[Config, ImageDomain, I
         UsageError: data, a device or a backend that is not there.
     """
     data = config.data
-    require_room(data.test_crops, find_benchmark(config.task).recipe)
+    require_room(data.test_crops, image_recipe(config))
     if data.synthetic:
         source, target = synthetic_pair(find_benchmark(config.task))
     else:
@@ -56,6 +56,16 @@ def resolve(config: Config, world_size: int = 1) -> tuple[Config, ImageDomain, I
         data=replace(data, source=source.name, target=target.name, data_root=data_root),
     )
     return with_choices(named, source, target, world_size), source, target
+
+
+def image_recipe(config: Config) -> ImageRecipe:
+    """How an image file becomes an image of a run: as the task has it, in the format of the backbone.
+
+    Raises:
+        UsageError: a backbone of timm that is not there.
+    """
+    recipe, wanted = find_benchmark(config.task).recipe, input_format(config.model.backbone)
+    return recipe if wanted is None else recipe.for_backbone(*wanted)
 
 
 def with_choices(config: Config, source: ImageDomain, target: ImageDomain, world_size: int) -> Config:
@@ -124,7 +134,7 @@ def build_trainer(
         torch.set_num_threads(config.run.threads)
     set_arithmetic(device, config.precision.precision)
     seed_generators(config.run.seed)
-    recipe = find_benchmark(config.task).recipe
+    recipe = image_recipe(config)
     _require_fit(config.model.backbone, recipe)
     entry = METHODS[config.run.method]
     model = build_model(config.model, source.num_classes, partial(entry.method.classifier, config.method))

@@ -191,6 +191,7 @@ _DIGITS: dict[str, Any] = {
 TASKS: dict[str, Config] = {
     "digits": _task("digits", steps=800, refresh_every=50, **_DIGITS),
     "digits-partial": _task("digits-partial", steps=800, refresh_every=50, **_DIGITS),
+    "pictures": _task("pictures", steps=2_000, refresh_every=100, model=ModelSettings(backbone="efficientnet-lite0")),
     "visda": _task("visda", steps=30_000),
     "office31": _task("office31", steps=20_000),
     "office31-partial": _task("office31-partial", steps=20_000),

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import torch
 
-from gsda_fast.assemble import choose_device
+from gsda_fast.assemble import choose_device, image_recipe
 from gsda_fast.config import Config, config_from_dict
-from gsda_fast.data.benchmarks import ImageRecipe, find_benchmark
+from gsda_fast.data.benchmarks import ImageRecipe
 from gsda_fast.errors import UsageError
 from gsda_fast.methods import METHODS
 from gsda_fast.model import AdaptationModel, build_model
@@ -41,7 +41,7 @@ class TrainedModel:
     @property
     def recipe(self) -> ImageRecipe:
         """How an image file becomes what the model was evaluated on."""
-        return find_benchmark(self.config.task).recipe
+        return image_recipe(self.config)
 
 
 def load_trained(run: Path, checkpoint: int | None = None, device: Device = "cpu") -> TrainedModel:

@@ -122,7 +122,7 @@ def open_domain(
     """
     benchmark = find_benchmark(task)
     facts = benchmark.domain(name)
-    root = digits.build(data_root) if benchmark.built_in else _existing_root(data_root)
+    root = digits.build(data_root) if benchmark.built_in else _root_of(benchmark, data_root)
     return _open_domain(benchmark, facts, root, partial=partial, left_out=_read_quarantine(quarantine))
 
 
@@ -156,6 +156,25 @@ def open_images(folder: Path, classes: tuple[str, ...]) -> ImageDomain:
     paths = sorted(_images_below(folder, ""))
     _require_images(folder, paths)
     return _domain(str(folder), folder, [(path, UNKNOWN) for path in paths], classes)
+
+
+def _root_of(benchmark: Benchmark, data_root: Path | None) -> Path:
+    if not benchmark.buildable or data_root is not None or os.environ.get("GSDA_DATA"):
+        return _existing_root(data_root)
+    built = default_root(benchmark.name)
+    if not built.is_dir():
+        raise UsageError(
+            "--data-root",
+            found=f"neither the option nor GSDA_DATA nor {built}",
+            expected="the folder of the data set",
+            remedy=f"`python -m gsda_fast.data build {benchmark.name}` makes it",
+        )
+    return built
+
+
+def default_root(task: str) -> Path:
+    """Where `data build` puts a data set that it makes."""
+    return digits.cache_home() / task
 
 
 @_naming_what_cannot_be_read()
