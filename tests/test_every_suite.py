@@ -16,7 +16,8 @@ from gsda_fast.config import PRESETS, Config
 from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.errors import TrainingError
 from gsda_fast.results.paper import published_row
-from gsda_fast.results.run_folder import RunFolder, RunResult
+from gsda_fast.results.records import RunResult
+from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.train import train
 
 pytestmark = [

@@ -8,7 +8,8 @@ from html_page import Page
 
 from gsda_fast.errors import UsageError
 from gsda_fast.results.page import write_page
-from gsda_fast.results.run_folder import RunFolder, RunResult, Selection
+from gsda_fast.results.records import RunResult, Selection
+from gsda_fast.results.run_folder import RunFolder
 
 CLASSES = ("cat", "<script>dog</script>", "owl")
 

@@ -12,7 +12,8 @@ import torch
 
 from gsda_fast.errors import UsageError
 from gsda_fast.files import atomic_file
-from gsda_fast.results.run_folder import RunFolder, RunResult, Selection, flat_settings
+from gsda_fast.results.records import RunResult, Selection
+from gsda_fast.results.run_folder import RunFolder, flat_settings
 
 RESULT = RunResult(
     task="digits",

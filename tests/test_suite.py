@@ -21,7 +21,8 @@ from gsda_fast import suite as command
 from gsda_fast.commands import run_command
 from gsda_fast.config import PRESETS, Config, parse_config
 from gsda_fast.errors import TrainingError, UsageError
-from gsda_fast.results.run_folder import RunFolder, RunResult
+from gsda_fast.results.records import RunResult
+from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.suite import ABLATION, SuiteSettings, run_suite, sweep_variants, visible_gpus
 from gsda_fast.train import train
 from gsda_fast.training.checkpoint import CheckpointFolder

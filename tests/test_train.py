@@ -27,7 +27,8 @@ from gsda_fast.errors import Stopped, UsageError
 from gsda_fast.report import suite_layout
 from gsda_fast.results.metrics import EvaluationFigures, evaluation_figures
 from gsda_fast.results.page import write_page
-from gsda_fast.results.run_folder import RunFolder, RunResult, flat_settings
+from gsda_fast.results.records import RunResult
+from gsda_fast.results.run_folder import RunFolder, flat_settings
 from gsda_fast.results.suite_folder import suite_tables
 from gsda_fast.train import train
 from gsda_fast.training import stopping, trainer

@@ -84,7 +84,7 @@ def softmax_correlation(probabilities: Tensor, class_distribution: Tensor | None
     """Return the cosine between the classes' correlations P'P / n and a diagonal matrix.
 
     Large where predictions are certain (mass off the diagonal is doubt between two classes) and as frequent as the
-    classes are thought to be. Unlike the other scores it can be told the classes' frequencies, and it costs one product.
+    classes are thought to be: unlike the other scores it can be told how frequent. It costs one product.
     Source: Tu et al., TMLR 2024 (SoftmaxCorr), who rank classifiers under distribution shift by it.
 
     Args:

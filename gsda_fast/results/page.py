@@ -6,6 +6,7 @@ A group is a method's runs in a suite, over transfer tasks and seeds; on a page 
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -168,7 +169,8 @@ def write_page(folders: Sequence[RunFolder], folder: Path, *, points: int = 1000
                 (
                     f"{run.label} has not finished.",
                     f"Its records end at step {run.last_step}{f' of {steps}' if steps else ''}; its figures are those "
-                    "of the evaluations so far and no result. The training command that made it, given again, resumes it.",
+                    "of the evaluations so far and no result. The training command that made it, given again, resumes "
+                    "it.",
                 )
                 for run, steps in zip(runs, named)
                 if run.result is None
@@ -218,12 +220,15 @@ def write_suite_page(suite: SuiteFolder, layout: Layout, *, points: int = 1000, 
         mixed = [
             f"{name} is {' or '.join(values)}"
             for name, values in found["Settings"].items()
-            if name not in _OF_A_RUN | FREE_TO_CHANGE and name.rpartition(".")[2] not in swept and _differ(name, configs)
-        ]  # fmt: skip
+            if name not in _OF_A_RUN | FREE_TO_CHANGE
+            and name.rpartition(".")[2] not in swept
+            and _differ(name, configs)
+        ]
         notices = []
         if len(finished) < len(begun):
             left = f"{len(begun) - len(finished)} of {len(begun)} runs have not finished"
-            notices.append((left, "and take no part in the figures below. The suite's command, given again, goes on with them."))
+            told = "and take no part in the figures below. The suite's command, given again, goes on with them."
+            notices.append((left, told))
         if mixed:
             shared = f"so that their figures are not of one protocol: {'; '.join(mixed)}."
             notices.append(("These runs do not share their settings,", shared))
@@ -237,7 +242,7 @@ def write_suite_page(suite: SuiteFolder, layout: Layout, *, points: int = 1000, 
                 name: [(key, ["; ".join(values)], len(values) > 1) for key, values in settings.items()]
                 for name, settings in found.items()
             },
-        )  # fmt: skip
+        )
     return suite.report_path
 
 
@@ -265,7 +270,7 @@ def _render(page: SuiteFolder, *, sections: Sequence[_Section], **content: Any) 
     environment.filters["duration"] = _duration
     environment.filters["lines"] = _lines
     shown = [section for section in sections if section.panels or section.tables]
-    defaults = {"runs": [], "tested": [], "columns": []}
+    defaults: dict[str, Any] = {"runs": [], "tested": [], "columns": []}
     html = environment.get_template("page.html.jinja").render(sections=shown, **(defaults | content))
     with atomic_file(page.report_path) as file:
         file.write(html.encode())
@@ -282,23 +287,27 @@ def _duration(seconds: float) -> str:
 def _lines(table: Table) -> list[tuple[str, str, list[Markup]]]:
     """Return of each row of a table its CSS classes, its heading and its cells, the highest of a column in bold."""
     texts = table.texts.to_numpy().tolist()
-    highest: list[float] = []
-    if isinstance(table, ResultTable):
-        ours = [cells["mean"].to_numpy() for (_, kind, _), cells in table.rows if kind == "ours"]
-        highest = pd.DataFrame(ours).max().tolist() if len(ours) > 2 else []
+    ours = [
+        cells["mean"].to_numpy() for _, cells in table.rows if isinstance(table, ResultTable) and _kind(cells) == "ours"
+    ]
+    highest = pd.DataFrame(ours).max().tolist() if len(ours) > 2 else [math.nan] * len(table.columns)
     lines, before = [], ""
     for ((*_, last), cells), (heading, *shown) in zip(table.rows, texts):
-        kind = cells["kind"].iloc[0] if "kind" in cells else ""
-        classes = ["beside"] * (kind in ("paper", "difference")) + ["bound"] * (getattr(table, "choice", "") == "best")
+        classes = ["beside"] * (_kind(cells) != "ours") + ["bound"] * (getattr(table, "choice", "") == "best")
         if "minus" in cells:
             classes += ["rule"] * (before not in ("", last))
             before = last
-        bold = [kind == "ours" and mean == top for mean, top in zip(cells.get("mean", ()), highest)]
-        lines.append((" ".join(classes), heading, [_cell(text, *best) for text, *best in zip(shown, bold)] if highest else list(map(_cell, shown))))
+        best = [_kind(cells) == "ours" and value == top for value, top in zip(cells.iloc[:, -3], highest)]
+        best += [False] * (len(shown) - len(best))
+        lines.append((" ".join(classes), heading, list(map(_cell, shown, best))))
     return lines
 
 
-def _cell(text: str, best: bool = False) -> Markup:
+def _kind(cells: pd.DataFrame) -> str:
+    return str(cells["kind"].iloc[0]) if "kind" in cells else "ours"
+
+
+def _cell(text: str, best: bool) -> Markup:
     mean, plus_minus, spread = text.partition(" ± ")
     shown = Markup("<b>{}</b>" if best else "{}").format(mean)
     return shown + Markup(" <small>± {}</small>").format(spread) if plus_minus else shown
@@ -403,8 +412,9 @@ class _Groups:
         self, measure: Callable[[_Run], plots.Curve], title: str, unit: str, among: Sequence[_Run] | None = None
     ) -> Figure | None:
         chosen = {
-            label: [measure(run) for run in runs if among is None or run in among] for label, runs in self.groups.items()
-        }  # fmt: skip
+            label: [measure(run) for run in runs if among is None or run in among]
+            for label, runs in self.groups.items()
+        }
         return plots.curves(chosen, title, unit, self.styles, self.warmup)
 
 
@@ -418,14 +428,14 @@ def _accuracy_section(groups: _Groups, facets: Mapping[str, Sequence[_Run]], nam
             else "The line is the mean over seeds, the band one standard deviation."
         ),
     )
-    titles = {**FIGURE_NAMES, "mutual_information": "mutual information of the predictions"}
+    titles: dict[str, str] = {"mutual_information": "mutual information of the predictions", **FIGURE_NAMES}
     for facet, runs in facets.items():
         for name in names:
             unit = "nats" if name == "mutual_information" else "percent"
-            title = f"{facet}: {titles[name]}" if facet else titles[name]  # type: ignore[index]
+            title = f"{facet}: {titles[name]}" if facet else titles[name].capitalize()
             figure = groups.curves(lambda run, name=name: run.series(name), f"{title} on the target", unit, runs)  # type: ignore[misc]
             path = groups.page.plot_path(f"curves_{facet}" if facet else name)
-            section.add(figure, path, f"{title.capitalize() if not facet else title} over the steps")
+            section.add(figure, path, f"{title} over the steps")
     return section
 
 
@@ -484,8 +494,8 @@ def _detail_section(runs: Sequence[_Run], title: str, moments: Sequence[str], po
 def _loss_section(groups: _Groups) -> _Section:
     section = _Section(
         "Losses",
-        "Without their weights, each as the step that minimizes it saw it. A discriminator that cannot tell the domains "
-        "apart has an adversarial loss of 0.69.",
+        "Without their weights, each as the step that minimizes it saw it. A discriminator that cannot tell the "
+        "domains apart has an adversarial loss of 0.69.",
     )
     for name in loss_terms(record for run in groups.runs for record in run.records):
         title = f"Loss: {name.replace('_', ' ')}"
@@ -498,8 +508,9 @@ def _alignment_section(groups: _Groups) -> _Section:
     section = _Section(
         "Alignment",
         "Synchronized levels have equal gradient magnitudes: their lines lie together, and the mismatch is near 0. The "
-        "proxy A-distance is 2 where a linear classifier, cross-validated on the features, tells the domains apart, and "
-        "0 where it does no better than chance; the marks are of the features before adaptation, at the end of warm-up.",
+        "proxy A-distance is 2 where a linear classifier, cross-validated on the features, tells the domains apart, "
+        "and 0 where it does no better than chance; the marks are of the features before adaptation, at the end of "
+        "warm-up.",
     )
     names = dict.fromkeys(name for run in groups.runs for each in run.records for name in each if name.startswith(NORM))
     levels = {name: plots.LEVEL_STYLES.get(name.removeprefix(NORM)) for name in names}
@@ -508,9 +519,10 @@ def _alignment_section(groups: _Groups) -> _Section:
     styles = {labels[name]: known[1] if known else spare[name] for name, known in levels.items()}
     for label, runs in groups.groups.items():
         by_level = {labels[name]: [run.series(name) for run in runs] for name in names}
-        title, warmup = f"Gradient magnitudes: {label}", groups.warmup
-        path = runs[0].folder.plot_path("gradient_norms") if groups.single else groups.page.plot_path(f"gradient_norms_{label}")
-        figure = plots.curves(by_level, title, "sum of ‖∂L/∂f‖", styles, warmup)
+        path = groups.page.plot_path(f"gradient_norms_{label}")
+        if groups.single:
+            path = runs[0].folder.plot_path("gradient_norms")
+        figure = plots.curves(by_level, f"Gradient magnitudes: {label}", "sum of ‖∂L/∂f‖", styles, groups.warmup)
         section.add(figure, path, f"Gradient magnitudes of {label}")
     title = "Relative mismatch of the gradient magnitudes"
     figure = groups.curves(lambda run: alignment.relative_mismatch(run.records), title, alignment.MISMATCH_FORMULA)
@@ -543,7 +555,8 @@ def _add_distances(section: _Section, groups: _Groups) -> None:
         by_group.reindex(groups.groups), f"{title} after the last step{where}", unit, groups.styles,
         marked=marked, limit=2.0, decimals=2,
     )  # fmt: skip
-    section.add(figure, groups.page.plot_path("proxy_a_distance"), f"{title} of each {'run' if groups.single else 'method'}")
+    each = "run" if groups.single else "method"
+    section.add(figure, groups.page.plot_path("proxy_a_distance"), f"{title} of each {each}")
     if where:
         columns = frame["column"].unique()
         by_task = frame.pivot_table(index="label", columns="column", values=["mean", "mark"], aggfunc="mean")
@@ -583,6 +596,7 @@ def _runs_part(suite: SuiteFolder, layout: Layout, points: int, samples: int) ->
         f"{layout.task}: {_counted(layout.methods, 'method')}, "
         f"{_counted(layout.transfer_tasks, 'transfer task')}, {_counted({r.seed for r in results}, 'seed')}"
     )
+    where = next(iter(facets)).replace("->", " → ")
     return title, [
         _Section("Accuracy on the target domain", tables=made),
         _paired_section(paired_tables(suite.runs, layout) if len(layout.methods) > 1 else []),
@@ -595,8 +609,8 @@ def _runs_part(suite: SuiteFolder, layout: Layout, points: int, samples: int) ->
         _accuracy_section(groups, facets, (layout.figure,)),
         _loss_section(groups),
         _alignment_section(groups),
-        _detail_section(detailed, f"In detail: {next(iter(facets)).replace('->', ' → ')}, seed {seed}", ("final",), points),
-    ]  # fmt: skip
+        _detail_section(detailed, f"In detail: {where}, seed {seed}", ("final",), points),
+    ]
 
 
 def _paired_section(made: Sequence[Table]) -> _Section:
@@ -621,28 +635,28 @@ def _bar_section(groups: _Groups, made: Sequence[ResultTable]) -> _Section:
     for table in made:
         if table.choice != "last":
             continue
-        by_row = {(label, kind): cells.reset_index(drop=True) for (label, kind, _), cells in table.rows}
-        ours = {label: cells for (label, kind), cells in by_row.items() if kind == "ours"}
-        means, spreads = (pd.DataFrame({label: cells[name] for label, cells in ours.items()}).T for name in ("mean", "spread"))
-        marks = pd.DataFrame({label: cells["mean"] for (label, kind), cells in by_row.items() if kind == "paper"}).T
+        means, spreads, marks = (
+            pd.DataFrame({label: cells[name].array for (label, kind, _), cells in table.rows if kind == of}).T
+            for of, name in (("ours", "mean"), ("ours", "spread"), ("paper", "mean"))
+        )
+        marks = marks.reindex(index=means.index, columns=means.columns).astype(float)
         about = f"{table.subject} ".lstrip()
         averages = [place for place, name in enumerate(table.columns) if name in (MEAN_PER_CLASS, OVERALL)][-2:]
         for place, column in enumerate(table.columns):
             # Of a table by classes the averages alone: each class has a group of bars below.
             if (table.subject and place not in averages) or means[place].isna().all():
                 continue
-            cells = pd.DataFrame({"mean": means[place], "spread": spreads[place], "mark": marks.get(place, pd.Series(dtype=float))})
+            cells = pd.DataFrame({"mean": means[place], "spread": spreads[place], "mark": marks[place]})
             title = f"{about}{'average over the transfer tasks' if column == AVERAGE else column}"
             unit = "percent" if table.subject else f"{FIGURE_NAMES[table.figure]}, percent"
-            figure = plots.ranking(cells.reindex(means.index), title, unit, groups.styles, marked="paper")
+            figure = plots.ranking(cells, title, unit, groups.styles, marked="paper")
             path = groups.page.plot_path(f"accuracy_{about}{column}")
             section.add(figure, path, f"Accuracy of each method: {title}")
         if table.subject and len(table.columns) > 2:
-            names = list(table.columns[:-2])
-            of_classes = [frame.iloc[:, :-2].set_axis(names, axis=1) if len(frame) else None for frame in (means, spreads, marks)]
-            title = f"{about}accuracy of each class"
+            means, spreads, marks = (frame.iloc[:, :-2] for frame in (means, spreads, marks))
+            means.columns, title = list(table.columns[:-2]), f"{about}accuracy of each class"
             figure = plots.bars(
-                of_classes[0], title, "percent", groups.styles, spreads=of_classes[1], marks=of_classes[2], marked="paper"
+                means, title, "percent", groups.styles, spreads=spreads, marks=marks, marked="paper"
             )  # fmt: skip
             section.add(figure, groups.page.plot_path(f"accuracy_{about}classes"), f"Accuracy of each method: {title}")
     return section
@@ -666,12 +680,14 @@ def sweep_plots(made: Sequence[ResultTable]) -> dict[str, Figure]:
         # The last column: the average, or the only transfer task.
         frame = pd.DataFrame([cells.iloc[-1][["mean", "spread"]] for _, cells in table.rows], dtype=float)
         frame.index = pd.Index([each[parameter] for each in settings])
-        by = [[", ".join(f"{name} {each[name]}" for name in names) for each in settings] for names in (others[1:], others[:1])]
+        frame["line"], frame["plot"] = (
+            [", ".join(f"{name} {each[name]}" for name in names) for each in settings]
+            for names in (others[:1], others[1:])
+        )
         over = table.columns[-1] if table.columns[-1] != AVERAGE else "average"
         drawn = {}
-        for of_plot, content in frame.groupby(np.array(by[0]), sort=False):
-            kept = np.array(by[0]) == of_plot
-            lines = {str(line): of_line for line, of_line in content.groupby(np.array(by[1])[kept], sort=False)}
+        for of_plot, content in frame.groupby("plot", sort=False):
+            lines = {str(line): of_line for line, of_line in content.groupby("line", sort=False)}
             title = ", ".join(part for part in (table.task, table.subject, over, str(of_plot)) if part)
             unit = f"{FIGURE_NAMES[table.figure]}, percent"
             drawn[f"{table.subject} {of_plot}".strip()] = plots.sweep(lines, parameter, unit, title)

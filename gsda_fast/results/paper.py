@@ -100,7 +100,7 @@ def published_row(task: str, method: str) -> PublishedRow | None:
         table_name = "office31_ablation"
     name = _ABLATION.get(method) or _ROWS.get(method)
     table = paper_tables().get(table_name)
-    if table is None or name not in table["rows"]:
+    if table is None or name is None or name not in table["rows"]:
         return None
     *columns, last = table["columns"]
     assert last == AVERAGE

@@ -70,7 +70,9 @@ def curves(
         return None
     with _axes_of((5.0, 3.1 + 0.15 * -(-len(measured) // 3)), title) as (figure, axes):
         few = max(len(steps) for runs in measured.values() for steps, _ in runs) <= 30
-        legend = {label: _band(axes, runs, of[label], "o" if few else "") for label, runs in measured.items()}
+        legend: dict[str, Any] = {
+            label: _band(axes, runs, of[label], "o" if few else "") for label, runs in measured.items()
+        }
         if warmup > 0:
             legend["warm-up"] = axes.axvspan(0, warmup, color=_WARMUP_COLOUR, zorder=0, linewidth=0)
         axes.set_xlabel("step")
@@ -151,7 +153,14 @@ def _highest_and_lowest(means: pd.DataFrame) -> list[int]:
 
 
 def ranking(
-    cells: pd.DataFrame, title: str, unit: str, of: Mapping[str, Style], *, marked: str = "", limit: float = 100.0, decimals: int = 1
+    cells: pd.DataFrame,
+    title: str,
+    unit: str,
+    of: Mapping[str, Style],
+    *,
+    marked: str = "",
+    limit: float = 100.0,
+    decimals: int = 1,
 ) -> Figure:
     """Draw a horizontal bar for each group, the spread as a thin line, and both in figures beside it.
 
@@ -159,7 +168,7 @@ def ranking(
         cells: by group, `mean` and `spread`, NaN where there is none, and `mark`, to compare with, if any.
         title, unit: what is shown. of: the styles. marked: what the marks are.
         limit: end of the axis, the same in all figures that belong together. decimals: of the figures.
-    """  # fmt: skip
+    """
     with _axes_of((4.6, 1.1 + 0.26 * len(cells)), title) as (figure, axes):
         for position, (label, cell) in enumerate(cells.iterrows()):
             text = "-"
@@ -262,9 +271,8 @@ def tsne(
     palette = class_colours(len(classes))
     with _axes_of((5.0, 5.4), title) as (figure, axes):
         for positions, of_domain, rows, marker, size in zip(embedded, labels, chosen, "ox", (9, 13)):
-            axes.scatter(
-                *positions.T, s=size, c=palette[of_domain[rows]], marker=marker, linewidths=0.8, alpha=0.7
-            )  # fmt: skip
+            x, y = positions.T
+            axes.scatter(x, y, s=size, c=palette[of_domain[rows]], marker=marker, linewidths=0.8, alpha=0.7)
         axes.set_xticks([])
         axes.set_yticks([])
         axes.spines[:].set_color("#bbbbbb")
@@ -351,15 +359,20 @@ def _grid(axes: Axes, along: Any) -> None:
 
 def _legend(figure: Figure, handles: Mapping[str, Any], ncols: int = 3, **options: Any) -> None:
     if handles:
-        names, place = [_name(label) for label in handles], "outside lower center"
-        figure.legend(list(handles.values()), names, loc=place, ncols=ncols, frameon=False, fontsize=8, **options)
+        options |= {"loc": "outside lower center", "ncols": ncols, "frameon": False, "fontsize": 8}
+        figure.legend(list(handles.values()), [_name(label) for label in handles], **options)
 
 
 @contextmanager
 def _axes_of(size: tuple[float, float], title: str) -> Iterator[tuple[Figure, Axes]]:
     """Make a figure of that size in inches and its axes, in the style of all plots."""
     # A name with two dollar signs is no mathematics.
-    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
+    style: dict[Any, Any] = {
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "text.parse_math": False,
+    }
     with mpl.rc_context(style):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import pandas as pd
-from rich.markup import escape
 from rich import box
+from rich.markup import escape
 from rich.table import Table as RichTable
 
 from gsda_fast.data.benchmarks import find_benchmark
@@ -270,9 +270,7 @@ def run_values(
     Raises:
         UsageError: two runs of one method, transfer task and seed.
     """
-    lines = [
-        (run.method, transfer_task_name(*run.transfer_task, short_names), run.seed, value(run)) for run in results
-    ]
+    lines = [(run.method, transfer_task_name(*run.transfer_task, short_names), run.seed, value(run)) for run in results]
     frame = pd.DataFrame(lines, columns=["method", "column", "seed", "value"]).astype({"value": float})
     for again in frame[frame.duplicated(["method", "column", "seed"])].itertuples():
         raise UsageError(
@@ -348,14 +346,13 @@ def class_table(
     if len(spaces) > 1:
         raise UsageError("runs", found=f"{len(spaces)} different lists of classes", expected="runs with equal classes")
     by_seed = pd.DataFrame(
-        [
-            [*(run.per_class if choice == "last" else ()), getattr(run.mean_per_class, choice), getattr(run.accuracy, choice)]
-            for run in results
-        ],
+        [[*run.per_class, getattr(run.mean_per_class, choice), getattr(run.accuracy, choice)] for run in results],
         index=pd.Index([run.method for run in results], name="method"),
-        columns=[*(spaces.pop() if choice == "last" else ()), MEAN_PER_CLASS, OVERALL],
+        columns=[*spaces.pop(), MEAN_PER_CLASS, OVERALL],
         dtype=float,
-    )  # fmt: skip
+    )
+    if choice != "last":
+        by_seed = by_seed.iloc[:, -2:]
     cells = _mean_and_spread(by_seed, methods or list(by_seed.index.unique()))
     name = transfer_task_name(*transfer_task, short_names)
     return ResultTable(cells, task, "per_class", choice, subject=name, notes=test_notes(results))
@@ -377,26 +374,25 @@ def _spread(values: pd.Series) -> float:
     return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
-def sweep_tables(variants: Mapping[str, Sequence[RunResult]], *, methods: Sequence[str], **options: Any) -> list[ResultTable]:
+def sweep_tables(
+    variants: Mapping[str, Sequence[RunResult]], *, methods: Sequence[str], **options: Any
+) -> list[ResultTable]:
     """Tabulate each method and choice: settings (rows) by transfer tasks (columns).
 
     Args:
         variants: results by setting, in order. methods, options: as of `transfer_table`.
-    """  # fmt: skip
+    """
     made = []
     for method in methods:
         of_method = {name: [run for run in results if run.method == method] for name, results in variants.items()}
         for choice in CHOICE_NAMES:
-            tables = [
-                (name, transfer_table(results, choice=choice, **options)) for name, results in of_method.items() if results
-            ]  # fmt: skip
-            if not tables:
-                continue
-            # What holds for some settings alone is told by their names.
-            notes = tuple(note for note in tables[0][1].notes if all(note in table.notes for _, table in tables))
-            cells = pd.concat([table.cells.assign(label=name) for name, table in tables], ignore_index=True)
-            first = tables[0][1]
-            made.append(dataclasses.replace(first, cells=cells, subject=method, rows_are="setting", notes=notes))
+            found = {name: transfer_table(of, choice=choice, **options) for name, of in of_method.items() if of}
+            if found:
+                first, *_ = found.values()
+                # What holds for some settings alone is told by their names.
+                notes = tuple(note for note in first.notes if all(note in table.notes for table in found.values()))
+                cells = pd.concat([table.cells.assign(label=name) for name, table in found.items()], ignore_index=True)
+                made.append(dataclasses.replace(first, cells=cells, subject=method, rows_are="setting", notes=notes))
     return made
 
 
@@ -431,7 +427,7 @@ def contrasts(methods: Sequence[str]) -> list[tuple[str, str]]:
     """
     baselines = [baseline for baseline in BASELINES if baseline in methods]
     parts = [method for method in methods if method in ABLATION]
-    against = [(method, baseline) for baseline in baselines for method in methods if method not in (baseline, baselines[0])]
+    against = [(each, baseline) for baseline in baselines for each in methods if each not in (baseline, baselines[0])]
     if not baselines or len(parts) == len(methods):
         parts, against = list(methods), []
     chain = [(method, before) for before, method in itertools.pairwise(parts)][::-1]
@@ -487,28 +483,32 @@ def score_table(results: Sequence[RunResult], final_scores: pd.DataFrame, figure
     tasks = [transfer_task_name(*result.transfer_task) for result in results]
     lines = []
     for name, score in SCORES.items():
-        chosen = pd.Series(
-            [
-                # Earlier runs kept the choice of one score alone.
-                result.label_free_by.get(name, {}).get(figure, selection.label_free if name == result.label_free_criterion else None)
-                for result, selection in zip(results, selections)
-            ],
-            dtype=float,
-        )  # fmt: skip
+        chosen = pd.Series([_chosen_by(name, result, figure) for result in results], dtype=float)
         gain = (chosen - last).dropna()
+        counts = {"better": gain > 0, "equal": gain == 0, "worse": gain < 0}
         final = score.merit(1.0) * final_scores[name].to_numpy()
         by_task = pd.DataFrame({"score": final, "accuracy": last, "task": tasks}).dropna().groupby("task")
         ranks = [of["score"].corr(of["accuracy"], method="spearman") for _, of in by_task if len(of) > 2]
         lines.append(
             {
-                "score": name, "better": (gain > 0).sum(), "equal": (gain == 0).sum(), "worse": (gain < 0).sum(),
-                "mean gain": gain.mean(), "standard error": _standard_error(gain) if len(gain) else math.nan,
-                "behind the best": (best - chosen).mean(), "rank correlation": pd.Series(ranks, dtype=float).mean(),
+                "score": name,
+                **{column: of.sum() if len(gain) else math.nan for column, of in counts.items()},
+                "mean gain": gain.mean(),
+                "standard error": _standard_error(gain) if len(gain) else math.nan,
+                "behind the best": (best - chosen).mean(),
+                "rank correlation": pd.Series(ranks, dtype=float).mean(),
             }
-        )  # fmt: skip
+        )
     wide = pd.DataFrame(lines).set_index("score").astype(float)
     cells = wide.stack().rename_axis(["score", "column"]).rename("value").reset_index()
     return ScoreTable(cells, task, figure, int(last.notna().sum()))
+
+
+def _chosen_by(score: str, result: RunResult, figure: Figure) -> float | None:
+    if score in result.label_free_by:
+        return result.label_free_by[score][figure]
+    # Earlier runs kept the choice of one score alone.
+    return getattr(result, figure).label_free if score == result.label_free_criterion else None
 
 
 # ------------------------------------------------------------------------------------------------------------- output
@@ -518,7 +518,8 @@ def to_terminal(table: Table) -> RichTable:
     """Return the table for rich's `print`; a wide one without spreads, which its files have."""
     texts = table.texts
     wide = len(texts.columns) > 9
-    drawn = RichTable(title=escape(printable(table.title)), caption=escape(printable(table.caption)), box=box.SIMPLE if wide else box.HEAVY_HEAD)
+    title, caption = (escape(printable(text)) for text in (table.title, table.caption))
+    drawn = RichTable(title=title, caption=caption, box=box.SIMPLE if wide else box.HEAVY_HEAD)
     # Where the terminal is too narrow, texts break; rich would end them with an ellipsis.
     for number, column in enumerate(texts.columns):
         drawn.add_column(escape(column), justify="right" if number else "left", overflow="fold")
@@ -567,15 +568,10 @@ def to_json(tables: Sequence[Table]) -> str:
     """Return a list with the fields of each table, its cells by row."""
     stored = []
     for table in tables:
-        rows = [
-            {
-                **dict(zip(table.ROW, row)),
-                "cells": [
-                    {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in cell.items()}
-                    for cell in cells.drop(columns=[*table.ROW, "column"]).to_dict("records")
-                ],
-            }
-            for row, cells in table.rows
-        ]  # fmt: skip
+        rows = []
+        for row, cells in table.rows:
+            numbers = cells.drop(columns=[*table.ROW, "column"])
+            known = numbers.astype(object).where(numbers.notna(), None)
+            rows.append({**dict(zip(table.ROW, row)), "cells": known.to_dict("records")})
         stored.append({**table.about, "columns": table.columns, "rows": rows})
     return json.dumps(stored, indent=2, ensure_ascii=False) + "\n"
