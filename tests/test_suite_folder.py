@@ -15,6 +15,7 @@ from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.results.suite_folder import (
     Layout,
     SuiteFolder,
+    paired_sweep_tables,
     paired_tables,
     read_settings,
     score_tables,
@@ -275,7 +276,7 @@ def test_a_sweep_tells_how_its_images_were_tested_what_holds_for_all_of_it(tmp_p
 
 
 def test_paired_differences_between_settings_by_hand(tmp_path: Path) -> None:
-    (table,) = paired_made_of(*sweep(tmp_path))  # dann has one setting alone
+    (table,) = paired_sweep_tables(*sweep(tmp_path))  # dann has one setting alone
     assert table.title == "digits gsda: paired differences of overall accuracy after the last step, in points"
     assert tuple(table.texts.columns) == ("difference", "M->F", "O->F", "all", "higher in")
     assert lines(table) == [("alpha=1 - alpha=0.1", "+10.0 (1)", "-", "+10.0 (1)", "1 of 1")]

@@ -297,7 +297,7 @@ def _lines(table: Table) -> list[tuple[str, str, list[Markup]]]:
         if "minus" in cells:
             classes += ["rule"] * (before not in ("", last))
             before = last
-        best = [_kind(cells) == "ours" and value == top for value, top in zip(cells.iloc[:, -3], highest)]
+        best = [_kind(cells) == "ours" and value == top for value, top in zip(cells.get("mean", ()), highest)]
         best += [False] * (len(shown) - len(best))
         lines.append((" ".join(classes), heading, list(map(_cell, shown, best))))
     return lines
@@ -428,7 +428,8 @@ def _accuracy_section(groups: _Groups, facets: Mapping[str, Sequence[_Run]], nam
             else "The line is the mean over seeds, the band one standard deviation."
         ),
     )
-    titles: dict[str, str] = {"mutual_information": "mutual information of the predictions", **FIGURE_NAMES}
+    titles = {str(name): words for name, words in FIGURE_NAMES.items()}
+    titles["mutual_information"] = "mutual information of the predictions"
     for facet, runs in facets.items():
         for name in names:
             unit = "nats" if name == "mutual_information" else "percent"
