@@ -154,7 +154,6 @@ def write_page(folders: Sequence[RunFolder], folder: Path, *, points: int = 1000
     """
     page = SuiteFolder(folder)
     with _writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         read = [_Run(each, 500, each.read_result()) for each in folders]
         runs = [_Run(run.folder, run.samples, run.result, label) for run, label in zip(read, _labels(read))]
         groups = _Groups(page, {run.label: [run] for run in runs})
@@ -249,6 +248,7 @@ def write_suite_page(suite: SuiteFolder, layout: Layout, *, points: int = 1000, 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
         raise UsageError(
