@@ -188,7 +188,6 @@ def build_trainer(
             recipe,
             batch_size=_EVALUATION_BATCH,
             device=device,
-            peers=ranks,
             dtype=model.autocast_dtype or torch.float32,
         ),
         plan,

@@ -272,8 +272,6 @@ def work(rank: int, world_size: int, port: int, folder: str) -> None:
         rows = torch.tensor(ranks.shard(count)).unsqueeze(1) * torch.tensor([1.0, 10.0])
         found["gathered"] = ranks.gather(rows, count)
         # Rank r gives q rows to rank q, each (r, q).
-        given = torch.tensor([[rank, other] for other in range(world_size) for _ in range(other)], dtype=torch.uint8)
-        found["exchanged"] = ranks.exchange(given, send=list(range(world_size)), receive=[rank] * world_size)
         found["buffers"] = nn.BatchNorm1d(2)
         found["buffers"].running_mean.fill_(rank)
         ranks.mean_buffers(found["buffers"])
@@ -406,11 +404,6 @@ def test_rows_are_gathered_in_the_order_of_the_samples(world: list[dict[str, Any
         assert_close(found["gathered"], expected, rtol=0, atol=0)
 
 
-def test_rows_that_are_exchanged_come_in_the_order_of_the_ranks(world: list[dict[str, Any]]) -> None:
-    for rank, found in enumerate(world):
-        assert found["exchanged"].tolist() == [[giver, rank] for giver in range(len(world)) for _ in range(rank)]
-
-
 def test_buffers_and_figures_are_those_of_all_ranks(world: list[dict[str, Any]]) -> None:
     for found in world:
         assert_close(found["buffers"]["running_mean"], torch.full((2,), (len(world) - 1) / 2))
@@ -437,8 +430,6 @@ def test_one_process_needs_no_group() -> None:
         assert not dist.is_initialized()
         assert ranks.shard(3) == [0, 1, 2]
         assert ranks.gather_objects("one") == ["one"]
-        rows = torch.arange(3)
-        assert ranks.exchange(rows, [3], [3]) is rows
 
 
 # --------------------------------------------------------------------------------------- waiting for one that has work

@@ -105,9 +105,6 @@ def test_two_ranks_of_16_are_one_rank_of_32(table: np.ndarray | None) -> None:
             for part in ("window", "flip"):
                 joined = np.concatenate([getattr(getattr(half, name), part) for half in halves])
                 assert np.array_equal(getattr(getattr(whole, name), part), joined)
-        source, target = two.samples_of_all(step)
-        assert np.array_equal(source, [half.source_index for half in halves])
-        assert np.array_equal(target, [half.target_index for half in halves])
 
 
 def test_a_batch_depends_on_nothing_that_was_asked_before() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from image_trees import class_tree
 
 from gsda_fast.data.benchmarks import find_benchmark
 from gsda_fast.data.dali_loader import DaliLoader
@@ -13,7 +14,6 @@ from gsda_fast.data.domains import ImageDomain, open_pair
 from gsda_fast.data.sampling import SamplingPlan, colour_maps
 from gsda_fast.data.torch_loader import TorchLoader
 from gsda_fast.data.views import recoloured, shifted
-from tests.image_trees import class_tree
 
 RECIPE = replace(find_benchmark("office31").recipe, resize=40, crop=32)
 LABELS = np.arange(12) % 3

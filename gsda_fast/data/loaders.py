@@ -12,7 +12,6 @@ from gsda_fast.data.batches import Batch, Crops, Loader, Role
 from gsda_fast.data.benchmarks import ImageRecipe
 from gsda_fast.data.decoding import format_of_file
 from gsda_fast.data.domains import ImageDomain
-from gsda_fast.data.frame_cache import ALONE, Peers
 from gsda_fast.data.substitutes import MOST_FAILED
 from gsda_fast.data.synthetic_loader import SyntheticLoader
 from gsda_fast.data.torch_loader import TorchLoader, image_threads
@@ -47,7 +46,7 @@ class DataSettings:
     workers: Annotated[int, Meta(ge=0)] = 0
     """Threads that decode images, in each process; 0: the usable cores, shared by the processes of a machine."""
     cache_on_device: bool = False
-    """Decode every image once and keep all of them as 8-bit pixels, divided over the training devices."""
+    """Decode every image once and keep all of them as 8-bit pixels on the training device."""
     test_crops: Crops = 1
     """Test images: the centre of each frame, or four corners, centre and their mirror images, as older papers test."""
     synthetic: bool = False
@@ -124,7 +123,6 @@ def open_loader(
     *,
     batch_size: int,
     device: torch.device,
-    peers: Peers = ALONE,
     dtype: torch.dtype = torch.float32,
 ) -> Loader:
     """The loader that the settings ask for, which bears with `MOST_FAILED` files that fail on the way.
@@ -135,7 +133,6 @@ def open_loader(
         recipe: sizes, augmentation and normalisation; of the task's entry in `BENCHMARKS`.
         batch_size: images in a batch of `evaluate`; a training batch has the plan's size.
         device: where batches are wanted.
-        peers: the processes of the run, which divide what `cache_on_device` keeps.
         dtype: of the images: float32, or what the network's first product runs in.
 
     Raises:
@@ -169,7 +166,6 @@ def open_loader(
         device=device,
         workers=settings.workers,
         cache_on_device=settings.cache_on_device,
-        peers=peers,
         dtype=dtype,
         most_failed=MOST_FAILED,
     )

@@ -157,7 +157,7 @@ class SamplingPlan:
 
     def batch(self, step: int, rank: int = 0) -> BatchPlan:
         """The batch of process `rank` at the global step `step`, both counted from 0."""
-        slots = self._slots(step, rank, 1)
+        slots = self._slots(step, rank)
         return BatchPlan(
             source_index=self._source(slots),
             target_index=self._target(slots),
@@ -169,14 +169,9 @@ class SamplingPlan:
             ),
         )
 
-    def samples_of_all(self, step: int) -> tuple[IntArray, IntArray]:
-        """(world_size, B) sample numbers of the source and of the target: those of all processes at a step."""
-        slots = self._slots(step, 0, self.world_size)
-        return self._source(slots).reshape(self.world_size, -1), self._target(slots).reshape(self.world_size, -1)
-
-    def _slots(self, step: int, rank: int, ranks: int) -> range:
+    def _slots(self, step: int, rank: int) -> range:
         first = (step * self.world_size + rank) * self.batch_size
-        return range(first, first + ranks * self.batch_size)
+        return range(first, first + self.batch_size)
 
 
 class _PlainOrder:

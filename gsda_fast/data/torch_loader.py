@@ -33,7 +33,7 @@ from gsda_fast.data.batches import Batch, Crops, Role, samples_in_batch, to_devi
 from gsda_fast.data.benchmarks import ImageRecipe
 from gsda_fast.data.decoding import read_image
 from gsda_fast.data.domains import ImageDomain
-from gsda_fast.data.frame_cache import ALONE, FrameCache, Peers
+from gsda_fast.data.frame_cache import FrameCache
 from gsda_fast.data.sampling import Augmentation, BatchPlan, IntArray, SamplingPlan, source_window
 from gsda_fast.data.substitutes import Substitutes
 from gsda_fast.data.views import finish_view
@@ -55,7 +55,6 @@ class TorchLoader:
         device: where batches are put.
         workers: threads; 0 = the usable cores, divided by the processes that share this machine.
         cache_on_device: keep all images on the device as uint8.
-        peers: the processes of the run, which divide what is kept among their devices.
         dtype: of the images.
         most_failed: files that may fail before a `UsageError` names one.
 
@@ -74,7 +73,6 @@ class TorchLoader:
         device: torch.device,
         workers: int = 0,
         cache_on_device: bool = False,
-        peers: Peers = ALONE,
         dtype: torch.dtype = torch.float32,
         most_failed: int = 0,
     ) -> None:
@@ -94,7 +92,7 @@ class TorchLoader:
         self._cache: FrameCache | None = None
         if cache_on_device:
             sizes: dict[Role, int] = {"source": len(source), "target": len(target)}
-            self._cache = FrameCache(sizes, recipe, self._device, self._decode_frames, peers)
+            self._cache = FrameCache(sizes, recipe, self._device, self._decode_frames)
 
     @property
     def failed(self) -> list[tuple[str, str]]:
@@ -163,7 +161,8 @@ class TorchLoader:
 
     def _cached_batch(self, cache: FrameCache, plan: SamplingPlan, step: int, rank: int) -> Batch:
         batch = plan.batch(step, rank)
-        source, target = cache.batch(plan, step, rank)
+        source = cache.samples("source", batch.source_index)
+        target = cache.samples("target", batch.target_index)
         source_index = self._to_device(torch.from_numpy(batch.source_index))
         return Batch(
             source_images=self._cached_crops(source, batch.source_augmentation),
