@@ -153,6 +153,8 @@ def unreadable_files(domain: ImageDomain, workers: int = 0, progress: FilesDone 
 
     Where nothing changed since the last time, only the files that were bad then are looked at.
     """
+    if domain.rows is not None:  # read and checked when the domain was opened
+        return []
     frames = domain.frames
     files = [domain.file(i) for i in range(len(domain))] if frames is None else frames.files()
     check, read_by = (file_problem, _READ_BY) if frames is None else (frames.problem, ())
