@@ -117,7 +117,7 @@ def build_model(settings: ModelSettings, num_classes: int, head: Head = nn.Linea
     Raises:
         UsageError: a backbone or weights that do not exist, or that do not fit.
     """
-    backbone, dim = _backbone(settings)
+    backbone, dim = build_backbone(settings)
     model = AdaptationModel(backbone, dim, num_classes, settings, head)
     return model.to(memory_format=torch.channels_last)
 
@@ -156,8 +156,12 @@ class RowNormalisation(nn.Module):
         return nn.functional.rms_norm(rows, rows.shape[-1:])
 
 
-def _backbone(settings: ModelSettings) -> tuple[nn.Module, int]:
-    """The backbone without its classifier, and its output size."""
+def build_backbone(settings: ModelSettings) -> tuple[nn.Module, int]:
+    """Build the backbone without its classifier. Return it and its output size.
+
+    Raises:
+        UsageError: a backbone or weights that do not exist, or that do not fit.
+    """
     name, weights = settings.backbone, settings.weights
     if name in (LENET, FEATURES) and weights != "none":
         raise UsageError("--weights", found=weights, expected=f"none, the only choice for {name}")

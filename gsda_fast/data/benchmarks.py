@@ -87,6 +87,8 @@ class Benchmark:
     """its images are made from installed packages: there is nothing to fetch"""
     buildable: bool = False
     """`data build` makes it; where no root is named, it is looked for where that puts it"""
+    embedded: bool = False
+    """its samples are rows of features, in a file for each domain"""
 
     @property
     def short_names(self) -> dict[str, str]:
@@ -107,6 +109,10 @@ class Benchmark:
         raise UsageError(
             "--source or --target", found=f"'{name_or_alias}'", expected=f"a domain of {self.name}: {known}"
         )
+
+
+EMBEDDED = "-features"
+"""Behind a benchmark's name: the same, on features of its images."""
 
 
 def plain_name(name: str) -> str:
@@ -157,6 +163,9 @@ _VISDA_RECIPE = ImageRecipe(
     std=_IMAGENET_RECIPE.std,
 )
 _DIGITS_RECIPE = ImageRecipe(resize=16, crop=16, random_scale=None, flip=False, channels=1, mean=(0.5,), std=(0.5,))
+
+# Rows of features: nothing to crop. The loader knows their size.
+_FEATURES_RECIPE = ImageRecipe(resize=1, crop=1, random_scale=None, flip=False, channels=1, mean=(0.0,), std=(1.0,))
 
 # Whole pictures are tested: the builder leaves a margin of its own. Windows of less than a quarter are often all white.
 _PICTURES_RECIPE = ImageRecipe(
@@ -281,6 +290,30 @@ _TABLE: Sequence[Benchmark] = (
         roots=("", "pictures"),
         reported_by_class=True,
         buildable=True,
+    ),
+    Benchmark(
+        name="pictures-features",
+        domains=_PICTURES_DOMAINS,
+        classes=_PICTURES_CLASSES,
+        target_classes=None,
+        default_source="clipart",
+        default_target="photo",
+        transfer_tasks=_PICTURES_TASKS,
+        recipe=_FEATURES_RECIPE,
+        reported_by_class=True,
+        embedded=True,
+    ),
+    # The user's own two files, named by --source and --target; the source's labels are the classes.
+    Benchmark(
+        name="features",
+        domains=(),
+        classes=None,
+        target_classes=None,
+        default_source=None,
+        default_target=None,
+        transfer_tasks=(),
+        recipe=_FEATURES_RECIPE,
+        embedded=True,
     ),
     Benchmark(
         name="visda",

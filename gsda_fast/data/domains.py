@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gsda_fast.data import digits
-from gsda_fast.data.benchmarks import Benchmark, DomainFacts, find_benchmark, plain_name
+from gsda_fast.data.benchmarks import EMBEDDED, Benchmark, DomainFacts, find_benchmark, plain_name
+from gsda_fast.data.embeddings import SUFFIXES, Embeddings, Rows, read_embeddings
 from gsda_fast.data.frames import PackedDomain, PackedFrames, is_pack, read_domain
 from gsda_fast.data.quarantine import read_list
 from gsda_fast.errors import UsageError, UsageWarning
@@ -60,6 +61,8 @@ class ImageDomain:
     """the images themselves, where they come from a pack; `paths` then says where they once came from"""
     passed_over: Mapping[str, int] = field(default_factory=dict)
     """files that were not looked at when the folder was read, and why: an ending, or what stands before them"""
+    rows: Rows | None = None
+    """features, where these take the place of images; `paths` then names what they were computed from"""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -101,7 +104,9 @@ class ImageDomain:
     def take(self, samples: list[int]) -> "ImageDomain":
         """The domain reduced to some of its samples."""
         frames = None if self.frames is None else self.frames.take(samples)
-        return replace(self, paths=[self.paths[i] for i in samples], labels=self.labels[samples], frames=frames)
+        rows = None if self.rows is None else replace(self.rows, index=self.rows.index[samples])
+        paths = [self.paths[i] for i in samples]
+        return replace(self, paths=paths, labels=self.labels[samples], frames=frames, rows=rows)
 
 
 def open_pair(
@@ -115,8 +120,8 @@ def open_pair(
 
     Args:
         task: a name in `BENCHMARKS`.
-        source, target: domain names or aliases; for the task ``folder``, folders below the data root. None: the task's
-            usual ones.
+        source, target: domain names or aliases; for the task ``folder``, folders below the data root; for ``features``,
+            files of features, below the data root if there is one. None: the task's usual ones.
         data_root: where the data set lies; None: the environment variable ``GSDA_DATA``. The tasks ``digits`` and
             ``digits-partial`` build their own images, in their cache or in a `data_root` that does not exist yet, and
             do not look at ``GSDA_DATA``.
@@ -130,6 +135,8 @@ def open_pair(
         UsageError: there is no such task, domain or folder, or its files do not fit.
     """
     benchmark = find_benchmark(task)
+    if task == "features":
+        return _open_own_features(source, target, data_root)
     if task == "folder":
         left_out = _Quarantine(quarantine)
         opened = _open_own_folders(source, target, _existing_root(data_root))
@@ -213,17 +220,34 @@ def _unlabelled(name: str, folder: Path, classes: tuple[str, ...]) -> ImageDomai
 
 
 def _root_of(benchmark: Benchmark, data_root: Path | None) -> Path:
-    if not benchmark.buildable or data_root is not None or os.environ.get("GSDA_DATA"):
+    named = data_root is not None or (os.environ.get("GSDA_DATA") and not benchmark.embedded)
+    if not (benchmark.buildable or benchmark.embedded) or named:
         return _existing_root(data_root)
     built = default_root(benchmark.name)
     if not built.is_dir():
+        command = f"data build {benchmark.name}"
+        if benchmark.embedded:
+            command = f"embed {benchmark.name.removesuffix(EMBEDDED)}"
         raise UsageError(
             "--data-root",
             found=f"neither the option nor GSDA_DATA nor {built}",
             expected="the folder of the data set",
-            remedy=f"`python -m gsda_fast.data build {benchmark.name}` makes it",
+            remedy=f"`python -m gsda_fast.{command}` makes it",
         )
     return built
+
+
+@_naming_what_cannot_be_read()
+def open_folder(folder: Path) -> ImageDomain:
+    """A folder of class folders as a domain of its own; one of images alone as a domain without labels.
+
+    Raises:
+        UsageError: there is no such folder, no image in it, or part of it cannot be read.
+    """
+    if not folder.is_dir() or not (folders := _class_folders(folder)):
+        return open_images(folder, ())
+    labels = {plain_name(name): label for label, name in enumerate(sorted(folders.values()))}
+    return _read_tree(folder.name, folder, folders, labels, tuple(sorted(folders.values())))
 
 
 def default_root(task: str) -> Path:
@@ -285,6 +309,10 @@ def _find_domain(
     benchmark: Benchmark, facts: DomainFacts, root: Path, classes: tuple[str, ...], kept: tuple[str, ...]
 ) -> ImageDomain:
     """The domain in a pack, or the first of its layouts that is there."""
+    if benchmark.embedded:
+        path = root / f"{facts.name}.npy"
+        embeddings = read_embeddings(path)
+        return _from_embeddings(facts.name, path, embeddings, embeddings.labels_in(classes, path), classes)
     if is_pack(root):
         return _from_pack(facts.name, root, read_domain(root, facts.name), classes, kept)
     for base in (root / nested for nested in benchmark.roots):
@@ -448,6 +476,57 @@ def _own_folder(option: str, name: str | None, root: Path) -> Path:
     if not folder.is_dir():
         raise UsageError(option, found=f"{folder}, which is no folder", expected=f"a folder in {root}")
     return folder
+
+
+# -------------------------------------------------------------------------------------------------------- embeddings
+
+
+@_naming_what_cannot_be_read()
+def _open_own_features(
+    source: str | None, target: str | None, data_root: Path | None
+) -> tuple[ImageDomain, ImageDomain]:
+    for option, name in (("--source", source), ("--target", target)):
+        if not name:
+            raise UsageError(option, found="nothing", expected=f"a file of features ({' or '.join(SUFFIXES)})")
+    root = data_root or Path()
+    source_path, target_path = root / str(source), root / str(target)
+    own, other = read_embeddings(source_path), read_embeddings(target_path)
+    if (own.labels == UNKNOWN).any():
+        unlabelled = int((own.labels == UNKNOWN).sum())
+        raise UsageError(
+            "--source",
+            found=f"{source_path} with {unlabelled} of {len(own)} rows without a label",
+            expected="an array named labels, with a class for every row",
+        )
+    present = set(own.labels.tolist())
+    if len(present) < 2:
+        raise UsageError("--source", found=f"{source_path} with one class", expected="two or more")
+    classes = tuple(name for label, name in enumerate(own.classes) if label in present)
+    return (
+        _from_embeddings(str(source), source_path, own, own.labels_in(classes, source_path), classes),
+        _from_embeddings(str(target), target_path, other, other.labels_in(classes, target_path), classes),
+    )
+
+
+@_naming_what_cannot_be_read()
+def open_features(path: Path, classes: tuple[str, ...]) -> ImageDomain:
+    """All rows of a file of features, without labels.
+
+    Args:
+        classes: the label space.
+
+    Raises:
+        UsageError: there is no such file, or it does not fit.
+    """
+    embeddings = read_embeddings(path)
+    unknown = np.full(len(embeddings), UNKNOWN, dtype=np.int64)
+    return _from_embeddings(str(path), path, embeddings, unknown, classes)
+
+
+def _from_embeddings(
+    name: str, path: Path, embeddings: Embeddings, labels: NDArray[np.int64], classes: tuple[str, ...]
+) -> ImageDomain:
+    return ImageDomain(name, path.parent, embeddings.names, labels, classes, rows=embeddings.rows)
 
 
 # ------------------------------------------------------------------------------------------------------------- packs

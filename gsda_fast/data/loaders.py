@@ -12,6 +12,7 @@ from gsda_fast.data.batches import Batch, Crops, Loader, Role
 from gsda_fast.data.benchmarks import ImageRecipe
 from gsda_fast.data.decoding import format_of_file
 from gsda_fast.data.domains import ImageDomain
+from gsda_fast.data.feature_loader import FeatureLoader
 from gsda_fast.data.substitutes import MOST_FAILED
 from gsda_fast.data.synthetic_loader import SyntheticLoader
 from gsda_fast.data.torch_loader import TorchLoader, image_threads
@@ -78,6 +79,8 @@ def resolve_loader(
 
 
 def _obstacle_to_dali(settings: DataSettings, source: ImageDomain, target: ImageDomain) -> UsageError | None:
+    if source.rows is not None:
+        return UsageError("--loader", found="dali, with features", expected="torch or auto: there is nothing to decode")
     if settings.cache_on_device:
         return UsageError(
             "--loader",
@@ -143,6 +146,15 @@ def open_loader(
         return SyntheticLoader(source, target, recipe, batch_size=batch_size, device=device, dtype=dtype)
     if settings.workers < 0:
         raise UsageError("--workers", found=str(settings.workers), expected="0 (automatic) or more")
+    if source.rows is not None:
+        return FeatureLoader(
+            source,
+            target,
+            batch_size=batch_size,
+            device=device,
+            on_device=settings.cache_on_device,
+            dtype=dtype,
+        )
     name = resolve_loader(settings, source, target, device)
     if name == "dali":
         # Here, since DALI is optional and takes half a second to import.

@@ -41,7 +41,7 @@ from gsda_fast.data.frames import (
 from gsda_fast.data.torch_loader import image_threads, read_frame
 from gsda_fast.data.verify import FilesDone, require_readable
 from gsda_fast.errors import TrainingError, UsageError
-from gsda_fast.files import FolderLock, atomic_file, is_plain_name, new_file, sync_folder
+from gsda_fast.files import FolderLock, atomic_file, file_state, is_plain_name, new_file, sync_folder
 
 _UNFINISHED = "pack.partial.json"
 _REPLACED = "replaced"  # in an unfinished table: files to remove at the end, where the pack uses them no more
@@ -182,12 +182,7 @@ def _state(domain: ImageDomain, samples: range, recipe: ImageRecipe) -> str:
     """A digest of what a shard is made from: the same files at another place are the same."""
     digest = hashlib.sha256(f"{FORMAT} {recipe.resize} {recipe.channels}".encode())
     for sample in samples:
-        try:
-            status = os.stat(domain.file(sample))
-            state = f"{status.st_size} {status.st_mtime_ns}"
-        except OSError:
-            state = "gone"
-        digest.update(f"{domain.paths[sample]}\0{state}\0".encode())
+        digest.update(f"{domain.paths[sample]}\0{file_state(domain.file(sample))}\0".encode())
     return digest.hexdigest()
 
 

@@ -18,6 +18,7 @@ generators fixed across versions, which it does not promise for the methods of `
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,8 @@ IntArray = NDArray[np.int64]
 # Streams of random numbers: each is an independent Philox key.
 _SOURCE_ORDER, _TARGET_ORDER, _SOURCE_AUGMENTATION, _TARGET_AUGMENTATION = range(4)
 _FURTHER_VIEWS = 16  # two for each view of the target after the first: its crop, and its shift and colour
+_STORED_VIEWS, _SOURCE_VIEW = 64, 65
+_TARGET_VIEW = 66  # and on, one for each view of a batch
 # Inside an order stream, the fourth counter word tells apart what is permuted.
 _WITHIN_CLASS, _CLASSES = range(2)
 
@@ -172,6 +175,36 @@ class SamplingPlan:
     def _slots(self, step: int, rank: int) -> range:
         first = (step * self.world_size + rank) * self.batch_size
         return range(first, first + self.batch_size)
+
+
+def view_numbers(
+    plan: SamplingPlan, step: int, rank: int, role: Literal["source", "target"], views: int, number: int = 0
+) -> IntArray:
+    """Choose one of the stored views of each sample of a batch: functions of the plan's seed and the slot.
+
+    Args:
+        plan, step, rank: as for `SamplingPlan.batch`. role: which domain. views: of each of its samples.
+        number: which of the batch's views of the target they are for.
+
+    Returns:
+        (B,) from 0 to views - 1.
+    """
+    slots = plan._slots(step, rank)
+    first = slots[0] // 4  # four words a counter
+    stream = _SOURCE_VIEW if role == "source" else _TARGET_VIEW + number
+    raw = _raw(plan.seed, stream, (first, 0, 0, 0), (slots[-1] // 4 - first + 1) * 4)
+    draws = _to_unit(raw)[slots[0] - 4 * first :][: len(slots)]
+    return (draws * views).astype(np.int64)
+
+
+def stored_augmentation(seed: int, samples: range, recipe: ImageRecipe) -> Augmentation:
+    """Draw the augmentation of views that are computed once and kept.
+
+    Args:
+        seed: of the draws. samples: numbers of the pictures, those of view v of n images being v n to (v + 1) n - 1.
+        recipe: the frame and crop of the windows.
+    """
+    return _augmentation(seed, _STORED_VIEWS, samples, recipe)
 
 
 class _PlainOrder:

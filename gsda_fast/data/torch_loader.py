@@ -181,6 +181,13 @@ class TorchLoader:
         flip = self._to_device(torch.from_numpy(augmentation.flip))
         return self._normalise(crop_frames(frames, window, flip, recipe.crop))
 
+    def augmented(self, domain: Role, samples: IntArray, augmentation: Augmentation) -> Tensor:
+        """(n, C, H, W): training crops of these samples, without a plan."""
+        crops = self._start_crops(domain, samples.copy(), [augmentation], None)
+        for future in crops.futures:
+            future.result()
+        return self._normalise(crops.pixels[0])
+
     # ---------------------------------------------------------------------------------------------------- evaluation
 
     def evaluate(

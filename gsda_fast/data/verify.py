@@ -208,6 +208,8 @@ def check_files(
         domain: its files, or the shards of its pack. workers: threads; 0 = the usable cores.
         progress: called after each file. channels: of the task's images, 3 or 1.
     """
+    if domain.rows is not None:  # read and checked when the domain was opened
+        return Checked([], [])
     frames = domain.frames
     files = [domain.file(i) for i in range(len(domain))] if frames is None else frames.files()
     check = partial(_checked, channels=channels) if frames is None else partial(_checked_shard, frames.problem)

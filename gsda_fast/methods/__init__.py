@@ -8,7 +8,7 @@ from typing import Any
 
 from gsda_fast.methods import gsda
 from gsda_fast.methods.base import AdaptationSettings, Method, MethodSettings, TargetSamples, TaskFacts
-from gsda_fast.methods.gsda import DIGITS_DISCRIMINATOR, GSDA, AdversarialSettings, GSDASettings
+from gsda_fast.methods.gsda import DIGITS_DISCRIMINATOR, FEATURES_DISCRIMINATOR, GSDA, AdversarialSettings, GSDASettings
 from gsda_fast.methods.source_only import SourceOnly
 from gsda_fast.methods.step import Outputs, Player, Step, Update
 from gsda_fast.methods.terms import TERMS
@@ -76,7 +76,7 @@ METHODS: dict[str, Entry] = {
     "dann": Entry(
         GSDA,
         AdversarialSettings(),
-        presets=DIGITS_DISCRIMINATOR,
+        presets={**DIGITS_DISCRIMINATOR, **FEATURES_DISCRIMINATOR},
         variant={"levels": ("domain",), "minimize_entropy": False, "synchronize": False},
     ),
     "glb": _ablation("domain"),

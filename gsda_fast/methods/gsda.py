@@ -63,16 +63,25 @@ def _paper(alpha: float, beta: float, groups: int) -> dict[str, dict[str, Any]]:
 DIGITS_DISCRIMINATOR = {"digits": {"method": {"hidden_dim": 32}}, "digits-partial": {"method": {"hidden_dim": 32}}}
 """A discriminator as small as the images."""
 
+FEATURES_DISCRIMINATOR = {
+    "features": {"method": {"hidden_dim": 256}},
+    "pictures-features": {"method": {"hidden_dim": 256}},
+}
+"""As wide as the bottleneck: on embeddings the discriminators are most of a step."""
+
 _DIGITS = {"method": {"alpha": 0.1, "beta": 1.0, "groups": 3, "hidden_dim": 32}}
 PRESETS = {
     "digits": _DIGITS,
     "digits-partial": _DIGITS,
+    "pictures": {"method": {"alpha": 0.1, "beta": 1.0, "groups": 3}},
+    "pictures-features": {"method": {"alpha": 0.1, "beta": 1.0, "groups": 3, "hidden_dim": 256}},
+    "features": {"method": {"alpha": 0.1, "beta": 1.0, "hidden_dim": 256}},
     "visda": _paper(0.2, 10.0, 4),
     "office31": _paper(0.02, 1.0, 6),
     "office31-partial": _paper(0.2, 10.0, 6),
     "office-home": _paper(0.02, 1.0, 13),
 }
-"""By task: of the digits those under which the README's results were obtained, of all others the paper's."""
+"""By task: of the paper's own tasks the paper's, of the others those under which the README's results were obtained."""
 
 
 class GSDA(Method):
