@@ -284,7 +284,9 @@ def work(rank: int, world_size: int, port: int, folder: str) -> None:
         for error in (TrainingError, Stopped):
             found[f"from first {error.__name__}"] = failure_of(partial(ranks.from_first, partial(fail, error)))
         found["together"] = ranks.on_all_ranks(lambda: f"made by {rank}")
-        found["together fails"] = failure_of(lambda: ranks.on_all_ranks(lambda: raising("last", rank == world_size - 1)))
+        found["together fails"] = failure_of(
+            lambda: ranks.on_all_ranks(lambda: raising("last", rank == world_size - 1))
+        )
         found["equal"] = failure_of(lambda: ranks.require_equal({"--seed": 0}))
         found["unequal"] = failure_of(lambda: ranks.require_equal({"--seed": 0, "--steps": 5 + rank}))
         torch.save(found, Path(folder) / f"{rank}.pt")
