@@ -99,7 +99,6 @@ class FolderLock:
             elif error.errno in (errno.EACCES, errno.EPERM, errno.EBADF) and os.path.lexists(self.file):
                 whose = f"{self.file.name} in it is theirs ({error.strerror})"
                 found = f"{folder}, which another user may be using: {whose}"
-                )
             else:
                 found = f"{folder}, which cannot be held ({error.strerror})"
             raise UsageError(
