@@ -97,9 +97,8 @@ class FolderLock:
             if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
                 found = f"{folder}, in use by {self._holder()}"
             elif error.errno in (errno.EACCES, errno.EPERM, errno.EBADF) and os.path.lexists(self.file):
-                found = (
-                    f"{folder}, which another user may be using: {self.file.name} in it is theirs ({error.strerror})"
-                )
+                whose = f"{self.file.name} in it is theirs ({error.strerror})"
+                found = f"{folder}, which another user may be using: {whose}"
             else:
                 found = f"{folder}, which cannot be held ({error.strerror})"
             raise UsageError(

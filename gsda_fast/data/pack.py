@@ -276,8 +276,8 @@ def _read_unfinished(path: Path) -> dict[str, Any]:
         records = [json.loads(line) for line in lines[:-1]]
     except (OSError, ValueError, RecursionError) as error:
         raise no_table(path, f"{type(error).__name__}: {error}") from error
+    replaced = table.pop(_REPLACED, []) if isinstance(table, dict) else []
     problem = table_problem(table, whole=False)
-    replaced = [] if problem else table.setdefault(_REPLACED, [])
     if not problem and not (isinstance(replaced, list) and all(_is_shard_name(name) for name in replaced)):
         problem = "files to remove that are no files of the pack"
     for record in records:
@@ -287,8 +287,7 @@ def _read_unfinished(path: Path) -> dict[str, Any]:
     problem = problem or table_problem(table, whole=False)
     if problem:
         raise no_table(path, problem)
-    checked: dict[str, Any] = table
-    return checked
+    return {**table, _REPLACED: replaced}
 
 
 def _add_record(table: dict[str, Any], record: Any) -> str:
