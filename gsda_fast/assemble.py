@@ -43,6 +43,8 @@ def resolve(config: Config, world_size: int = 1) -> tuple[Config, ImageDomain, I
     """
     data = config.data
     require_room(data.test_crops, image_recipe(config))
+    if data.synthetic and find_benchmark(config.task).embedded:
+        raise UsageError("--synthetic", found=f"the task {config.task}", expected="a task of images")
     if data.synthetic:
         source, target = synthetic_pair(find_benchmark(config.task))
     else:
@@ -196,6 +198,8 @@ def build_trainer(
         seed=config.run.seed,
         world_size=ranks.world_size,
         balance_target=config.pseudo_labels.balance_target,
+        target_views=method.target_views,
+        strong_view=method.strong_view,
     )
     return Trainer(
         method,
@@ -206,7 +210,6 @@ def build_trainer(
             recipe,
             batch_size=_EVALUATION_BATCH,
             device=device,
-            peers=ranks,
             dtype=model.autocast_dtype or torch.float32,
         ),
         plan,

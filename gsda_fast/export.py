@@ -19,17 +19,13 @@ from gsda_fast.errors import UsageError
 from gsda_fast.files import atomic_file
 from gsda_fast.model import FEATURES, AdaptationModel, output_layer
 from gsda_fast.results.run_folder import EXPORTED, RunFolder
-from gsda_fast.trained import TrainedModel, load_trained
+from gsda_fast.trained import CheckpointOptions, TrainedModel, load_trained
 
 
-@dataclass(frozen=True)
-class ExportSettings:
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings(CheckpointOptions):
     """What to export."""
 
-    run: tyro.conf.Positional[Path]
-    """Folder of a finished or interrupted run."""
-    checkpoint: int | None = None
-    """Step of the checkpoint; the newest one if not given."""
     output: Path | None = None
     """Folder for model.safetensors and model.pt2; `export` in the run's folder if not given."""
 

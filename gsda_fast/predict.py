@@ -7,9 +7,9 @@ import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import TextIO
 
 import torch
 import tyro
@@ -24,26 +24,21 @@ from gsda_fast.data.verify import progress_bars, unreadable_files
 from gsda_fast.errors import UsageError
 from gsda_fast.files import atomic_file
 from gsda_fast.model import FEATURES
-from gsda_fast.trained import TrainedModel, load_trained
+from gsda_fast.trained import ScoringOptions, TrainedModel, load_trained
 
 COLUMNS = ("file", "predicted_class", "confidence")
 """What stands before the probabilities, one column for each class by its name."""
 
 
 @dataclass(frozen=True)
-class PredictSettings:
+class PredictSettings(ScoringOptions):
     """What to classify, and with what."""
 
-    run: tyro.conf.Positional[Path]
-    """Folder of a finished or interrupted run."""
     folder: tyro.conf.Positional[Path]
     """Folder of images, which may lie anywhere below it; a file of features for a run on features."""
-    checkpoint: int | None = None
-    """Step of the checkpoint; the newest one if not given."""
+    _: KW_ONLY
     output: Path | None = None
     """CSV file to write; standard output if not given."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto: the GPU if there is one."""
     batch_size: int = 256
     """Images in a batch."""
 

@@ -2,12 +2,12 @@ import pytest
 import torch
 from torch import nn
 
+from gsda_fast.assemble import build_trainer, resolve
 from gsda_fast.config import parse_config
 from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.model import ModelSettings
 from gsda_fast.train import _report_line
 from gsda_fast.training import assemble, figures
-from gsda_fast.assemble import build_trainer, resolve
 from gsda_fast.training.rooflines import PEAKS, Floors, Peaks, Work, device_floors, floors, training_work
 from gsda_fast.training.trainer import Report
 

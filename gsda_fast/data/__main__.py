@@ -21,7 +21,7 @@ from gsda_fast.data.pack import pack
 from gsda_fast.data.pictures.build import DIGEST, MANIFEST, Manifest, build
 from gsda_fast.data.pictures.build import verify as compare_with_manifest
 from gsda_fast.data.verify import findings_table, progress_bars, verify, write_quarantine
-from gsda_fast.errors import UsageError
+from gsda_fast.errors import UsageError, visible
 
 _PROGRAM = "python -m gsda_fast.data"
 _TASKS = "|".join(BENCHMARKS)
@@ -149,6 +149,8 @@ def run_verify(settings: VerifySettings, console: Console) -> int:
     for finding in findings:
         if finding.error:
             console.print(_problem(finding.name, finding.error), soft_wrap=True)
+        for note in finding.notes:
+            console.print(_problem("note", f"{finding.name}: {note}", "yellow"), soft_wrap=True)
         for path, problem in finding.unreadable:
             console.print(_problem("unreadable", f"{path}: {problem}"), soft_wrap=True)
     if settings.quarantine is not None:
@@ -159,8 +161,8 @@ def run_verify(settings: VerifySettings, console: Console) -> int:
     return int(not good)
 
 
-def _problem(subject: str, told: str) -> Text:
-    return Text.assemble((f"{subject}:", "red"), f" {told}")
+def _problem(subject: str, told: str, colour: str = "red") -> Text:
+    return Text.assemble((f"{visible(subject)}:", colour), f" {visible(told)}")
 
 
 _COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Console], int]]] = {

@@ -182,21 +182,6 @@ class Ranks:
         # Sample i is row i // world_size of rank i % world_size.
         return torch.stack(parts, dim=1).flatten(0, 1)[:count]
 
-    def exchange(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """Gives each rank its part of `rows` and returns what all ranks give to this one.
-
-        Args:
-            rows: (sum(send), ...), those for rank 0 first. send: rows for each rank. receive: rows from each rank.
-
-        Returns:
-            (sum(receive), ...), those of rank 0 first.
-        """
-        if not self.several:
-            return rows
-        received = rows.new_empty((sum(receive), *rows.shape[1:]))
-        dist.all_to_all_single(received, rows.contiguous(), receive, send)
-        return received
-
     def gather_objects(self, value: T) -> list[T]:
         """The value of every rank, on every rank."""
         if not self.several:
