@@ -37,7 +37,7 @@ RECIPE = on_images(
 
 
 class JAN(Method):
-    """Minimize the joint maximum mean discrepancy of features and class probabilities, which move the classifier too."""
+    """Minimize the joint maximum mean discrepancy of features and class probabilities, the classifier included."""
 
     def __init__(
         self,
