@@ -574,8 +574,8 @@ def _add_distances(section: _Section, groups: _Groups) -> None:
 
 _PAIRED = (
     "Paired differences",
-    "Two runs of one transfer task and seed have much of their noise in common, so that their difference has less of it "
-    "than either of them.",
+    "Two runs of one transfer task and seed have much of their noise in common, so that their difference has less of "
+    "it than either of them.",
 )
 _Part = tuple[str, list[_Section]]
 """The title and the sections about the runs of a folder, or about its sweep."""

@@ -426,7 +426,7 @@ def contrasts(methods: Sequence[str]) -> list[tuple[str, str]]:
     first (what all of them add). Where other methods stand beside it, first each method minus each baseline.
     """
     baselines = [baseline for baseline in BASELINES if baseline in methods]
-    parts = [method for method in methods if method in ABLATION]
+    parts = [method for method in ABLATION if method in methods]
     against = [(each, baseline) for baseline in baselines for each in methods if each not in (baseline, baselines[0])]
     if not baselines or len(parts) == len(methods):
         parts, against = list(methods), []
