@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 # A process in which Triton interprets its kernels cannot compile any: those tests run apart.
-INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton_interpreter.py
+INTERPRETED_TESTS := $(patsubst %,tests/test_%.py,equivalence triton_interpreter triton_races)
+INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED_TESTS)
 OLDEST := .venv-oldest
-KERNEL_TESTS := $(patsubst %,tests/test_%.py,buffers closed_form functional native ops reference restore triton_compile triton_configs \
+KERNEL_TESTS := $(patsubst %,tests/test_%.py,buffers closed_form equivalence functional native ops reference triton_compile triton_configs \
 	tune_triton)
 BUILT_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/gsda_kernels/native/*)
 
@@ -39,7 +40,7 @@ test-oldest:
 	$(OLDEST)/bin/python -m pip install --quiet "torch==2.11.*" "torchvision==0.26.*" "triton==3.6.*" "numpy<2.4" \
 		--editable ".[dev]"
 	$(OLDEST)/bin/python -m pytest -m "not slow and not gpu" $(KERNEL_TESTS)
-	TRITON_INTERPRET=1 $(OLDEST)/bin/python -m pytest tests/test_triton_interpreter.py -m "not slow"
+	TRITON_INTERPRET=1 $(OLDEST)/bin/python -m pytest $(INTERPRETED_TESTS) -m "not slow"
 
 lint: $(VENV)/installed-dev types
 	$(BIN)/python -m ruff check .

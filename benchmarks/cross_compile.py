@@ -39,6 +39,8 @@ PRODUCT_OF = {
     "jacobian_kernel": "jacobian",
     "weight_gradient_kernel": "weight",
 }
+# What a forward and a backward launch beside the products.
+ALL_KERNELS = (*PRODUCT_OF, "route_kernel", "terms_kernel", "pair_gradient_kernel", "feature_gradient_kernel")
 
 
 @dataclass(frozen=True)

@@ -11,20 +11,21 @@ import torch
 from torch import nn
 
 from gsda_fast.config import Config
-from gsda_fast.data.benchmarks import ImageRecipe, find_benchmark
+from gsda_fast.data.benchmarks import Benchmark, ImageRecipe, find_benchmark
 from gsda_fast.data.domains import ImageDomain, open_pair
+from gsda_fast.data.feature_loader import require_same_size
 from gsda_fast.data.loaders import open_loader, require_room, resolve_loader
 from gsda_fast.data.sampling import SamplingPlan
 from gsda_fast.data.synthetic_loader import synthetic_pair
 from gsda_fast.errors import UsageError
 from gsda_fast.methods import METHODS, TaskFacts, build_method
-from gsda_fast.model import LENET, build_model
+from gsda_fast.model import FEATURES, LENET, ModelSettings, build_model, input_format
 from gsda_fast.results.run_folder import RunFolder, flat_settings
 from gsda_fast.resume import summary
 from gsda_fast.training.distributed import Ranks, digest
-from gsda_fast.training.figures import device_floors, forget_peak_memory
 from gsda_fast.training.generators import seed_generators
 from gsda_fast.training.precision import AUTOCAST_DTYPES, set_arithmetic
+from gsda_fast.training.rooflines import device_floors, forget_peak_memory
 from gsda_fast.training.schedules import Schedule
 from gsda_fast.training.trainer import Trainer
 
@@ -41,7 +42,9 @@ def resolve(config: Config, world_size: int = 1) -> tuple[Config, ImageDomain, I
         UsageError: data, a device or a backend that is not there.
     """
     data = config.data
-    require_room(data.test_crops, find_benchmark(config.task).recipe)
+    require_room(data.test_crops, image_recipe(config))
+    if data.synthetic and find_benchmark(config.task).embedded:
+        raise UsageError("--synthetic", found=f"the task {config.task}", expected="a task of images")
     if data.synthetic:
         source, target = synthetic_pair(find_benchmark(config.task))
     else:
@@ -58,6 +61,16 @@ def resolve(config: Config, world_size: int = 1) -> tuple[Config, ImageDomain, I
     return with_choices(named, source, target, world_size), source, target
 
 
+def image_recipe(config: Config) -> ImageRecipe:
+    """How an image file becomes an image of a run: as the task has it, in the format of the backbone.
+
+    Raises:
+        UsageError: a backbone of timm that is not there.
+    """
+    recipe, wanted = find_benchmark(config.task).recipe, input_format(config.model.backbone)
+    return recipe if wanted is None else recipe.for_backbone(*wanted)
+
+
 def with_choices(config: Config, source: ImageDomain, target: ImageDomain, world_size: int) -> Config:
     """The same with every automatic choice made that depends on the machine and on these domains.
 
@@ -66,7 +79,7 @@ def with_choices(config: Config, source: ImageDomain, target: ImageDomain, world
     """
     run, data, device = config.run, config.data, choose_device(config)
     loader = data.loader if data.synthetic else resolve_loader(data, source, target, torch.device(device))
-    method = METHODS[run.method].method
+    model, method = _with_rows(config.model, source, target), METHODS[run.method].method
     if method.fits:
         run = replace(run, warmup=run.steps - 1)
     refresh_every = config.pseudo_labels.refresh_every or -(-len(target) // (run.batch_size * world_size))
@@ -74,19 +87,38 @@ def with_choices(config: Config, source: ImageDomain, target: ImageDomain, world
         config,
         run=replace(run, device=device),
         data=replace(data, loader=loader),
+        model=model,
         method=method.resolve(config.method, source.num_classes, device),
         pseudo_labels=replace(config.pseudo_labels, refresh_every=refresh_every),
         precision=config.precision.resolved(device, config.distributed.sync_batchnorm),
     )
 
 
-def _require_fit(backbone: str, recipe: ImageRecipe) -> None:
+def _with_rows(model: ModelSettings, source: ImageDomain, target: ImageDomain) -> ModelSettings:
+    """Return the network with the size of the rows, where the domains are rows.
+
+    Raises:
+        UsageError: rows of different sizes, or of another size than asked for; a backbone that takes none.
+    """
+    if source.rows is None:
+        return model
+    if model.backbone != FEATURES:
+        raise UsageError("--backbone", found=model.backbone, expected=f"{FEATURES}, for a task of features")
+    require_same_size(source, target)
+    if model.input_dim not in (0, source.rows.dim):
+        raise UsageError("--input-dim", found=str(model.input_dim), expected=f"{source.rows.dim}, the size of a row")
+    return replace(model, input_dim=source.rows.dim)
+
+
+def _require_fit(backbone: str, benchmark: Benchmark) -> None:
     """Raise where the backbone does not take the task's images, before a folder is made for the run."""
-    if (backbone == LENET) != (recipe.channels == 1):
+    kind = FEATURES if benchmark.embedded else LENET if benchmark.recipe.channels == 1 else ""
+    if backbone != kind and (kind or backbone in (FEATURES, LENET)):
         raise UsageError(
             "--backbone",
             found=backbone,
-            expected="lenet for the 16x16 grey images of digits, a torchvision model for the colour images of all else",
+            expected="lenet for the 16x16 grey images of digits, features for tasks of features, a torchvision model, "
+            "efficientnet-lite0 or timm:NAME for the colour images of all else",
         )
 
 
@@ -124,8 +156,8 @@ def build_trainer(
         torch.set_num_threads(config.run.threads)
     set_arithmetic(device, config.precision.precision)
     seed_generators(config.run.seed)
-    recipe = find_benchmark(config.task).recipe
-    _require_fit(config.model.backbone, recipe)
+    recipe = image_recipe(config)
+    _require_fit(config.model.backbone, find_benchmark(config.task))
     entry = METHODS[config.run.method]
     model = build_model(config.model, source.num_classes, partial(entry.method.classifier, config.method))
     model.autocast_dtype = AUTOCAST_DTYPES[config.precision.precision]
@@ -166,6 +198,8 @@ def build_trainer(
         seed=config.run.seed,
         world_size=ranks.world_size,
         balance_target=config.pseudo_labels.balance_target,
+        target_views=method.target_views,
+        strong_view=method.strong_view,
     )
     return Trainer(
         method,
@@ -176,7 +210,6 @@ def build_trainer(
             recipe,
             batch_size=_EVALUATION_BATCH,
             device=device,
-            peers=ranks,
             dtype=model.autocast_dtype or torch.float32,
         ),
         plan,

@@ -119,6 +119,9 @@ def summary(domain: ImageDomain) -> str:
     if domain.frames is not None:
         kind = "frames of a pack"
         found.update(repr([shard.sha256 for shard in domain.frames.shards]).encode())
+    if domain.rows is not None:
+        kind = "rows of features"
+        found.update(domain.rows.digest.encode())
     return f"{len(domain)} {kind} with digest {found.hexdigest()[:12]}"
 
 

@@ -30,17 +30,19 @@ from gsda_fast.data.torch_loader import usable_cores
 from gsda_fast.errors import Stopped, TrainingError, UsageError
 from gsda_fast.methods import ALIASES, METHODS
 from gsda_fast.report import report_on_suite, suite_layout
-from gsda_fast.results import plots, tables
-from gsda_fast.results.run_folder import RunFolder, RunResult, file_name
+from gsda_fast.results.page import sweep_section
+from gsda_fast.results.records import RunResult
+from gsda_fast.results.run_folder import RunFolder, file_name
 from gsda_fast.results.suite_folder import (
     Layout,
     SuiteFolder,
+    TableName,
     paired_sweep_tables,
     paired_tables,
+    score_tables,
     suite_tables,
-    sweep_tables,
 )
-from gsda_fast.results.suite_page import sweep_plots
+from gsda_fast.results.tables import Table, sweep_tables, to_terminal
 from gsda_fast.train import train
 
 PROGRAM = "python -m gsda_fast.suite"
@@ -364,34 +366,31 @@ def _write_tables(
     paired: bool,
     console: Console,
 ) -> None:
-    made = suite_tables(results, layout)
-    suite.write_tables(made)
-    differences = paired_tables(runs, layout) if paired else []
-    if differences:
-        suite.write_paired(differences)
-    shown: list[tables.PrintedTable] = [*made, *differences]
-    for table in shown:
-        console.print(tables.to_terminal(table))
-    written = [suite.table_path("md"), *([suite.paired_path("md")] if differences else [])]
-    console.print(f"tables: {', '.join(map(str, written))}, and as .csv and .json", soft_wrap=True)
+    _write(suite, "table", suite_tables(results, layout), console)
+    if paired:
+        _write(suite, "paired", paired_tables(runs, layout), console)
+    _write(suite, "scores", score_tables(runs, layout), console)
 
 
 def _write_sweep(
     suite: SuiteFolder, results: Mapping[str, Sequence[RunResult]], layout: Layout, paired: bool, console: Console
 ) -> None:
-    made = sweep_tables(results, layout)
-    differences = paired_sweep_tables(results, layout) if paired else []
-    for table in made:
-        if table.choice == "last":
-            console.print(tables.to_terminal(table))
-    if differences:
-        suite.write_paired(differences)
-        for difference in differences:
-            console.print(tables.to_terminal(difference))
-    drawn = {name: plots.png(figure) for name, figure in sweep_plots(made).items()}
-    suite.write_sweep(made, drawn)
-    plotted = ", ".join(str(suite.sweep_plot_path(name)) for name in drawn)
-    console.print(f"sweep: {suite.sweep_path('md')}, and as .csv and .json; {plotted}", soft_wrap=True)
+    made = sweep_tables(results, **layout.table)
+    # The choices beside the last step are for looking up.
+    _write(suite, "sweep", made, console, [table for table in made if table.choice == "last"])
+    if paired:
+        _write(suite, "paired", paired_sweep_tables(results, layout), console)
+    sweep_section(suite, made)
+
+
+def _write(
+    suite: SuiteFolder, name: TableName, made: Sequence[Table], console: Console, shown: Sequence[Table] | None = None
+) -> None:
+    if made:
+        suite.write_tables(name, made)
+        for table in made if shown is None else shown:
+            console.print(to_terminal(table))
+        console.print(f"{name}: {suite.table_path(name, 'md')}, and as .csv and .json", soft_wrap=True)
 
 
 def parse_suite(arguments: list[str]) -> tuple[SuiteSettings, dict[str, dict[str, Config]]]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import tyro
 
-from gsda_fast.assemble import choose_device
+from gsda_fast.assemble import choose_device, image_recipe
 from gsda_fast.config import Config, config_from_dict
-from gsda_fast.data.benchmarks import ImageRecipe, find_benchmark
+from gsda_fast.data.benchmarks import ImageRecipe
 from gsda_fast.errors import UsageError
 from gsda_fast.methods import METHODS
 from gsda_fast.model import AdaptationModel, build_model
@@ -21,6 +22,25 @@ from gsda_fast.training.distributed import DistributedSettings
 from gsda_fast.training.precision import AUTOCAST_DTYPES, PrecisionSettings, set_arithmetic
 
 Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """What every command on a trained run asks for."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of a finished or interrupted run."""
+    _: KW_ONLY
+    checkpoint: int | None = None
+    """Step of the checkpoint; the newest one if not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringOptions(CheckpointOptions):
+    """The same, of those that compute."""
+
+    device: Device = "auto"
+    """Where to compute; auto: the GPU if there is one."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +61,7 @@ class TrainedModel:
     @property
     def recipe(self) -> ImageRecipe:
         """How an image file becomes what the model was evaluated on."""
-        return find_benchmark(self.config.task).recipe
+        return image_recipe(self.config)
 
 
 def load_trained(run: Path, checkpoint: int | None = None, device: Device = "cpu") -> TrainedModel:

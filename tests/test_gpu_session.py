@@ -40,6 +40,29 @@ def test_a_failure_of_the_kernels_is_the_exit_status() -> None:
     assert gpu_session.exit_status([*good, {"contender": "triton", "failed": "no such instruction"}]) == 1
 
 
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ("def test_a(): pass", 0),
+        ("def test_a(): assert False", 1),
+        ("def test_a(): pass\ndef test_b(): pytest.skip('no such package')", 1),
+        ("pytest.importorskip('no_such_package')", 1),
+    ],
+    ids=["passed", "failed", "a skipped test", "a skipped file"],
+)
+def test_a_skipped_test_is_not_a_passed_one(
+    body: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_few.py").write_text(f"import pytest  # mark.gpu\n{body}\ndef test_c(): pass\n")
+    monkeypatch.setattr(gpu_session, "REPOSITORY", tmp_path)
+    found = gpu_session.run_tests(tmp_path / "tests.txt", [])
+    assert bool(found) == bool(status)
+    assert ("1 skipped, so that not everything is known to pass" in (tmp_path / "tests.txt").read_text()) == (
+        "skip" in body
+    )
+
+
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu_session.py"])

@@ -22,7 +22,6 @@ from triton_cases import SHAPES
 
 import gsda_kernels as gk
 from gsda_kernels import backends, ops
-from gsda_kernels.restore import restore_where
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1, in a process of its own", allow_module_level=True)
@@ -170,18 +169,6 @@ def test_routing(num_samples: int, num_discriminators: int, max_pairs: int | Non
     assert len(tiles) <= found.num_tiles
     assert found.tiles[: len(tiles)].tolist() == tiles
     assert (found.tiles[len(tiles) :, 0] == -1).all()
-
-
-@pytest.mark.parametrize("flag", [0.0, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_restored_where_a_flag_says_so(flag: float, dtype: torch.dtype) -> None:
-    # Less than a block; several, the last of them not whole; another order in memory.
-    before = [torch.randn(5, dtype=dtype), torch.randn(3, 5600, dtype=dtype), torch.randn(7, 3, dtype=dtype).t()]
-    moved = [tensor + 1 for tensor in before]
-    tensors = [tensor.clone() for tensor in moved]
-    restore_where(torch.tensor(flag), tensors, [tensor.clone() for tensor in before])
-    for found, expected in zip(tensors, before if flag else moved):
-        assert found.equal(expected)
 
 
 def test_registered_operation() -> None:

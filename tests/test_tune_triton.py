@@ -1,6 +1,6 @@
 """The tuning of the Triton products, as far as it goes without a GPU: candidates, choice, compilation, the table."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,14 @@ import torch
 import gsda_kernels as gk
 
 pytest.importorskip("triton")
+from triton.runtime.jit import JITFunction
+
 if gk.available_backends("cpu")["triton"] is None:
     pytest.skip("TRITON_INTERPRET is set: such a process cannot compile", allow_module_level=True)
 
 from benchmarks import tune_triton
-from benchmarks.cross_compile import SHARED_MEMORY
+from benchmarks.cross_compile import ALL_KERNELS, SHARED_MEMORY, fake_device
+from benchmarks.shapes import SHAPES
 from benchmarks.tune_triton import PRODUCTS, TUNED_AT, Trial, Verdict, candidates, choose, main, render, row
 from gsda_kernels.triton.configs import ANY_CHIP, KINDS, SHAPE_CLASSES, Key, Product, configure, look_up, shape_class
 from gsda_kernels.triton.table import TABLE
@@ -120,6 +123,25 @@ def test_tuning_writes_what_is_clearly_faster(
     assert (weight.block_rows, weight.block_columns) == (64, 256)
     assert set(checked) == {key, key._replace(kind="mixed")}
     assert "sm_90 mixed small: 1.00 of the time before, left as it is" in capsys.readouterr().out
+
+
+def test_kernels_are_timed_on_what_the_ones_before_them_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on fresh memory: every kernel of a step runs once before the first is timed."""
+    ran: list[str] = []
+    key = Key("sm_90", "half", "small")
+    with fake_device(90):
+        inputs = tune_triton.make_inputs(SHAPES["digits"], dtype=torch.bfloat16)
+        inputs = replace(inputs, **{f.name: _on_cuda(getattr(inputs, f.name)) for f in fields(inputs)})
+        monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **options: ran.append(kernel.fn.__name__))
+        monkeypatch.setattr(tune_triton, "do_bench", lambda launch, **options: float(len(ran)))
+        assert tune_triton.milliseconds(Trial(key, "jacobian", look_up(key).jacobian), inputs) == len(ran)
+    assert set(ran) == set(ALL_KERNELS)
+
+
+def _on_cuda(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return type(value)(*map(_on_cuda, value))
+    return torch.empty_like(value, device="cuda") if isinstance(value, torch.Tensor) else value
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from gsda_fast.methods import adda, cdan, dan, gsda, jan, mada, mcd, mdd, rtn, s
 from gsda_fast.methods.adversarial import DiscriminatorSettings
 from gsda_fast.methods.base import AdaptationSettings, Method, MethodSettings, TargetSamples, TaskFacts
 from gsda_fast.methods.fitted import GeodesicFlow, GFKSettings, TCASettings, TransferComponents
-from gsda_fast.methods.gsda import DIGITS_DISCRIMINATOR, GSDA, AdversarialSettings, GSDASettings
+from gsda_fast.methods.gsda import GSDA, SMALL_DISCRIMINATOR, AdversarialSettings, GSDASettings
 from gsda_fast.methods.recipes import on_images
 from gsda_fast.methods.source_only import SourceOnly
 from gsda_fast.methods.step import Outputs, Player, Step, Update
@@ -69,7 +69,7 @@ def _added(**weights: float) -> dict[str, dict[str, Any]]:
 
 _DANN: dict[str, Any] = {"levels": ("domain",), "minimize_entropy": False, "synchronize": False}
 _CDAN_E = cdan.CDANSettings(entropy_weight="official")
-_BSP = {task: {**tables, **_added(bsp=1e-4)} for task, tables in {"*": {}, **DIGITS_DISCRIMINATOR}.items()}
+_BSP = {task: {**tables, **_added(bsp=1e-4)} for task, tables in {"*": {}, **SMALL_DISCRIMINATOR}.items()}
 
 
 def _on_digits(tables: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -108,7 +108,7 @@ METHODS: dict[str, Entry] = {
     "dann": Entry(
         GSDA,
         AdversarialSettings(),
-        presets=DIGITS_DISCRIMINATOR,
+        presets=SMALL_DISCRIMINATOR,
         variant=_DANN,
     ),
     "glb": _ablation("domain"),
@@ -118,11 +118,11 @@ METHODS: dict[str, Entry] = {
     "dan": Entry(dan.DAN, dan.DANSettings(), recipe=dan.RECIPE),
     "jan": Entry(jan.JAN, jan.JANSettings(), recipe=jan.RECIPE),
     "rtn": Entry(rtn.RTN, rtn.RTNSettings(), recipe=rtn.RECIPE),
-    "mada": Entry(mada.MADA, DiscriminatorSettings(), presets=DIGITS_DISCRIMINATOR, recipe=mada.RECIPE),
+    "mada": Entry(mada.MADA, DiscriminatorSettings(), presets=SMALL_DISCRIMINATOR, recipe=mada.RECIPE),
     "adda": Entry(adda.ADDA, adda.ADDASettings(), presets=adda.PRESETS, recipe=adda.RECIPE),
     "mcd": Entry(mcd.MCD, mcd.MCDSettings(), presets=mcd.PRESETS, recipe=mcd.RECIPE),
-    "cdan": Entry(cdan.CDAN, cdan.CDANSettings(), presets=DIGITS_DISCRIMINATOR, recipe=cdan.RECIPE),
-    "cdan-e": Entry(cdan.CDAN, _CDAN_E, presets=DIGITS_DISCRIMINATOR, recipe=cdan.RECIPE),
+    "cdan": Entry(cdan.CDAN, cdan.CDANSettings(), presets=SMALL_DISCRIMINATOR, recipe=cdan.RECIPE),
+    "cdan-e": Entry(cdan.CDAN, _CDAN_E, presets=SMALL_DISCRIMINATOR, recipe=cdan.RECIPE),
     "symnets": Entry(symnets.SymNets, recipe=symnets.RECIPE),
     "hafn": Entry(
         SourceOnly,

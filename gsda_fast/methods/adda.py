@@ -15,7 +15,7 @@ from gsda_fast.data.batches import Batch
 from gsda_fast.losses import domain_loss
 from gsda_fast.methods.adversarial import DomainDiscriminators
 from gsda_fast.methods.base import AdaptationSettings, Method, MethodSettings, TaskFacts
-from gsda_fast.methods.gsda import DIGITS_DISCRIMINATOR
+from gsda_fast.methods.gsda import SMALL_DISCRIMINATOR
 from gsda_fast.methods.recipes import on_images
 from gsda_fast.methods.step import Player, Step, Update
 from gsda_fast.model import AdaptationModel
@@ -31,7 +31,7 @@ class ADDASettings(MethodSettings):
     """Width of the discriminator's two hidden layers."""
 
 
-PRESETS = {**on_images(run={"warmup": 3000}), **DIGITS_DISCRIMINATOR}
+PRESETS = {**on_images(run={"warmup": 3000}), **SMALL_DISCRIMINATOR}
 RECIPE = on_images(run={"batch_size": 64, "steps": 20_000})
 
 

@@ -82,7 +82,9 @@ class Method(nn.Module):
     """
 
     target_views: ClassVar[int] = 1
-    """Independent augmentations of each target image in a batch."""
+    """Independent augmentations of each target image in a batch: `target_images`, and the `further_views`."""
+    strong_view: ClassVar[bool] = False
+    """Change the colours of the last view."""
     fits: ClassVar[bool] = False
     """Whether the method is fitted once, on features, in place of steps: adaptation is then a single step."""
     needs_warmup: ClassVar[bool] = False

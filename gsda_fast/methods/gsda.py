@@ -60,19 +60,25 @@ def _paper(alpha: float, beta: float, groups: int) -> dict[str, dict[str, Any]]:
     return {"method": {"alpha": alpha, "beta": beta, "groups": groups}}
 
 
-DIGITS_DISCRIMINATOR = {"digits": {"method": {"hidden_dim": 32}}, "digits-partial": {"method": {"hidden_dim": 32}}}
-"""A discriminator as small as the images."""
+SMALL_DISCRIMINATOR = {
+    task: {"method": {"hidden_dim": width}}
+    for task, width in {"digits": 32, "digits-partial": 32, "features": 256, "pictures-features": 256}.items()
+}
+"""A discriminator as small as the digits; on embeddings, where it is most of a step, as wide as the bottleneck."""
 
 _DIGITS = {"method": {"alpha": 0.1, "beta": 1.0, "groups": 3, "hidden_dim": 32}}
 PRESETS = {
     "digits": _DIGITS,
     "digits-partial": _DIGITS,
+    "pictures": {"method": {"alpha": 0.1, "beta": 1.0, "groups": 3}},
+    "pictures-features": {"method": {"alpha": 0.1, "beta": 1.0, "groups": 3, "hidden_dim": 256}},
+    "features": {"method": {"alpha": 0.1, "beta": 1.0, "hidden_dim": 256}},
     "visda": _paper(0.2, 10.0, 4),
     "office31": _paper(0.02, 1.0, 6),
     "office31-partial": _paper(0.2, 10.0, 6),
     "office-home": _paper(0.02, 1.0, 13),
 }
-"""By task: of the digits those under which the README's results were obtained, of all others the paper's."""
+"""By task: of the paper's own tasks the paper's, of the others those under which the README's results were obtained."""
 
 
 class GSDA(Method):

@@ -15,9 +15,11 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Annotated, Any, TypeVar, cast
 
 import torch
@@ -36,6 +38,8 @@ _SHARED = (UsageError, TrainingError, Stopped)
 _SIGN_EVERY = 5.0
 """Seconds between two signs of life of a process that others wait for; less where they give up sooner."""
 
+_ANSWER_WITHIN = 5.0
+"""Seconds for the store to answer where nothing but a line of text depends on it."""
 _LONGEST_PAUSE = 1.0
 """Seconds between two looks at whether all ranks are done."""
 
@@ -178,21 +182,6 @@ class Ranks:
         # Sample i is row i // world_size of rank i % world_size.
         return torch.stack(parts, dim=1).flatten(0, 1)[:count]
 
-    def exchange(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """Gives each rank its part of `rows` and returns what all ranks give to this one.
-
-        Args:
-            rows: (sum(send), ...), those for rank 0 first. send: rows for each rank. receive: rows from each rank.
-
-        Returns:
-            (sum(receive), ...), those of rank 0 first.
-        """
-        if not self.several:
-            return rows
-        received = rows.new_empty((sum(receive), *rows.shape[1:]))
-        dist.all_to_all_single(received, rows.contiguous(), receive, send)
-        return received
-
     def gather_objects(self, value: T) -> list[T]:
         """The value of every rank, on every rank."""
         if not self.several:
@@ -258,7 +247,7 @@ class Ranks:
             yield
         finally:
             done.set()
-            thread.join()
+            thread.join(_ANSWER_WITHIN)  # for ever, where the process that holds the store is stopped
 
     def _wait_until_all_are_done(self) -> None:
         """Returns once every rank has called this as often as this one: a collective after it waits for nobody's work.
@@ -267,13 +256,14 @@ class Ranks:
         no rank at work has given a sign of life.
         """
         store = dist.distributed_c10d._get_default_store()
+        add = partial(_add, store, within=self.timeout)
         # Nobody begins another round before all have ended this one.
-        rounds = -(-store.add("done", 1) // self.world_size)
+        rounds = -(-add("done", 1) // self.world_size)
         signs, heard, pause = -1, time.monotonic(), 0.001
-        while store.add("done", 0) < rounds * self.world_size:
+        while add("done", 0) < rounds * self.world_size:
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
-            latest = store.add("signs of life", 0)
+            latest = add("signs of life", 0)
             if latest != signs:
                 signs, heard = latest, time.monotonic()
             elif time.monotonic() - heard > self.timeout:
@@ -383,7 +373,7 @@ def join(device_type: str, timeout: int) -> Iterator[Ranks]:
             f"process {rank} of {world_size} lost another one, which ended or did not answer for {timeout} s "
             f"({_first_line(error)}); the same command goes on from the last checkpoint"
         )
-        lost.told = not _first_to_fail()
+        lost.told = not _first_to_fail(rank)
         raise lost from error
     # Not after a failure: taking a group apart waits for all of its processes.
     dist.destroy_process_group()
@@ -435,10 +425,34 @@ def _in_memory_order(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
-def _first_to_fail() -> bool:
-    """Whether no other process has asked this before: one error is enough for the user."""
+def _add(store: dist.Store, key: str, amount: int, within: float) -> int:
+    """Add to a counter of the store and return it. A store whose process is stopped would never answer.
+
+    Raises:
+        DistStoreError: no answer within so many seconds. RuntimeError: the store has gone with its process.
+    """
+    answer: Future[int] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(store.add(key, amount))
+        except RuntimeError as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, name="store", daemon=True).start()
     try:
-        return bool(dist.distributed_c10d._get_default_store().add("failed", 1) == 1)
+        return answer.result(within)
+    except TimeoutError as error:
+        raise dist.DistStoreError(f"the store did not answer for {within:g} s") from error
+
+
+def _first_to_fail(rank: int) -> bool:
+    """Return whether no other process has asked this before: one error is enough for the user."""
+    try:
+        return _add(dist.distributed_c10d._get_default_store(), "failed", 1, _ANSWER_WITHIN) == 1
+    except dist.DistStoreError:
+        # The first process holds the store and does not answer. The second one speaks.
+        return rank == 1
     except (RuntimeError, ValueError):
         # The store has gone with its process, or the group never came to be.
         return True

@@ -19,10 +19,10 @@ from gsda_fast.methods import Method, Step
 from gsda_fast.model import ModelOutput
 from gsda_fast.results.metrics import AccuracyHistory, EvaluationFigures, evaluation_figures
 from gsda_fast.training.distributed import Ranks, mean_of_buffers
-from gsda_fast.training.figures import Floors, peak_memory
 from gsda_fast.training.generators import generator_states, set_generator_states
 from gsda_fast.training.optim import OptimizerSettings, build_optimizers, set_learning_rate
 from gsda_fast.training.pseudo_labels import confident_labels
+from gsda_fast.training.rooflines import Floors, peak_memory
 from gsda_fast.training.schedules import Schedule
 from gsda_fast.training.update import StepOutcome, Updater
 

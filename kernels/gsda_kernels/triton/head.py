@@ -83,10 +83,11 @@ def forward(
     u1 = features.new_empty(max_pairs, hidden) if saved.u1 is None else saved.u1
     u2 = torch.empty_like(h1)
     active2 = u2 if saved.active2 is None else saved.active2
-    layer_grid = (triton.cdiv(hidden, config.layer.block_columns), routing.num_tiles)
-    jacobian_grid = (triton.cdiv(dim, config.jacobian.block_columns), routing.num_tiles)
-    logit_part = weight.new_empty(max_pairs, layer_grid[0])
-    square_part = weight.new_empty(max_pairs, jacobian_grid[0])
+    logit_parts = triton.cdiv(hidden, config.layer.block_columns)
+    square_parts = triton.cdiv(dim, config.jacobian.block_columns)
+    layer_grid, jacobian_grid = (logit_parts * routing.num_tiles,), (square_parts * routing.num_tiles,)
+    logit_part = weight.new_empty(max_pairs, logit_parts)
+    square_part = weight.new_empty(max_pairs, square_parts)
     loss, gradient_norm = weight.new_empty(num_discriminators), weight.new_empty(num_discriminators)
     layer, to_features = _options(config.layer, features), _options(config.jacobian, features)
     with on_device(features.device):
@@ -104,10 +105,10 @@ def forward(
         )
         terms_kernel[(num_discriminators,)](
             logit_part, square_part, b3, weight, label, routing.offsets, routing.sample, saved.residual, saved.norm,
-            loss, gradient_norm, num_samples, num_discriminators, layer_grid[0], jacobian_grid[0],
+            loss, gradient_norm, num_samples, num_discriminators, logit_parts, square_parts,
             BLOCK_PAIRS=_BLOCK_PAIRS,
-            BLOCK_LOGIT_PARTS=triton.next_power_of_2(layer_grid[0]),
-            BLOCK_SQUARE_PARTS=triton.next_power_of_2(jacobian_grid[0]),
+            BLOCK_LOGIT_PARTS=triton.next_power_of_2(logit_parts),
+            BLOCK_SQUARE_PARTS=triton.next_power_of_2(square_parts),
             num_warps=4,
         )  # fmt: skip
     return loss, gradient_norm, saved.tensors()
@@ -211,7 +212,7 @@ def _parameter_gradients(
         second_operand = features.new_empty(pairs, hidden) if product else h1
         w3_part = grad_logit.new_empty(num_discriminators, hidden, column_blocks)
         if product:
-            hidden_backward_kernel[(triton.cdiv(hidden, config.layer.block_columns), routing.num_tiles)](
+            hidden_backward_kernel[(triton.cdiv(hidden, config.layer.block_columns) * routing.num_tiles,)](
                 saved.jacobian, w1, h1, grad_logit, direction, routing.offsets, routing.tiles, second_operand,
                 dim, hidden, **_options(config.layer, features),
             )  # fmt: skip

@@ -3,6 +3,8 @@
 One main loop serves all products over pairs; kernels differ in what surrounds it. A tile covers pairs of one
 discriminator only (routing.py), and tiles that no pairs need return at once. Row offsets are 64-bit, accumulators are
 float32, and weights of another dtype are cast as they are loaded.
+
+Grids over tiles of pairs have one dimension, columns first: a GPU bounds all others by 65535.
 """
 
 from __future__ import annotations
@@ -66,15 +68,18 @@ def first_layer_kernel(
 ) -> None:
     """h1[p] = relu(W1[k] f[sample[p]] + b1[k]), the samples' rows gathered as they are loaded.
 
-    Grid (H / BLOCK_COLUMNS, T). features: (N, D). w1: (K, H, D). b1: (K, H). h1: (max_pairs, H), dtype of features.
+    Grid (T * H / BLOCK_COLUMNS,). features: (N, D). w1: (K, H, D). b1: (K, H). h1: (max_pairs, H), dtype of features.
     offsets, sample, tiles: see Routing.
     """
-    k = tl.load(tiles + 2 * tl.program_id(1))
+    column_blocks = tl.cdiv(hidden, BLOCK_COLUMNS)
+    tile = tl.program_id(0) // column_blocks
+    column_block = tl.program_id(0) % column_blocks
+    k = tl.load(tiles + 2 * tile)
     if k < 0:
         return
-    pairs = tl.load(tiles + 2 * tl.program_id(1) + 1) + tl.arange(0, BLOCK_ROWS)
+    pairs = tl.load(tiles + 2 * tile + 1) + tl.arange(0, BLOCK_ROWS)
     row_mask = pairs < tl.load(offsets + k + 1)
-    columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     column_mask = columns < hidden
     samples = tl.load(sample + pairs, mask=row_mask, other=0).to(tl.int64)
     before = _rows_times_matrix(
@@ -109,15 +114,18 @@ def second_layer_kernel(
     h2 = relu(a) itself is needed nowhere else: the chain of the input gradient starts from u2, the gradients of layer
     2 from m2.
 
-    Grid (H / BLOCK_COLUMNS, T). h1, u2, active2 (m2 as 0 or 1, stored if STORE_ACTIVE): (max_pairs, H), one dtype.
+    Grid (T * H / BLOCK_COLUMNS,). h1, u2, active2 (m2 as 0 or 1, stored if STORE_ACTIVE): (max_pairs, H), one dtype.
     w2: (K, H, H). b2, w3: (K, H). logit_part: (max_pairs, H / BLOCK_COLUMNS) float32.
     """
-    k = tl.load(tiles + 2 * tl.program_id(1))
+    column_blocks = tl.cdiv(hidden, BLOCK_COLUMNS)
+    tile = tl.program_id(0) // column_blocks
+    column_block = tl.program_id(0) % column_blocks
+    k = tl.load(tiles + 2 * tile)
     if k < 0:
         return
-    pairs = tl.load(tiles + 2 * tl.program_id(1) + 1) + tl.arange(0, BLOCK_ROWS)
+    pairs = tl.load(tiles + 2 * tile + 1) + tl.arange(0, BLOCK_ROWS)
     row_mask = pairs < tl.load(offsets + k + 1)
-    columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     column_mask = columns < hidden
     before = _rows_times_matrix(
         h1 + pairs.to(tl.int64) * hidden, row_mask, w2 + k.to(tl.int64) * hidden * hidden, columns, column_mask,
@@ -130,7 +138,7 @@ def second_layer_kernel(
     tl.store(u2 + cell, tl.where(before > 0, last, 0.0).to(u2.dtype.element_ty), mask=mask)
     if STORE_ACTIVE:
         tl.store(active2 + cell, tl.where(before > 0, 1.0, 0.0).to(active2.dtype.element_ty), mask=mask)
-    part = logit_part + pairs.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    part = logit_part + pairs.to(tl.int64) * column_blocks + column_block
     tl.store(part, tl.sum(_rectified(before) * last, 1), mask=row_mask)
 
 
@@ -150,14 +158,17 @@ def hidden_gradient_kernel(
 ) -> None:
     """u1[p] = (h1[p] > 0) * W2[k]^T u2[p], the logit's gradient to the first layer's output before its ReLU.
 
-    Grid (H / BLOCK_COLUMNS, T). u2, h1, u1: (max_pairs, H), one dtype. w2: (K, H, H).
+    Grid (T * H / BLOCK_COLUMNS,). u2, h1, u1: (max_pairs, H), one dtype. w2: (K, H, H).
     """
-    k = tl.load(tiles + 2 * tl.program_id(1))
+    column_blocks = tl.cdiv(hidden, BLOCK_COLUMNS)
+    tile = tl.program_id(0) // column_blocks
+    column_block = tl.program_id(0) % column_blocks
+    k = tl.load(tiles + 2 * tile)
     if k < 0:
         return
-    pairs = tl.load(tiles + 2 * tl.program_id(1) + 1) + tl.arange(0, BLOCK_ROWS)
+    pairs = tl.load(tiles + 2 * tile + 1) + tl.arange(0, BLOCK_ROWS)
     row_mask = pairs < tl.load(offsets + k + 1)
-    columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     column_mask = columns < hidden
     value = _rows_times_matrix(
         u2 + pairs.to(tl.int64) * hidden, row_mask, w2 + k.to(tl.int64) * hidden * hidden, columns, column_mask,
@@ -186,15 +197,18 @@ def jacobian_kernel(
 ) -> None:
     """J[p] = W1[k]^T u1[p] = dz/df, and this tile's part of ||J[p]||^2, taken before J is rounded.
 
-    Grid (D / BLOCK_COLUMNS, T). u1: (max_pairs, H), jacobian: (max_pairs, D), one dtype. w1: (K, H, D).
+    Grid (T * D / BLOCK_COLUMNS,). u1: (max_pairs, H), jacobian: (max_pairs, D), one dtype. w1: (K, H, D).
     square_part: (max_pairs, D / BLOCK_COLUMNS) float32.
     """
-    k = tl.load(tiles + 2 * tl.program_id(1))
+    column_blocks = tl.cdiv(dim, BLOCK_COLUMNS)
+    tile = tl.program_id(0) // column_blocks
+    column_block = tl.program_id(0) % column_blocks
+    k = tl.load(tiles + 2 * tile)
     if k < 0:
         return
-    pairs = tl.load(tiles + 2 * tl.program_id(1) + 1) + tl.arange(0, BLOCK_ROWS)
+    pairs = tl.load(tiles + 2 * tile + 1) + tl.arange(0, BLOCK_ROWS)
     row_mask = pairs < tl.load(offsets + k + 1)
-    columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     column_mask = columns < dim
     value = _rows_times_matrix(
         u1 + pairs.to(tl.int64) * hidden, row_mask, w1 + k.to(tl.int64) * hidden * dim, columns, column_mask,
@@ -202,7 +216,7 @@ def jacobian_kernel(
     )  # fmt: skip
     cell = pairs[:, None].to(tl.int64) * dim + columns[None, :]
     tl.store(jacobian + cell, value.to(jacobian.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
-    part = square_part + pairs.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    part = square_part + pairs.to(tl.int64) * column_blocks + column_block
     tl.store(part, tl.sum(value * value, 1), mask=row_mask)
 
 
@@ -227,15 +241,18 @@ def hidden_backward_kernel(
 
     The scale of a row commutes with the product, so that J is read as it lies.
 
-    Grid (H / BLOCK_COLUMNS, T). jacobian: (max_pairs, D); h1, out: (max_pairs, H), one dtype. w1: (K, H, D).
+    Grid (T * H / BLOCK_COLUMNS,). jacobian: (max_pairs, D); h1, out: (max_pairs, H), one dtype. w1: (K, H, D).
     grad_logit (dz), direction: (max_pairs,) float32.
     """
-    k = tl.load(tiles + 2 * tl.program_id(1))
+    column_blocks = tl.cdiv(hidden, BLOCK_COLUMNS)
+    tile = tl.program_id(0) // column_blocks
+    column_block = tl.program_id(0) % column_blocks
+    k = tl.load(tiles + 2 * tile)
     if k < 0:
         return
-    pairs = tl.load(tiles + 2 * tl.program_id(1) + 1) + tl.arange(0, BLOCK_ROWS)
+    pairs = tl.load(tiles + 2 * tile + 1) + tl.arange(0, BLOCK_ROWS)
     row_mask = pairs < tl.load(offsets + k + 1)
-    columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     column_mask = columns < hidden
     value = _rows_times_matrix(
         jacobian + pairs.to(tl.int64) * dim, row_mask, w1 + k.to(tl.int64) * hidden * dim, columns, column_mask,

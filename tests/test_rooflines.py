@@ -2,13 +2,13 @@ import pytest
 import torch
 from torch import nn
 
+from gsda_fast.assemble import build_trainer, resolve
 from gsda_fast.config import parse_config
 from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.model import ModelSettings
 from gsda_fast.train import _report_line
 from gsda_fast.training import assemble, figures
-from gsda_fast.assemble import build_trainer, resolve
-from gsda_fast.training.figures import PEAKS, Floors, Peaks, Work, device_floors, floors, training_work
+from gsda_fast.training.rooflines import PEAKS, Floors, Peaks, Work, device_floors, floors, training_work
 from gsda_fast.training.trainer import Report
 
 DIGITS, OFFICE = BENCHMARKS["digits"].recipe, BENCHMARKS["office31"].recipe
@@ -67,7 +67,7 @@ def test_floors_divide_by_the_peaks() -> None:
         assert floors(work, peaks, half=False) == Floors(5.0, 2.0)
     finally:
         convolutions.fp32_precision, products.fp32_precision = before
-    assert Floors(0.5, 2.0).shares(3, 12.0) == {"matrix_share": 0.125, "bandwidth_share": 0.5}
+    assert Floors(0.5, 2.0).shares(3, 12.0) == {"mfu": 0.125, "mbu": 0.5}
 
 
 def test_nothing_is_told_of_an_unknown_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,14 +96,14 @@ def test_shares_are_of_the_images_that_the_network_saw(
     assert len(reports) == 2
     for report in reports:
         seconds = 16 / report.values["images_per_second"]  # type: ignore[operator]
-        assert report.values["matrix_share"] == pytest.approx(images * 0.25 / seconds)
-        assert report.values["bandwidth_share"] == pytest.approx(images * 0.5 / seconds)
+        assert report.values["mfu"] == pytest.approx(images * 0.25 / seconds)
+        assert report.values["mbu"] == pytest.approx(images * 0.5 / seconds)
 
 
 def test_a_report_tells_shares_where_they_are_known() -> None:
     values: dict[str, float | None] = {"data_wait": 0.1, "images_per_second": 7.0}
     assert "peak" not in _report_line(Report(1, values, 2**30))
-    shares: dict[str, float | None] = {"matrix_share": 0.421, "bandwidth_share": 0.3}
+    shares: dict[str, float | None] = {"mfu": 0.421, "mbu": 0.3}
     line = _report_line(Report(1, values | shares, 2**30))
     assert "matrix 42% of its peak  bandwidth 30% of its peak" in line
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from gsda_fast.data.benchmarks import ImageRecipe
-from gsda_fast.model import ModelSettings, build_model
+from gsda_fast.model import FEATURES, ModelSettings, build_model
 
 
 def forget_peak_memory(device: torch.device) -> None:
@@ -104,8 +104,8 @@ class Floors:
     def shares(self, images: int, seconds: float) -> dict[str, float]:
         """The floors' shares of the time that `images` took, from 0 to 1, under their names in metrics.jsonl."""
         return {
-            "matrix_share": images * self.matrix / seconds,
-            "bandwidth_share": images * self.bandwidth / seconds,
+            "mfu": images * self.matrix / seconds,
+            "mbu": images * self.bandwidth / seconds,
         }
 
 
@@ -120,7 +120,8 @@ def training_work(
     """
     with torch.device("meta"):
         model = build_model(replace(settings, weights="none"), num_classes).to(dtype)
-        batch = torch.empty(images, recipe.channels, recipe.crop, recipe.crop, dtype=dtype)
+        row = (settings.input_dim,) if settings.backbone == FEATURES else (recipe.channels, recipe.crop, recipe.crop)
+        batch = torch.empty(images, *row, dtype=dtype)
     operations, moved = FlopCounterMode(display=False), _MovedBytes()
     with operations, moved:
         # Layer by layer: the model's own forward has an autocast, which knows no device without memory.
