@@ -126,6 +126,8 @@ class Config:
             raise UsageError("--profile", found=str(run.profile), expected=expected)
         if run.warmup > run.steps:
             raise UsageError("--warmup", found=str(run.warmup), expected=f"at most --steps, {run.steps}")
+        if entry.method.needs_warmup and run.warmup == 0:
+            raise UsageError("--warmup", found=f"0 with --method {run.method}", expected="steps on the source first")
         for name, weight in adaptation.add.items():
             if name not in TERMS:
                 raise UsageError("--add", found=f"'{name}'", expected=", ".join(TERMS))

@@ -97,9 +97,8 @@ class FolderLock:
             if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
                 found = f"{folder}, in use by {self._holder()}"
             elif error.errno in (errno.EACCES, errno.EPERM, errno.EBADF) and os.path.lexists(self.file):
-                found = (
-                    f"{folder}, which another user may be using: {self.file.name} in it is theirs ({error.strerror})"
-                )
+                whose = f"{self.file.name} in it is theirs ({error.strerror})"
+                found = f"{folder}, which another user may be using: {whose}"
             else:
                 found = f"{folder}, which cannot be held ({error.strerror})"
             raise UsageError(
@@ -152,3 +151,12 @@ def is_plain_name(name: object) -> bool:
 def is_path_below(path: object) -> bool:
     """Tell whether a text that was read from a file names a file below a folder, by plain names alone."""
     return isinstance(path, str) and all(map(is_plain_name, path.split("/")))
+
+
+def file_state(path: str | Path) -> str:
+    """Return size and time of a file in a word, by which a later look tells whether it changed; "gone" without it."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return "gone"
+    return f"{status.st_size} {status.st_mtime_ns}"

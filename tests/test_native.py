@@ -3,6 +3,7 @@
 import statistics
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -82,6 +83,33 @@ def test_the_interpreter_runs_on_meanwhile() -> None:
         naps.append(time.perf_counter() - start)
         caller.join()
     assert statistics.median(naps) < statistics.median(durations) / 2
+
+
+@built
+@pytest.mark.parametrize(
+    "spoil", [lambda t: t.double(), lambda t: t.new_empty(2 * t.numel())[::2]], ids=["dtype", "gaps"]
+)
+@pytest.mark.parametrize("place", ["result", "saved", "gradient", "momentum"])
+def test_arrays_to_write_to_are_never_converted(place: str, spoil: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """What is written into a converted copy would be lost in silence."""
+    problem = make_problem(dim=16, hidden=16)
+    tensors, weight, label = [problem.features, *problem.disc], problem.sample_weight, problem.domain.float()
+    saved = NativeBackend().saved_like(tensors, weight.numel(), [True] * 7)
+    results = [torch.empty(4), torch.empty(4)]
+    gradients, momentum = [torch.empty_like(t) for t in tensors], [torch.zeros_like(t) for t in tensors[1:]]
+
+    def call() -> None:
+        head, wide = native._EXTENSION, native._EXTENSION.instruction_set() == "avx512"
+        kept = (saved[:5], saved[5], 16)
+        head.forward(tensors, weight, label, *kept, *results, 1, wide)
+        head.backward(tensors, weight, label, *kept, *results, 1.0, gradients, 1, wide)
+        head.update(tensors, weight, label, *kept, *results, momentum, 0.1, 0.9, 0.0, False, 1, wide)
+
+    call()
+    arrays = {"result": results, "saved": saved, "gradient": gradients, "momentum": momentum}[place]
+    arrays[1] = spoil(arrays[1])
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        call()
 
 
 @built

@@ -125,9 +125,8 @@ def test_every_unreadable_file_is_listed(photos: Path) -> None:
     write_bad(bad[1], "text")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings(
-            "ignore", ".*torchvision.*", DeprecationWarning
-        )  # what is wrong with a file is told once, in the list
+        warnings.filterwarnings("ignore", ".*torchvision.*", DeprecationWarning)
+        # What is wrong with a file is told once, in the list.
         code, text = run(*FOLDER, "--data-root", str(photos))
     assert code == 1
     for path in bad:

@@ -209,6 +209,9 @@ def table_problem(table: Any, *, whole: bool = True) -> str:
         return f"{type(table).__name__}, no table"
     if table.get("format") != FORMAT or not _is_int(table.get("format"), FORMAT, FORMAT):
         return f"format {str(table.get('format'))[:20]}"
+    strangers = set(table) - {"format", "side", "channels", "domains"}
+    if strangers:
+        return f"the entry '{min(strangers)[:60]}'"
     if not _is_int(table.get("side"), 1, _LARGEST_SIDE) or table.get("channels") not in (1, 3):
         return "frames without a size"
     if not isinstance(table.get("domains"), dict):
@@ -221,8 +224,8 @@ def table_problem(table: Any, *, whole: bool = True) -> str:
 
 
 def _entry_problem(entry: Any, whole: bool) -> str:
-    if not isinstance(entry, dict):
-        return "no table"
+    if not isinstance(entry, dict) or set(entry) != {"classes", "paths", "labels", "shards"}:
+        return "other entries than a domain's"
     classes, paths, labels, shards = (entry.get(name) for name in ("classes", "paths", "labels", "shards"))
     if not isinstance(classes, list) or not all(type(name) is str for name in classes):
         return "no names of classes"

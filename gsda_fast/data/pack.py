@@ -41,7 +41,7 @@ from gsda_fast.data.frames import (
 from gsda_fast.data.torch_loader import image_threads, read_frame
 from gsda_fast.data.verify import FilesDone, require_readable
 from gsda_fast.errors import TrainingError, UsageError
-from gsda_fast.files import FolderLock, atomic_file, is_plain_name, new_file, sync_folder
+from gsda_fast.files import FolderLock, atomic_file, file_state, is_plain_name, new_file, sync_folder
 
 _UNFINISHED = "pack.partial.json"
 _REPLACED = "replaced"  # in an unfinished table: files to remove at the end, where the pack uses them no more
@@ -182,12 +182,7 @@ def _state(domain: ImageDomain, samples: range, recipe: ImageRecipe) -> str:
     """A digest of what a shard is made from: the same files at another place are the same."""
     digest = hashlib.sha256(f"{FORMAT} {recipe.resize} {recipe.channels}".encode())
     for sample in samples:
-        try:
-            status = os.stat(domain.file(sample))
-            state = f"{status.st_size} {status.st_mtime_ns}"
-        except OSError:
-            state = "gone"
-        digest.update(f"{domain.paths[sample]}\0{state}\0".encode())
+        digest.update(f"{domain.paths[sample]}\0{file_state(domain.file(sample))}\0".encode())
     return digest.hexdigest()
 
 
@@ -281,8 +276,8 @@ def _read_unfinished(path: Path) -> dict[str, Any]:
         records = [json.loads(line) for line in lines[:-1]]
     except (OSError, ValueError, RecursionError) as error:
         raise no_table(path, f"{type(error).__name__}: {error}") from error
+    replaced = table.pop(_REPLACED, []) if isinstance(table, dict) else []
     problem = table_problem(table, whole=False)
-    replaced = [] if problem else table.setdefault(_REPLACED, [])
     if not problem and not (isinstance(replaced, list) and all(_is_shard_name(name) for name in replaced)):
         problem = "files to remove that are no files of the pack"
     for record in records:
@@ -292,8 +287,7 @@ def _read_unfinished(path: Path) -> dict[str, Any]:
     problem = problem or table_problem(table, whole=False)
     if problem:
         raise no_table(path, problem)
-    checked: dict[str, Any] = table
-    return checked
+    return {**table, _REPLACED: replaced}
 
 
 def _add_record(table: dict[str, Any], record: Any) -> str:

@@ -6,12 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gsda_fast.methods import gsda
+from gsda_fast.methods import adda, cdan, dan, gsda, jan, mada, mcd, mdd, rtn, symnets
+from gsda_fast.methods.adversarial import DiscriminatorSettings
 from gsda_fast.methods.base import AdaptationSettings, Method, MethodSettings, TargetSamples, TaskFacts
-from gsda_fast.methods.gsda import DIGITS_DISCRIMINATOR, FEATURES_DISCRIMINATOR, GSDA, AdversarialSettings, GSDASettings
+from gsda_fast.methods.fitted import GeodesicFlow, GFKSettings, TCASettings, TransferComponents
+from gsda_fast.methods.gsda import GSDA, SMALL_DISCRIMINATOR, AdversarialSettings, GSDASettings
+from gsda_fast.methods.recipes import on_images
 from gsda_fast.methods.source_only import SourceOnly
 from gsda_fast.methods.step import Outputs, Player, Step, Update
 from gsda_fast.methods.terms import TERMS
+from gsda_fast.methods.tpn import TPN, TPNSettings
 from gsda_fast.model import AdaptationModel
 
 __all__ = [
@@ -59,8 +63,31 @@ def _ablation(*levels: str) -> Entry:
     return Entry(GSDA, GSDASettings(), "confident", gsda.PRESETS, variant=variant)
 
 
-def _entropy_weight(weight: float) -> dict[str, dict[str, Any]]:
-    return {"adaptation": {"add": {"entropy": weight}}}
+def _added(**weights: float) -> dict[str, dict[str, Any]]:
+    return {"adaptation": {"add": weights}}
+
+
+_DANN: dict[str, Any] = {"levels": ("domain",), "minimize_entropy": False, "synchronize": False}
+_CDAN_E = cdan.CDANSettings(entropy_weight="official")
+_BSP = {task: {**tables, **_added(bsp=1e-4)} for task, tables in {"*": {}, **SMALL_DISCRIMINATOR}.items()}
+
+
+def _feature_norm(add: Mapping[str, Mapping[str, float]]) -> Overrides:
+    """The authors' settings of the feature norms, with the terms of each task ("*": all others)."""
+    tables = on_images(
+        model={
+            "bottleneck_dim": 1000,
+            "bottleneck_norm": "batch",
+            "bottleneck_activation": "relu",
+            "bottleneck_dropout": 0.5,
+        },
+        run={"batch_size": 32},
+        optimizer={"learning_rate": 1e-3, "backbone_learning_rate": 1e-3, "decay": "constant", "weight_decay": 5e-4},
+    )
+    return {
+        task: {**each, "adaptation": {"add": add.get(task, add["*"]), "batchnorm": "apart"}}
+        for task, each in tables.items()
+    }
 
 
 METHODS: dict[str, Entry] = {
@@ -69,20 +96,49 @@ METHODS: dict[str, Entry] = {
         SourceOnly,
         target_samples="confident",
         presets={
-            "*": _entropy_weight(0.02),
-            **{task: _entropy_weight(tables["method"]["alpha"]) for task, tables in gsda.PRESETS.items()},
+            "*": _added(entropy=0.02),
+            **{task: _added(entropy=tables["method"]["alpha"]) for task, tables in gsda.PRESETS.items()},
         },
     ),
     "dann": Entry(
         GSDA,
         AdversarialSettings(),
-        presets={**DIGITS_DISCRIMINATOR, **FEATURES_DISCRIMINATOR},
-        variant={"levels": ("domain",), "minimize_entropy": False, "synchronize": False},
+        presets=SMALL_DISCRIMINATOR,
+        variant=_DANN,
     ),
     "glb": _ablation("domain"),
     "glb-cls": _ablation("domain", "class"),
     "glb-cls-grp": _ablation("domain", "group", "class"),
     "gsda": Entry(GSDA, GSDASettings(), "confident", gsda.PRESETS),
+    "dan": Entry(dan.DAN, dan.DANSettings(), recipe=dan.RECIPE),
+    "jan": Entry(jan.JAN, jan.JANSettings(), recipe=jan.RECIPE),
+    "rtn": Entry(rtn.RTN, rtn.RTNSettings(), recipe=rtn.RECIPE),
+    "mada": Entry(mada.MADA, DiscriminatorSettings(), presets=SMALL_DISCRIMINATOR, recipe=mada.RECIPE),
+    "adda": Entry(adda.ADDA, adda.ADDASettings(), presets=adda.PRESETS, recipe=adda.RECIPE),
+    "mcd": Entry(mcd.MCD, mcd.MCDSettings(), presets=mcd.PRESETS, recipe=mcd.RECIPE),
+    "cdan": Entry(cdan.CDAN, cdan.CDANSettings(), presets=SMALL_DISCRIMINATOR, recipe=cdan.RECIPE),
+    "cdan-e": Entry(cdan.CDAN, _CDAN_E, presets=SMALL_DISCRIMINATOR, recipe=cdan.RECIPE),
+    "symnets": Entry(symnets.SymNets, recipe=symnets.RECIPE),
+    "hafn": Entry(
+        SourceOnly,
+        presets={"*": _added(hafn=0.05), "visda": _added(hafn=0.01)},
+        recipe=_feature_norm({"*": {"hafn": 0.05}, "visda": {"hafn": 0.01}}),
+    ),
+    # The authors' step of 0.3 at a weight of 0.01 on VisDA is a step of 1 at 0.003.
+    "safn": Entry(
+        SourceOnly,
+        presets={"*": _added(safn=0.05), "visda": _added(safn=0.003)},
+        recipe=_feature_norm(
+            {"*": {"safn": 0.05}, "visda": {"safn": 0.003}, "office31": {"safn": 0.05, "entropy": 0.1}}
+        ),
+    ),
+    "bsp-dann": Entry(GSDA, AdversarialSettings(), presets=_BSP, variant=_DANN),
+    "bsp-cdan": Entry(cdan.CDAN, _CDAN_E, presets=_BSP, recipe=on_images(data={"test_crops": 10})),
+    "tpn": Entry(TPN, TPNSettings()),
+    "tca": Entry(TransferComponents, TCASettings(), "none"),
+    "gfk": Entry(GeodesicFlow, GFKSettings(), "none"),
+    "mcc": Entry(SourceOnly, presets={"*": _added(mcc=1.0)}),
+    "mdd": Entry(mdd.MDD, mdd.MDDSettings(), presets=mdd.PRESETS, recipe=mdd.RECIPE),
 }
 
 ALIASES = {"domain": "glb", "class": "glb-cls", "group": "glb-cls-grp"}

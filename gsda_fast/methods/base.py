@@ -87,6 +87,8 @@ class Method(nn.Module):
     """Change the colours of the last view."""
     fits: ClassVar[bool] = False
     """Whether the method is fitted once, on features, in place of steps: adaptation is then a single step."""
+    needs_warmup: ClassVar[bool] = False
+    """Whether the method starts from a network that has been trained on the source."""
     batchnorm: ClassVar[Literal["joint", "apart"]] = "joint"
     """How the domains pass the network by default."""
     refuses: ClassVar[tuple[str, ...]] = ()
@@ -204,14 +206,17 @@ class Method(nn.Module):
         loss: Tensor | float = 0.0,
         terms: Mapping[str, Tensor] | None = None,
         players: tuple[str, ...] = ENCODER,
+        classification: Tensor | None = None,
     ) -> Update:
         """Build the encoder's update: the source's cross-entropy, plus `loss`, plus the terms that were added.
 
         Args:
             outputs: of this batch. loss: the method's own part, weighted. terms: its parts by name, for the log.
-            players: who moves.
+            players: who moves. classification: what stands for the source's cross-entropy, where it is not that of
+                `outputs`.
         """
-        classification = self.classification(outputs.source_logits, batch, step)
+        if classification is None:
+            classification = self.classification(outputs.source_logits, batch, step)
         total, named = classification + loss, {"classification": classification}
         for name, weight in self.added.items():
             value = TERMS[name](outputs, batch.source_labels, step)

@@ -60,14 +60,11 @@ def _paper(alpha: float, beta: float, groups: int) -> dict[str, dict[str, Any]]:
     return {"method": {"alpha": alpha, "beta": beta, "groups": groups}}
 
 
-DIGITS_DISCRIMINATOR = {"digits": {"method": {"hidden_dim": 32}}, "digits-partial": {"method": {"hidden_dim": 32}}}
-"""A discriminator as small as the images."""
-
-FEATURES_DISCRIMINATOR = {
-    "features": {"method": {"hidden_dim": 256}},
-    "pictures-features": {"method": {"hidden_dim": 256}},
+SMALL_DISCRIMINATOR = {
+    task: {"method": {"hidden_dim": width}}
+    for task, width in {"digits": 32, "digits-partial": 32, "features": 256, "pictures-features": 256}.items()
 }
-"""As wide as the bottleneck: on embeddings the discriminators are most of a step."""
+"""A discriminator as small as the digits; on embeddings, where it is most of a step, as wide as the bottleneck."""
 
 _DIGITS = {"method": {"alpha": 0.1, "beta": 1.0, "groups": 3, "hidden_dim": 32}}
 PRESETS = {

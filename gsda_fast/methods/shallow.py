@@ -46,8 +46,8 @@ class TCA:
             ValueError: rows of another width.
         """
         checked = _matrix("rows", rows, self.landmarks.shape[1])
-        blocks = np.split(checked, range(BLOCK, len(checked), BLOCK))
-        return np.concatenate([_kernel(block, self.landmarks, self.bandwidth) @ self.weights for block in blocks])
+        embedded = [_kernel(block, self.landmarks, self.bandwidth) @ self.weights for block in _blocks(checked)]
+        return np.concatenate(embedded)
 
 
 def tca(
@@ -103,10 +103,19 @@ def tca(
     elif not bandwidth > 0:
         raise UsageError("bandwidth", found=str(bandwidth), expected="a number above 0")
 
-    values = _kernel(rows, landmarks, bandwidth)
-    gap = values[: len(source)].mean(0) - values[len(source) :].mean(0)
-    values -= values.mean(0)
-    scatter = values.T @ values
+    # Block by block, since all rows by all landmarks may not fit in memory; shifted, so that no digits are lost.
+    shift = _kernel(landmarks, landmarks, bandwidth).mean(0)
+    scatter, means = np.zeros((len(landmarks), len(landmarks))), []
+    for domain in (source, target):
+        total = np.zeros(len(landmarks))
+        for block in _blocks(domain):
+            values = _kernel(block, landmarks, bandwidth) - shift
+            scatter += values.T @ values
+            total += values.sum(0)
+        means.append(total / len(domain))
+    gap = means[0] - means[1]
+    mean = (len(source) * means[0] + len(target) * means[1]) / n
+    scatter -= n * np.outer(mean, mean)
     penalty = np.outer(gap, gap) + mu * np.eye(len(gap))
     last = len(gap) - 1
     eigenvalues, vectors = scipy.linalg.eigh(scatter, penalty, subset_by_index=(last - dim + 1, last))
@@ -207,6 +216,10 @@ def geodesic_flow(source_basis: Array, target_basis: Array) -> GFK:
     across = first * (off / scale) + second * ((lower + determinant_root) / scale)
     factor = np.concatenate([along, across], axis=1)
     return GFK(factor, angles)
+
+
+def _blocks(rows: Array) -> list[Array]:
+    return np.split(rows, range(BLOCK, len(rows), BLOCK))
 
 
 def _squared_distances(rows: Array, others: Array) -> Array:

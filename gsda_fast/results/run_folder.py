@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import importlib.metadata
 import json
 import math
@@ -16,22 +15,19 @@ import os
 import platform
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import tempfile
 import tomllib
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import filelock
 import numpy as np
 import tomli_w
 
-from gsda_fast.errors import UsageError, UsageWarning
-from gsda_fast.files import atomic_file
+from gsda_fast.errors import UsageError
+from gsda_fast.files import FolderLock, atomic_file
 from gsda_fast.results.records import Features, Predictions, RunResult, loss_terms
 
 FREE_TO_CHANGE = frozenset(
@@ -71,7 +67,7 @@ class RunFolder:
         self.exported = self.path / "export"
         self._last_step: int | None = None
         self._unwritten = b""
-        self._lock: filelock.BaseFileLock | None = None
+        self._lock: FolderLock | None = None
 
     @staticmethod
     def default_name(task: str, source: str, target: str, method: str, seed: int) -> str:
@@ -126,31 +122,10 @@ class RunFolder:
         The kernel lets go of it when the process dies, however that happens: the lock file that stays says nothing.
 
         Raises:
-            UsageError: another process holds it.
+            UsageError: another process holds it, this user's or another's.
         """
-        if self._lock is not None:
-            return
-        file = self.path / ".lock"
-        lock = filelock.FileLock(file, timeout=0, fallback_to_soft=False)
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            raise UsageError(
-                "--output",
-                found=f"{self.path}, in use by {file.read_text().strip() or 'another process'}",
-                expected="a folder that no other process writes into",
-                remedy="wait for it or end it, or give another --output",
-            ) from None
-        except OSError as error:
-            # Some network file systems have no locks, and training must be possible there too. What else can be wrong
-            # with the folder, `prepare` tells.
-            if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                told = f"{self.path} cannot be locked ({error.strerror}): make sure that no other process writes there"
-                warnings.warn(told, UsageWarning, stacklevel=2)
-            return
-        self._lock = lock
-        with contextlib.suppress(OSError):  # a full disk, which is no reason to refuse
-            file.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        if self._lock is None:
+            self._lock = FolderLock(self.path)
 
     def release(self) -> None:
         """Lets other processes hold the folder again."""

@@ -1,9 +1,19 @@
 """Kernels for hierarchical gradient synchronization: weighted discriminator losses and gradient magnitudes in one pass.
 
-`adversarial_terms` is the one operation; `available_backends` tells what can compute it here.
+`adversarial_terms` computes them, differentiably; `adversarial_update_` takes the discriminators' whole step with them.
+`available_backends` tells what can compute here.
 """
 
 from gsda_kernels.backends import available_backends, resolve_backend
 from gsda_kernels.functional import AdversarialTerms, DiscriminatorWeights, adversarial_terms
+from gsda_kernels.fused_update import AdversarialUpdate, adversarial_update_
 
-__all__ = ["AdversarialTerms", "DiscriminatorWeights", "adversarial_terms", "available_backends", "resolve_backend"]
+__all__ = [
+    "AdversarialTerms",
+    "AdversarialUpdate",
+    "DiscriminatorWeights",
+    "adversarial_terms",
+    "adversarial_update_",
+    "available_backends",
+    "resolve_backend",
+]

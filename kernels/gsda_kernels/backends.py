@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gsda_kernels.closed_form import TorchBackend
 from gsda_kernels.native import NativeBackend
+from gsda_kernels.sgd import Sgd
 from gsda_kernels.triton import TritonBackend
 
 
@@ -49,6 +50,24 @@ class Backend(Protocol):
         needs_grad: Sequence[bool],
     ) -> list[Tensor | None]:
         """Gradients to `tensors`; None (uncomputed) where `needs_grad` is False."""
+        ...
+
+    def update(
+        self,
+        tensors: Sequence[Tensor],
+        weight: Tensor,
+        label: Tensor,
+        saved: Sequence[Tensor],
+        grad_loss: Tensor,
+        grad_gradient_norm: Tensor,
+        momentum: Sequence[Tensor],
+        rule: Sgd,
+        skip: Tensor,
+    ) -> Tensor:
+        """Moves the parameters, `tensors[1:]`, and their momentum in place; may write over `saved`.
+
+        Returns `found_inf`, 0-d float32: 1 where nothing moved, because `skip` is 1 or a gradient is not finite.
+        """
         ...
 
 

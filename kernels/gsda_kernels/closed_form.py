@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gsda_kernels import buffers, pairs
+from gsda_kernels.sgd import Sgd, step_where_finite
 
 
 class TorchBackend:
@@ -112,6 +113,25 @@ class TorchBackend:
         if feature_gradient is not None:
             gradients[0] = feature_gradient.to(features.dtype)
         return gradients
+
+    def update(
+        self,
+        tensors: Sequence[Tensor],
+        weight: Tensor,
+        label: Tensor,
+        saved: Sequence[Tensor],
+        grad_loss: Tensor,
+        grad_gradient_norm: Tensor,
+        momentum: Sequence[Tensor],
+        rule: Sgd,
+        skip: Tensor,
+    ) -> Tensor:
+        needs_grad = [False, *[True] * 6]
+        gradients = self.backward(
+            tensors, weight, label, saved, grad_loss, grad_gradient_norm, loss_feature_scale=None, needs_grad=needs_grad
+        )
+        found = [gradient for gradient in gradients if gradient is not None]
+        return step_where_finite(tensors[1:], found, momentum, rule, skip)
 
 
 def _add_parameter_gradients(

@@ -94,24 +94,10 @@ def adversarial_terms(
         (torch.Size([3]), torch.Size([3]))
     """
     disc = DiscriminatorWeights(*disc)
-    _check_shapes(features, disc, sample_weight, domain)
-    accumulation = _check_dtypes(features, disc, sample_weight)
-    _check_devices(features, disc, sample_weight, domain)
-    num_pairs = sample_weight.numel()
-    if max_pairs is not None and (isinstance(max_pairs, float) or max_pairs < 1):
-        raise ValueError(f"max_pairs: found {max_pairs}; expected None or a whole number of pairs >= 1")
-    if not (math.isfinite(min_weight) and min_weight >= 0):
-        raise ValueError(f"min_weight: found {min_weight}; expected a finite number >= 0")
-    if validate is None:
-        validate = features.device.type == "cpu" and not torch.compiler.is_compiling()
-    if validate:
-        _check_values(sample_weight, domain)
-    chosen = backends.resolve_backend(backend, features.device, features.dtype)
-
-    weight = sample_weight.detach().to(accumulation)
-    label = domain.detach().to(accumulation)
-    if min_weight > 0:
-        weight = torch.where((weight >= min_weight) | (label == 1).unsqueeze(1), weight, 0.0)
+    chosen, weight, label, bound = checked(
+        features, disc, sample_weight, domain, backend, min_weight, max_pairs, validate
+    )
+    accumulation, num_pairs = weight.dtype, weight.numel()
     scale = None
     if isinstance(loss_feature_scale, Tensor):
         if loss_feature_scale.numel() != 1:
@@ -123,7 +109,6 @@ def adversarial_terms(
     elif loss_feature_scale != 1.0:
         scale = torch.full((), float(loss_feature_scale), dtype=accumulation, device=features.device)
 
-    bound = num_pairs if max_pairs is None else min(max_pairs, num_pairs)
     if chosen == "reference":
         loss, gradient_norm = reference.loop_over_discriminators(features, disc, weight, label, scale)
         if bound < num_pairs:
@@ -134,6 +119,41 @@ def adversarial_terms(
     needs_grad = [torch.is_grad_enabled() and tensor.requires_grad for tensor in differentiable]
     loss, gradient_norm, _ = ops.adversarial_forward(differentiable, weight, label, scale, bound, needs_grad, chosen)
     return AdversarialTerms(loss, gradient_norm)
+
+
+def checked(
+    features: Tensor,
+    disc: DiscriminatorWeights,
+    sample_weight: Tensor,
+    domain: Tensor,
+    backend: str,
+    min_weight: float,
+    max_pairs: int | None,
+    validate: bool | None,
+) -> tuple[str, Tensor, Tensor, int]:
+    """The backend's name, the weights (N, K) and labels (N,) in the dtype of sums, and the bound on pairs.
+
+    Raises:
+        ValueError: see `adversarial_terms`.
+    """
+    _check_shapes(features, disc, sample_weight, domain)
+    accumulation = _check_dtypes(features, disc, sample_weight)
+    _check_devices(features, disc, sample_weight, domain)
+    if max_pairs is not None and (isinstance(max_pairs, float) or max_pairs < 1):
+        raise ValueError(f"max_pairs: found {max_pairs}; expected None or a whole number of pairs >= 1")
+    if not (math.isfinite(min_weight) and min_weight >= 0):
+        raise ValueError(f"min_weight: found {min_weight}; expected a finite number >= 0")
+    if validate is None:
+        validate = features.device.type == "cpu" and not torch.compiler.is_compiling()
+    if validate:
+        _check_values(sample_weight, domain)
+    chosen = backends.resolve_backend(backend, features.device, features.dtype)
+    weight = sample_weight.detach().to(accumulation)
+    label = domain.detach().to(accumulation)
+    if min_weight > 0:
+        weight = torch.where((weight >= min_weight) | (label == 1).unsqueeze(1), weight, 0.0)
+    num_pairs = weight.numel()
+    return chosen, weight, label, num_pairs if max_pairs is None else min(max_pairs, num_pairs)
 
 
 def _check_shapes(features: Tensor, disc: DiscriminatorWeights, sample_weight: Tensor, domain: Tensor) -> None:

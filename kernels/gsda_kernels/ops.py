@@ -1,9 +1,9 @@
-"""The two registered operations, forward and backward, behind which every backend stands.
+"""The registered operations, forward, backward and update, behind which every backend stands.
 
 Registered with `torch.library.custom_op`, so that `torch.compile(fullgraph=True)`, autocast and `torch.export` see one
 opaque call each. Outside them the closed form could not be compiled: `torch.compile` refuses double backward.
 
-In both, `tensors` are what can be differentiated: features, w1, b1, w2, b2, w3, b3.
+In the first two, `tensors` are what can be differentiated: features, w1, b1, w2, b2, w3, b3.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gsda_kernels import backends
+from gsda_kernels.sgd import Sgd
 
 
 def fingerprint(package: Path) -> str:
@@ -117,6 +118,52 @@ def _backward(ctx: Any, grad_loss: Tensor | None, grad_gradient_norm: Tensor | N
     ]
     found = iter(adversarial_backward(tensors, weight, label, scale, saved, *upstream, ctx.needs_grad, ctx.backend))
     return [next(found) if needed else None for needed in ctx.needs_grad], None, None, None, None, None, None
+
+
+@torch.library.custom_op(
+    f"gsda_kernels::adversarial_update_{_VERSION}", mutates_args=("parameters", "momentum", "saved")
+)
+def adversarial_update(
+    features: Tensor,
+    parameters: Sequence[Tensor],
+    momentum: Sequence[Tensor],
+    weight: Tensor,
+    label: Tensor,
+    saved: Sequence[Tensor],
+    grad_loss: Tensor,
+    grad_gradient_norm: Tensor,
+    learning_rate: Tensor,
+    skip: Tensor,
+    decay: float,
+    weight_decay: float,
+    nesterov: bool,
+    backend: str,
+) -> Tensor:
+    rule = Sgd(learning_rate, decay, weight_decay, nesterov)
+    with torch.autocast(weight.device.type, enabled=False):
+        return backends.get(backend).update(
+            [features, *parameters], weight, label, saved, grad_loss, grad_gradient_norm, momentum, rule, skip
+        )
+
+
+@adversarial_update.register_fake
+def _(
+    features: Tensor,
+    parameters: Sequence[Tensor],
+    momentum: Sequence[Tensor],
+    weight: Tensor,
+    label: Tensor,
+    saved: Sequence[Tensor],
+    grad_loss: Tensor,
+    grad_gradient_norm: Tensor,
+    learning_rate: Tensor,
+    skip: Tensor,
+    decay: float,
+    weight_decay: float,
+    nesterov: bool,
+    backend: str,
+) -> Tensor:
+    return torch.empty_like(skip)
 
 
 adversarial_forward.register_autograd(_backward, setup_context=_setup_context)

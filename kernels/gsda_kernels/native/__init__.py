@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gsda_kernels import buffers
+from gsda_kernels.sgd import Sgd, step_where_finite
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -111,6 +112,44 @@ class NativeBackend:
         return [
             gradient if gradient is None else gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, tensors)
         ]
+
+    def update(
+        self,
+        tensors: Sequence[Tensor],
+        weight: Tensor,
+        label: Tensor,
+        saved: Sequence[Tensor],
+        grad_loss: Tensor,
+        grad_gradient_norm: Tensor,
+        momentum: Sequence[Tensor],
+        rule: Sgd,
+        skip: Tensor,
+    ) -> Tensor:
+        assert _EXTENSION is not None
+        if tensors[1].dtype != weight.dtype:
+            # Parameters in half precision: not those that the products read.
+            needs_grad = [False, *[True] * 6]
+            upstream = (grad_loss, grad_gradient_norm, None)
+            gradients = self.backward(tensors, weight, label, saved, *upstream, needs_grad)
+            found = [gradient for gradient in gradients if gradient is not None]
+            return step_where_finite(tensors[1:], found, momentum, rule, skip)
+        if bool(skip):
+            return torch.ones_like(skip)
+        bad = _EXTENSION.update(
+            _plain(tensors, weight.dtype),
+            *_plain((weight, label), weight.dtype),
+            *_apart(saved),
+            _row_stride(tensors[1].shape[1]),
+            *_plain((grad_loss, grad_gradient_norm), weight.dtype),
+            list(momentum),
+            float(rule.learning_rate),
+            rule.momentum,
+            rule.weight_decay,
+            rule.nesterov,
+            torch.get_num_threads(),
+            self._wide,
+        )
+        return torch.full_like(skip, float(bad))
 
 
 def _kind(features: Tensor) -> torch.dtype:

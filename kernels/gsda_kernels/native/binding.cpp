@@ -4,7 +4,12 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/vector.h>
 
+#include <xmmintrin.h>
+
+#include <atomic>
+#include <cmath>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <new>
 #include <optional>
@@ -80,7 +85,7 @@ struct Free {
 template <class T, class One>
 void for_discriminators(const Head<T> &head, int64_t scratch_size, int num_threads, One one) {
   const size_t bytes = (size_t(scratch_size) * sizeof(T) + 63) / 64 * 64;
-  bool out_of_memory = false;
+  std::atomic<bool> out_of_memory = false;
 #pragma omp parallel num_threads(num_threads)
   {
     std::unique_ptr<void, Free> scratch(std::aligned_alloc(64, bytes));
@@ -88,6 +93,8 @@ void for_discriminators(const Head<T> &head, int64_t scratch_size, int num_threa
 #pragma omp for schedule(dynamic)
     for (int64_t k = 0; k < head.num_discriminators; ++k)
       if (scratch) one(head, k, static_cast<T *>(scratch.get()));
+    // What was written past the caches is there before anyone who waits for this thread goes on.
+    _mm_sfence();
   }
   if (out_of_memory) throw std::bad_alloc();
 }
@@ -150,12 +157,65 @@ bool backward(const std::vector<Array<T>> &tensors, const Array<T> &weight, cons
   return true;
 }
 
+// Backward and a step of stochastic gradient descent in one; whether something was bad, so that nothing has moved.
+template <class T>
+bool update(const std::vector<Array<T>> &tensors, const Array<T> &weight, const Array<T> &label,
+            const std::vector<Array<T>> &saved, const Wanted<uint8_t> &active2, int64_t hidden_stride,
+            const Array<T> &grad_loss, const Array<T> &grad_gradient_norm, const std::vector<Array<T>> &momentum,
+            double learning_rate, double decay, double weight_decay, bool nesterov, int num_threads, bool wide) {
+  nb::gil_scoped_release release;
+  const Routing routing = route(weight.data(), int64_t(weight.shape(0)), int64_t(weight.shape(1)));
+  const size_t num_pairs = routing.rows.size();
+  if (num_pairs > saved[0].shape(0)) return true;
+  Head<T> head = make_head(tensors, weight, label, saved, active2, routing);
+  head.hidden_stride = hidden_stride;
+  head.grad_loss = grad_loss.data(), head.grad_gradient_norm = grad_gradient_norm.data();
+
+  const size_t k = size_t(head.num_discriminators), units = (size_t(head.hidden) + 15) / 16 * 16;
+  std::vector<T> grad_logit(num_pairs), coefficient(num_pairs), sums_1(k * units), sums_2(k * units), sum_grad_logit(k);
+  const std::unique_ptr<bool[]> bad(new bool[k]());
+  gsda::Update<T> &move = head.update;
+  for (size_t each = 0; each < 6; ++each)
+    move.parameters[each] = tensors[1 + each].data(), move.momentum[each] = momentum[each].data();
+  move.learning_rate = T(learning_rate), move.decay = T(decay), move.weight_decay = T(weight_decay);
+  move.nesterov = nesterov;
+  move.largest = T(std::sqrt(std::numeric_limits<T>::max() / (4 * double(head.num_samples))));
+  head.feature_coefficient = coefficient.data();
+  move.grad_logit = grad_logit.data(), move.bias_sum_1 = sums_1.data(), move.bias_sum_2 = sums_2.data();
+  move.sum_grad_logit = sum_grad_logit.data(), move.bad = bad.get();
+
+  const Code<T> &code = code_for<T>(wide);
+  const int64_t scratch = code.scratch_size(head, routing.most_pairs);
+  const auto any_bad = [&] {
+    for (size_t each = 0; each < k; ++each)
+      if (bad[each]) return true;
+    return false;
+  };
+  for_discriminators(head, scratch, num_threads, code.operands);
+  if (any_bad()) return true;
+  for_discriminators(head, scratch, num_threads, code.move);
+  return any_bad();
+}
+
+// Arrays are taken as they are or refused: what is written into a converted copy would be lost.
+template <class T>
+void define(nb::module_ &module) {
+  module.def("forward", &forward<T>, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(),
+             nb::arg().noconvert(), nb::arg().noconvert().none(), nb::arg(), nb::arg().noconvert(),
+             nb::arg().noconvert(), nb::arg(), nb::arg());
+  module.def("backward", &backward<T>, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(),
+             nb::arg().noconvert(), nb::arg().noconvert().none(), nb::arg(), nb::arg().noconvert(),
+             nb::arg().noconvert(), nb::arg(), nb::arg().noconvert(), nb::arg(), nb::arg());
+  module.def("update", &update<T>, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(),
+             nb::arg().noconvert(), nb::arg().noconvert().none(), nb::arg(), nb::arg().noconvert(),
+             nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+             nb::arg());
+}
+
 } // namespace
 
 NB_MODULE(_head, module) {
   module.def("instruction_set", &instruction_set, "The widest usable of avx512 and avx2; None where there is neither.");
-  module.def("forward", &forward<float>);
-  module.def("forward", &forward<double>);
-  module.def("backward", &backward<float>);
-  module.def("backward", &backward<double>);
+  define<float>(module);
+  define<double>(module);
 }

@@ -31,6 +31,9 @@ template <class T>
 constexpr int64_t kLanes = kVectorBytes / sizeof(T);
 
 template <class T>
+constexpr T kLargest = sizeof(T) == 4 ? T(__FLT_MAX__) : T(__DBL_MAX__);
+
+template <class T>
 inline Vector<T> load(const T *from) {
   return *reinterpret_cast<const Vector<T> *>(from);
 }
@@ -152,38 +155,80 @@ inline void outer_tile(Vector<T> (&sums)[M][N], const T *a, int64_t a_row, int64
   }
 }
 
-// c (rows, columns) = a (rows, depth) @ b (depth, columns)
+// c (rows, columns) = a (rows, depth) @ b (depth, columns), and c itself added to it if `accumulate`.
 template <class T>
-void product(int64_t rows, int64_t columns, int64_t depth, const T *a, int64_t a_stride, const T *b, int64_t b_stride,
-             T *c, int64_t c_stride) {
-  int64_t from = 0;
-  do { // once for a depth of zero, too: a sum over nothing
-    const int64_t block = depth - from < kDepthBlock ? depth - from : kDepthBlock;
-    for_column_strips<T>(columns, [&](int64_t column, auto vectors) {
-      const T *strip = b + from * b_stride + column, *next_strip = strip + vectors.value * kLanes<T>;
-      for_row_tiles<kTileRows>(rows, [&](int64_t row, auto tile_rows) {
-        constexpr int M = tile_rows.value, N = vectors.value;
-        T *to = c + row * c_stride + column;
-        const T *soon = next_strip + row / kTileRows * kLanes<T>;
-        Vector<T> sums[M][N] = {};
-        if (from > 0) for_tile<M, N>([&](int m, int n) { sums[m][n] = load(to + m * c_stride + n * kLanes<T>); });
-        outer_tile<M, N, T>(sums, a + row * a_stride + from, a_stride, 1, strip, b_stride, block,
-                            [=](int64_t k) { return soon + k * b_stride; });
-        for_tile<M, N>([&](int m, int n) { store(to + m * c_stride + n * kLanes<T>, sums[m][n]); });
-      });
+void product_block(int64_t rows, int64_t columns, int64_t depth, const T *a, int64_t a_stride, const T *b,
+                   int64_t b_stride, T *c, int64_t c_stride, bool accumulate) {
+  for_column_strips<T>(columns, [&](int64_t column, auto vectors) {
+    const T *strip = b + column, *next_strip = strip + vectors.value * kLanes<T>;
+    for_row_tiles<kTileRows>(rows, [&](int64_t row, auto tile_rows) {
+      constexpr int M = tile_rows.value, N = vectors.value;
+      T *to = c + row * c_stride + column;
+      const T *soon = next_strip + row / kTileRows * kLanes<T>;
+      Vector<T> sums[M][N] = {};
+      if (accumulate) for_tile<M, N>([&](int m, int n) { sums[m][n] = load(to + m * c_stride + n * kLanes<T>); });
+      outer_tile<M, N, T>(sums, a + row * a_stride, a_stride, 1, strip, b_stride, depth,
+                          [=](int64_t k) { return soon + k * b_stride; });
+      for_tile<M, N>([&](int m, int n) { store(to + m * c_stride + n * kLanes<T>, sums[m][n]); });
     });
+  });
+}
+
+// Calls `run` with the beginning and the size of each block of a depth; once for a depth of zero, too: a sum over
+// nothing.
+template <class Run>
+inline void for_depth_blocks(int64_t depth, Run run) {
+  int64_t from = 0;
+  do {
+    run(from, depth - from < kDepthBlock ? depth - from : kDepthBlock);
     from += kDepthBlock;
   } while (from < depth);
 }
 
-// A weight's gradient c, from A = a (depth, rows).T @ b (depth, columns): A itself for the first layer. For the second,
-// c = scale[:, None] * A, and row_sums = (weight * A).sum(1) with weight, like c, (rows, columns). c is written once,
-// past the caches; not at all if it is null.
-template <bool SecondLayer, class T>
+// c (rows, columns) = a (rows, depth) @ b (depth, columns)
+template <class T>
+void product(int64_t rows, int64_t columns, int64_t depth, const T *a, int64_t a_stride, const T *b, int64_t b_stride,
+             T *c, int64_t c_stride) {
+  for_depth_blocks(depth, [&](int64_t from, int64_t size) {
+    product_block(rows, columns, size, a + from, a_stride, b + from * b_stride, b_stride, c, c_stride, from > 0);
+  });
+}
+
+// A parameter's step where its gradient is made, in torch.optim.SGD's own order of operations and roundings.
+template <class T>
+struct Sgd {
+  T learning_rate, decay, weight_decay;
+  bool nesterov;
+
+  template <class V>
+  void step(V gradient, V &parameter, V &momentum) const {
+    if (weight_decay != 0) gradient += weight_decay * parameter;
+    momentum *= decay;
+    // Rounded here, and not in the sum that follows.
+    asm("" : "+x"(momentum));
+    momentum += gradient;
+    parameter -= learning_rate * (nesterov ? gradient + decay * momentum : momentum);
+  }
+  void operator()(Vector<T> gradient, T *parameter, T *momentum) const {
+    Vector<T> p = load(parameter), m = load(momentum);
+    step(gradient, p, m);
+    store(parameter, p);
+    store(momentum, m);
+  }
+  // Gradients with padded rows; parameters without.
+  void rows(const T *gradient, int64_t stride, T *parameter, T *momentum, int64_t rows, int64_t columns) const {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < columns; ++c)
+        step(gradient[r * stride + c], parameter[r * columns + c], momentum[r * columns + c]);
+  }
+};
+
+// A weight's gradient, from A = a (depth, rows).T @ b (depth, columns): A itself for the first layer. For the second,
+// scale[:, None] * A, and row_sums = (weight * A).sum(1) with weight (rows, columns). Each vector of it goes to
+// `sink(cell, vector)` once, after the weight's own cell has been read.
+template <bool SecondLayer, class T, class Sink>
 void gradient_product(int64_t rows, int64_t columns, int64_t depth, const T *a, int64_t a_stride, const T *b,
-                      int64_t b_stride, T *c, const T *scale = nullptr, const T *weight = nullptr,
-                      T *row_sums = nullptr) {
-  const bool aligned = reinterpret_cast<uintptr_t>(c) % kVectorBytes == 0 && columns % kLanes<T> == 0;
+                      int64_t b_stride, Sink sink, const T *weight, const T *scale = nullptr, T *row_sums = nullptr) {
   for_row_tiles<kTileRows>(rows, [&](int64_t row, auto tile_rows) {
     constexpr int M = tile_rows.value;
     Vector<T> parts[M] = {};
@@ -191,26 +236,60 @@ void gradient_product(int64_t rows, int64_t columns, int64_t depth, const T *a, 
       constexpr int N = vectors.value;
       const int64_t cell = row * columns + column;
       Vector<T> sums[M][N] = {};
-      outer_tile<M, N, T>(sums, a + row, 1, a_stride, b + column, b_stride, depth, [=](int64_t k) {
-        // The next strip: of the weight, which comes from far, the tile, and then on down its rows.
-        if constexpr (SecondLayer) return weight + cell + k / N * columns + (k % N + N) * kLanes<T>;
-        else return b + column + N * kLanes<T> + k * b_stride;
-      });
+      outer_tile<M, N, T>(sums, a + row, 1, a_stride, b + column, b_stride, depth,
+                          [=](int64_t k) { return sink.soon(b, b_stride, weight, columns, cell, column, k, N); });
       for_tile<M, N>([&](int m, int n) {
         const int64_t at = cell + m * columns + n * kLanes<T>;
         if constexpr (SecondLayer) {
           parts[m] += load(weight + at) * sums[m][n];
           sums[m][n] *= scale[row + m];
         }
-        if (!c) return;
-        if (aligned) stream(c + at, sums[m][n]);
-        else store(c + at, sums[m][n]);
+        sink(at, sums[m][n]);
       });
     });
     if constexpr (SecondLayer)
       for (int m = 0; m < M; ++m) row_sums[row + m] = sum_of<T>(parts[m]);
   });
 }
+
+// What a tile of a gradient should fetch while it is summed up, at its k-th pair: of what comes from far (`weight`, and
+// what lies beside it), the next strip, down the tile's rows; else the next strip of the pairs' own rows.
+template <class T>
+inline const T *next_strip(const T *weight, int64_t columns, int64_t cell, int64_t k, int vectors) {
+  return weight + cell + k / vectors * columns + (k % vectors + vectors) * kLanes<T>;
+}
+
+// Writes the gradient, past the caches; nowhere if `to` is null.
+template <bool SecondLayer, class T>
+struct Written {
+  T *to;
+  bool aligned;
+  Written(T *to, int64_t columns)
+      : to(to), aligned(reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0 && columns % kLanes<T> == 0) {}
+
+  const T *soon(const T *b, int64_t b_stride, const T *weight, int64_t columns, int64_t cell, int64_t column, int64_t k,
+                int vectors) const {
+    if constexpr (SecondLayer) return next_strip(weight, columns, cell, k, vectors);
+    else return b + column + vectors * kLanes<T> + k * b_stride;
+  }
+  void operator()(int64_t at, Vector<T> gradient) const {
+    if (!to) return;
+    if (aligned) stream(to + at, gradient);
+    else store(to + at, gradient);
+  }
+};
+
+// Moves the parameter and its momentum, which nobody needs any more.
+template <class T>
+struct Moved {
+  Sgd<T> sgd;
+  T *parameter, *momentum;
+
+  const T *soon(const T *, int64_t, const T *, int64_t columns, int64_t cell, int64_t, int64_t k, int vectors) const {
+    return next_strip<T>(k & 1 ? momentum : parameter, columns, cell, k >> 1, vectors);
+  }
+  void operator()(int64_t at, Vector<T> gradient) const { sgd(gradient, parameter + at, momentum + at); }
+};
 
 // The sums of four vectors' lanes, written to out[0 .. 3].
 inline void sum_lanes(const Vector<float> *v, float *out) {
@@ -337,8 +416,8 @@ Weights<T> weights_of(const Head<T> &head, int64_t k, Scratch<T> &scratch) {
 template <class T>
 int64_t scratch_size(const Head<T> &head, int64_t most_pairs) {
   const int64_t dp = padded<T>(head.dim), hp = padded<T>(head.hidden);
-  return 3 * most_pairs * (head.dim_stride + head.hidden_stride + 1) // pairs
-         + 2 * (hp * dp + hp * hp) + 8 * hp + 16 * 24;                // padded copies
+  return most_pairs * (3 * (head.dim_stride + head.hidden_stride + 1) + kLanes<T>) // pairs
+         + 2 * (hp * dp + hp * hp) + 8 * hp + 16 * 24;                              // padded copies
 }
 
 template <class T>
@@ -371,20 +450,20 @@ void mask(int64_t rows, int64_t columns, const T *activation, T *x, int64_t stri
       store(x + i * stride + c, load(activation + i * stride + c) > T(0) ? load(x + i * stride + c) : Vector<T>{});
 }
 
-// The second layer's end, with x before its bias: logit = w3 . relu(x + bias), and where the ReLU is on, x = w3 (which
-// is u2) and active = 1, else 0. `active` may be null. A NaN stays one in the logit.
+// The second layer's end for some of its units, with x before its bias: adds w3 . relu(x + bias) to the pairs' sums, and
+// where the ReLU is on, x = w3 (which is u2) and active = 1, else 0. `active` may be null. A NaN stays one in the sums.
 template <class T>
 void finish_second_layer(int64_t rows, int64_t columns, const T *bias, const T *w3, T *x, uint8_t *active,
-                         int64_t stride, T *logit) {
+                         int64_t stride, T *logit_sums) {
   for (int64_t i = 0; i < rows; ++i) {
-    Vector<T> sums = {};
+    Vector<T> sums = load(logit_sums + i * kLanes<T>);
     for (int64_t c = 0; c < columns; c += kLanes<T>) {
       const Vector<T> value = load(x + i * stride + c) + load(bias + c), last = load(w3 + c);
       sums += last * (value < T(0) ? Vector<T>{} : value);
       store(x + i * stride + c, value > T(0) ? last : Vector<T>{});
       if (active) store_mask<T>(active + i * stride + c, value > T(0));
     }
-    logit[i] = sum_of<T>(sums);
+    store(logit_sums + i * kLanes<T>, sums);
   }
 }
 
@@ -397,14 +476,20 @@ void forward(const Head<T> &head, int64_t k, T *memory) {
   const T *x = gather(head, first, n, scratch);
   T *h1 = head.h1 ? head.h1 + first * hs : scratch.take(n * hs);
   T *u1 = head.u1 ? head.u1 + first * hs : scratch.take(n * hs);
-  T *u2 = scratch.take(n * hs), *logits = scratch.take(n);
+  T *u2 = scratch.take(n * hs), *logit_sums = scratch.take(n * kLanes<T>);
   T *jacobian = head.jacobian + first * ds;
 
   transposed_product(n, hidden, dim, x, ds, own.w1, dim, h1, hs);
   add_bias_and_rectify(n, hidden, own.b1, h1, hs);
-  transposed_product(n, hidden, hidden, h1, hs, own.w2, hidden, u2, hs);
-  finish_second_layer(n, hidden, own.b2, own.w3, u2, head.active2 ? head.active2 + first * hs : nullptr, hs, logits);
-  product(n, hidden, hidden, u2, hs, own.w2, hidden, u1, hs);
+  for (int64_t i = 0; i < n * kLanes<T>; ++i) logit_sums[i] = T(0);
+  // Second layer and its transpose take turns, block of units by block: W2 comes from memory once.
+  for_depth_blocks(hidden, [&](int64_t from, int64_t units) {
+    const T *block = own.w2 + from * hidden;
+    transposed_product(n, units, hidden, h1, hs, block, hidden, u2 + from, hs);
+    finish_second_layer(n, units, own.b2 + from, own.w3 + from, u2 + from,
+                        head.active2 ? head.active2 + first * hs + from : nullptr, hs, logit_sums);
+    product_block(n, hidden, units, u2 + from, hs, block, hidden, u1, hs, from > 0);
+  });
   mask(n, hidden, h1, u1, hs);
   product(n, dim, hidden, u1, hs, own.w1, dim, jacobian, ds);
 
@@ -412,7 +497,7 @@ void forward(const Head<T> &head, int64_t k, T *memory) {
   for (int64_t i = 0; i < n; ++i) {
     const int64_t sample = head.rows[first + i];
     const T weight = head.weight[sample * head.num_discriminators + k];
-    const T signed_logit = (1 - 2 * head.label[sample]) * (logits[i] + head.b3[k]);
+    const T signed_logit = (1 - 2 * head.label[sample]) * (sum_of<T>(load(logit_sums + i * kLanes<T>)) + head.b3[k]);
     // |sigmoid(z) - label| = sigmoid((1 - 2 label) z), and BCE = softplus of the same: no cancellation.
     const T small = exp_of(signed_logit > 0 ? -signed_logit : signed_logit);
     const T residual = (signed_logit > 0 ? T(1) : small) / (1 + small);
@@ -426,13 +511,11 @@ void forward(const Head<T> &head, int64_t k, T *memory) {
   head.gradient_norm[k] = T(gradient_norm / head.num_samples);
 }
 
+// dz and dn / n of the pairs; returns the sum of dz.
 template <class T>
-void backward(const Head<T> &head, int64_t k, T *memory) {
-  Scratch<T> scratch{memory};
-  const int64_t first = head.offsets[k], n = head.offsets[k + 1] - first, hs = head.hidden_stride, ds = head.dim_stride;
-  const T *jacobian = head.jacobian + first * ds;
-
-  T *dz = scratch.take(n), *direction = scratch.take(n), sum_dz = 0;
+T pair_gradients(const Head<T> &head, int64_t k, T *dz, T *direction) {
+  const int64_t first = head.offsets[k], n = head.offsets[k + 1] - first;
+  T sum_dz = 0;
   for (int64_t i = 0; i < n; ++i) {
     const int64_t sample = head.rows[first + i];
     const T share = head.weight[sample * head.num_discriminators + k] / head.num_samples;
@@ -445,24 +528,77 @@ void backward(const Head<T> &head, int64_t k, T *memory) {
     // d norm / d jacobian, with the subgradient 0 where the jacobian vanishes.
     direction[i] = norm == 0 ? T(0) : share * head.grad_gradient_norm[k] * residual / norm;
   }
+  return sum_dz;
+}
+
+// q: the gradient to the jacobians.
+template <class T>
+T *jacobian_gradient(const Head<T> &head, int64_t k, int64_t dim, const T *direction, Scratch<T> &scratch) {
+  const int64_t first = head.offsets[k], n = head.offsets[k + 1] - first, ds = head.dim_stride;
+  const T *jacobian = head.jacobian + first * ds;
+  T *q = scratch.take(n * ds);
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t c = 0; c < dim; c += kLanes<T>) store(q + i * ds + c, direction[i] * load(jacobian + i * ds + c));
+  return q;
+}
+
+// The right operand of dW1: to = dz f + q.
+template <class T>
+void first_operand(const Head<T> &head, int64_t k, int64_t dim, const T *dz, const T *q, Scratch<T> &scratch, T *to) {
+  const int64_t first = head.offsets[k], n = head.offsets[k + 1] - first, ds = head.dim_stride;
+  const T *x = gather(head, first, n, scratch);
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t c = 0; c < dim; c += kLanes<T>)
+      store(to + i * ds + c, dz[i] * load(x + i * ds + c) + load(q + i * ds + c));
+}
+
+// The right operand of dW2: to = dz h1 + g1, for which the scratch holds g1 before its mask. `to` may be h1.
+template <class T>
+void second_operand(const Head<T> &head, int64_t k, const Weights<T> &own, const T *dz, const T *q, T *scratch, T *to) {
+  const int64_t first = head.offsets[k], n = head.offsets[k + 1] - first, hs = head.hidden_stride, ds = head.dim_stride;
+  const T *h1 = head.h1 + first * hs;
+  // Without a gradient to the norm, q and g1 are zero.
+  const bool has_norm = head.grad_gradient_norm[k] != 0;
+  if (has_norm) transposed_product(n, own.hidden, own.dim, q, ds, own.w1, own.dim, scratch, hs);
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t c = 0; c < own.hidden; c += kLanes<T>) {
+      const Vector<T> activation = load(h1 + i * hs + c);
+      Vector<T> value = dz[i] * activation;
+      if (has_norm) value += activation > T(0) ? load(scratch + i * hs + c) : Vector<T>{};
+      store(to + i * hs + c, value);
+    }
+}
+
+// The second layer's mask as numbers.
+template <class T>
+T *active_units(const Head<T> &head, int64_t k, int64_t hidden, Scratch<T> &scratch) {
+  const int64_t first = head.offsets[k], n = head.offsets[k + 1] - first, hs = head.hidden_stride;
+  T *active2 = scratch.take(n * hs);
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t c = 0; c < hidden; c += kLanes<T>)
+      store(active2 + i * hs + c, load_mask<T>(head.active2 + (first + i) * hs + c));
+  return active2;
+}
+
+template <class T>
+void backward(const Head<T> &head, int64_t k, T *memory) {
+  Scratch<T> scratch{memory};
+  const int64_t first = head.offsets[k], n = head.offsets[k + 1] - first, hs = head.hidden_stride, ds = head.dim_stride;
+  T *dz = scratch.take(n), *direction = scratch.take(n);
+  const T sum_dz = pair_gradients(head, k, dz, direction);
   if (!head.h1) return; // the discriminators are frozen
 
   const Weights<T> own = weights_of(head, k, scratch);
   const int64_t dim = own.dim, hidden = own.hidden, h = head.hidden, d = head.dim;
   const bool aligned = dim == d && hidden == h;
-  const T *h1 = head.h1 + first * hs, *u1 = head.u1 + first * hs;
-  T *q = scratch.take(n * ds);
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t c = 0; c < dim; c += kLanes<T>) store(q + i * ds + c, direction[i] * load(jacobian + i * ds + c));
+  const T *u1 = head.u1 + first * hs;
+  const T *q = jacobian_gradient(head, k, dim, direction, scratch);
 
   if (head.grad_w1) {
-    const T *x = gather(head, first, n, scratch);
     T *both = scratch.take(n * ds);
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t c = 0; c < dim; c += kLanes<T>)
-        store(both + i * ds + c, dz[i] * load(x + i * ds + c) + load(q + i * ds + c));
+    first_operand(head, k, dim, dz, q, scratch, both);
     T *to = aligned ? head.grad_w1 + k * h * d : scratch.take(hidden * dim);
-    gradient_product<false>(hidden, dim, n, u1, hs, both, ds, to);
+    gradient_product<false>(hidden, dim, n, u1, hs, both, ds, Written<false, T>(to, dim), own.w1);
     if (!aligned) unpad(to, dim, head.grad_w1 + k * h * d, h, d);
   }
   T *row = scratch.take(hidden); // a gradient (H,) with its padding
@@ -475,10 +611,8 @@ void backward(const Head<T> &head, int64_t k, T *memory) {
 
   // With A = sum_p m2 (dz h1 + g1)^T and a = sum_p dz m2: dW2 = w3 A, db2 = w3 a, dw3 = rowsum(W2 * A) + b2 a, which
   // takes the product with W2 after the sum over pairs.
-  T *active2 = scratch.take(n * hs), *sum_active = scratch.take(hidden);
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t c = 0; c < hidden; c += kLanes<T>)
-      store(active2 + i * hs + c, load_mask<T>(head.active2 + (first + i) * hs + c));
+  const T *active2 = active_units(head, k, hidden, scratch);
+  T *sum_active = scratch.take(hidden);
   product(1, hidden, n, dz, n, active2, hs, sum_active, hidden);
   if (head.grad_b2) {
     for (int64_t c = 0; c < hidden; c += kLanes<T>) store(row + c, load(own.w3 + c) * load(sum_active + c));
@@ -487,25 +621,101 @@ void backward(const Head<T> &head, int64_t k, T *memory) {
   if (!head.grad_w2 && !head.grad_w3) return;
 
   T *right = scratch.take(n * hs);
-  // Without a gradient to the norm, q and g1 are zero.
-  const bool has_norm = head.grad_gradient_norm[k] != 0;
-  if (has_norm) transposed_product(n, hidden, dim, q, ds, own.w1, dim, right, hs);
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t c = 0; c < hidden; c += kLanes<T>) {
-      const Vector<T> activation = load(h1 + i * hs + c);
-      Vector<T> value = dz[i] * activation;
-      if (has_norm) value += activation > T(0) ? load(right + i * hs + c) : Vector<T>{};
-      store(right + i * hs + c, value);
-    }
+  second_operand(head, k, own, dz, q, right, right);
   T *grad_w2 = head.grad_w2 ? head.grad_w2 + k * h * h : nullptr;
   T *to = grad_w2 && !aligned ? scratch.take(hidden * hidden) : grad_w2;
-  gradient_product<true>(hidden, hidden, n, active2, hs, right, hs, to, own.w3, own.w2, row);
+  gradient_product<true>(hidden, hidden, n, active2, hs, right, hs, Written<true, T>(to, hidden), own.w2, own.w3, row);
   if (to != grad_w2) unpad(to, hidden, grad_w2, h, h);
   if (head.grad_w3) {
     for (int64_t c = 0; c < hidden; c += kLanes<T>)
       store(row + c, load(row + c) + load(own.b2 + c) * load(sum_active + c));
     unpad(row, hidden, head.grad_w3 + k * h, 1, h);
   }
+}
+
+// Whether any entry is beyond `largest`, or no number.
+template <class T>
+bool beyond(int64_t rows, int64_t columns, const T *x, int64_t stride, T largest) {
+  Vector<T> most = {};
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t c = 0; c < columns; c += kLanes<T>) {
+      const Vector<T> value = load(x + i * stride + c), size = value < T(0) ? -value : value;
+      most = size <= most ? most : size; // a NaN stays: no comparison with it holds
+      most = size <= largest ? most : Vector<T>{} + __builtin_inff();
+    }
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane)
+    if (!(most[lane] <= largest)) return true;
+  return false;
+}
+
+// All of a step but the weights' products and the moves: nothing moves here, and everything that they need is known.
+template <class T>
+void operands(const Head<T> &head, int64_t k, T *memory) {
+  Scratch<T> scratch{memory};
+  const Update<T> &update = head.update;
+  const int64_t first = head.offsets[k], n = head.offsets[k + 1] - first, hs = head.hidden_stride, ds = head.dim_stride;
+  T *dz = update.grad_logit + first, *direction = scratch.take(n);
+  update.sum_grad_logit[k] = pair_gradients(head, k, dz, direction);
+  const Weights<T> own = weights_of(head, k, scratch);
+  const int64_t dim = own.dim, hidden = own.hidden;
+  T *h1 = head.h1 + first * hs, *jacobian = head.jacobian + first * ds;
+  const T *u1 = head.u1 + first * hs, *q = jacobian_gradient(head, k, dim, direction, scratch);
+  first_operand(head, k, dim, dz, q, scratch, jacobian);
+  product(1, hidden, n, dz, n, u1, hs, update.bias_sum_1 + k * hidden, hidden);
+  product(1, hidden, n, dz, n, active_units(head, k, hidden, scratch), hs, update.bias_sum_2 + k * hidden, hidden);
+  second_operand(head, k, own, dz, q, scratch.take(n * hs), h1);
+  const T largest = update.largest;
+  update.bad[k] = beyond(n, dim, jacobian, ds, largest) || beyond(n, hidden, u1, hs, largest) ||
+                  beyond(n, hidden, h1, hs, largest) || beyond(1, hidden, update.bias_sum_1 + k * hidden, 0, largest) ||
+                  beyond(1, hidden, update.bias_sum_2 + k * hidden, 0, largest) ||
+                  beyond(1, hidden, own.w3, 0, largest) || beyond(1, hidden, own.b2, 0, largest) ||
+                  !(update.sum_grad_logit[k] <= largest && update.sum_grad_logit[k] >= -largest);
+}
+
+template <class T>
+void move(const Head<T> &head, int64_t k, T *memory) {
+  Scratch<T> scratch{memory};
+  const Update<T> &update = head.update;
+  const int64_t first = head.offsets[k], n = head.offsets[k + 1] - first, hs = head.hidden_stride, ds = head.dim_stride;
+  const int64_t h = head.hidden, d = head.dim;
+  const int64_t sizes[6] = {h * d, h, h * h, h, h, 1};
+  T *parameter[6], *momentum[6];
+  for (int each = 0; each < 6; ++each)
+    parameter[each] = update.parameters[each] + k * sizes[each], momentum[each] = update.momentum[each] + k * sizes[each];
+  const Sgd<T> sgd{update.learning_rate, update.decay, update.weight_decay, update.nesterov};
+  const Weights<T> own = weights_of(head, k, scratch);
+  const int64_t dim = own.dim, hidden = own.hidden;
+  const bool aligned = dim == d && hidden == h;
+  const T *sum_active = update.bias_sum_2 + k * hidden;
+  T *row = scratch.take(hidden), *padded_gradient = aligned ? nullptr : scratch.take(hidden * hidden);
+
+  const T *active2 = active_units(head, k, hidden, scratch), *right = head.h1 + first * hs;
+  if (aligned) {
+    gradient_product<true>(hidden, hidden, n, active2, hs, right, hs, Moved<T>{sgd, parameter[2], momentum[2]}, own.w2,
+                           own.w3, row);
+  } else {
+    gradient_product<true>(hidden, hidden, n, active2, hs, right, hs, Written<true, T>(padded_gradient, 1), own.w2,
+                           own.w3, row);
+    sgd.rows(padded_gradient, hidden, parameter[2], momentum[2], h, h);
+  }
+  const T *u1 = head.u1 + first * hs, *both = head.jacobian + first * ds;
+  if (aligned) {
+    gradient_product<false>(hidden, dim, n, u1, hs, both, ds, Moved<T>{sgd, parameter[0], momentum[0]}, own.w1);
+  } else {
+    padded_gradient = scratch.take(hidden * dim);
+    gradient_product<false>(hidden, dim, n, u1, hs, both, ds, Written<false, T>(padded_gradient, 1), own.w1);
+    sgd.rows(padded_gradient, dim, parameter[0], momentum[0], h, d);
+  }
+  for (int64_t c = 0; c < hidden; c += kLanes<T>)
+    store(row + c, load(row + c) + load(own.b2 + c) * load(sum_active + c)); // dw3
+  T *grad_b2 = scratch.take(hidden);
+  for (int64_t c = 0; c < hidden; c += kLanes<T>) store(grad_b2 + c, load(own.w3 + c) * load(sum_active + c));
+  sgd.rows(update.bias_sum_1 + k * hidden, hidden, parameter[1], momentum[1], 1, h);
+  sgd.rows(grad_b2, hidden, parameter[3], momentum[3], 1, h);
+  // The only gradient whose bound takes W2 itself: where it overflows although no operand is large, w3 stays.
+  if (beyond(1, hidden, row, 0, kLargest<T>)) update.bad[k] = true;
+  else sgd.rows(row, hidden, parameter[4], momentum[4], 1, h);
+  sgd.rows(update.sum_grad_logit + k, 1, parameter[5], momentum[5], 1, 1);
 }
 
 // In the pairs' own order on one thread: little work, and the same sum whatever the number of threads.
@@ -521,9 +731,10 @@ void feature_gradient(const Head<T> &head) {
 
 } // namespace
 
-extern const Code<float> code_float{scratch_size<float>, forward<float>, backward<float>, feature_gradient<float>};
-extern const Code<double> code_double{scratch_size<double>, forward<double>, backward<double>,
-                                      feature_gradient<double>};
+extern const Code<float> code_float{scratch_size<float>,     forward<float>,  backward<float>,
+                                    feature_gradient<float>, operands<float>, move<float>};
+extern const Code<double> code_double{scratch_size<double>,     forward<double>,  backward<double>,
+                                      feature_gradient<double>, operands<double>, move<double>};
 
 } // namespace GSDA_ISA
 } // namespace gsda

@@ -5,6 +5,21 @@
 
 namespace gsda {
 
+// One step of stochastic gradient descent, taken where the gradients are made. `operands` comes first, for every
+// discriminator: it writes over the saved h1 and jacobian what the weights' gradients are products of. If no operand is
+// bad, `move` follows.
+template <class T>
+struct Update {
+  T *parameters[6], *momentum[6]; // w1, b1, w2, b2, w3, b3
+  T learning_rate, decay, weight_decay; // `decay`: of the momentum
+  bool nesterov;
+  T largest;                   // operands beyond this are bad: a sum of their products might not be finite
+  T *grad_logit;               // (M,)
+  T *bias_sum_1, *bias_sum_2;  // (K, padded H): sums over pairs of dz u1 and dz active2
+  T *sum_grad_logit;           // (K,)
+  bool *bad;                   // (K,)
+};
+
 // Pointers into the caller's contiguous tensors, for N samples, K discriminators D -> H -> H -> 1 and M pairs of a
 // sample and a discriminator, sorted by discriminator. Null: not wanted (gradients), not kept (h1, u1, active2).
 template <class T>
@@ -32,6 +47,8 @@ struct Head {
   T *feature_coefficient;                                 // (M,): d features[row] += coefficient * jacobian
   T *grad_features;                                       // (N, D)
   T *grad_w1, *grad_b1, *grad_w2, *grad_b2, *grad_w3, *grad_b3; // like the parameters
+
+  Update<T> update;
 };
 
 // One instruction set's code. `scratch` is 64-byte aligned and private to the calling thread.
@@ -41,6 +58,8 @@ struct Code {
   void (*forward)(const Head<T> &, int64_t discriminator, T *scratch);
   void (*backward)(const Head<T> &, int64_t discriminator, T *scratch);
   void (*feature_gradient)(const Head<T> &); // after every discriminator's backward
+  void (*operands)(const Head<T> &, int64_t discriminator, T *scratch);
+  void (*move)(const Head<T> &, int64_t discriminator, T *scratch);
 };
 
 namespace avx2 {
