@@ -21,8 +21,8 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.loader_contenders import has_dali, image_tree, package_versions, packed_tree
+from gsda_fast.assemble import build_trainer, resolve
 from gsda_fast.config import parse_config
-from gsda_fast.training.assemble import build_trainer, resolve
 from gsda_fast.training.trainer import Report
 
 VISITS = 3

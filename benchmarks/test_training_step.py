@@ -21,12 +21,12 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from gsda_fast.assemble import build_trainer, resolve
 from gsda_fast.config import PRESETS, parse_config
 from gsda_fast.data.benchmarks import find_benchmark
 from gsda_fast.results.run_folder import RunFolder
-from gsda_fast.training.assemble import build_trainer, resolve
 from gsda_fast.training.checkpoint import CheckpointFolder
-from gsda_fast.training.figures import peak_memory
+from gsda_fast.training.rooflines import peak_memory
 from gsda_fast.training.trainer import Trainer
 
 PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16", "fp16")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import re
@@ -12,11 +13,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import Any, NoReturn, TypeVar
 
 from rich.console import Console
+from rich.text import Text
 
-from gsda_fast.errors import Stopped, TrainingError, UsageError, UsageWarning
+from gsda_fast.errors import FileWarning, Stopped, TrainingError, UsageError, UsageWarning, visible
 
 T = TypeVar("T")
 
@@ -27,33 +30,54 @@ _SIDES = re.compile(r"^│|│$")
 _RULE = re.compile(r"[─-]{3,}")
 
 
+_FAILING_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
+_NOT_TO_BE_USED = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.EEXIST, errno.ENXIO, errno.ENOTEMPTY, errno.ETXTBSY),
+)
+
+
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Runs a command and ends the process with its exit code.
 
     A `UsageError` becomes one line on standard error and exit code 2, a `TrainingError` one line and exit code 1, a
     `Stopped` one line on standard output and exit code 0; an interrupt from the keyboard one line (with what the
     `KeyboardInterrupt` says, if anything) and exit code 130, as in a shell; standard output that nobody reads any more
-    (`| head`) ends the command quietly, with a shell's 141. A file or folder without permission, wherever it is met, is
-    told as a `UsageError` is. Any other exception is a defect and keeps its traceback.
-    A `UsageWarning` is one line on standard error, from the first of the processes that torchrun started.
+    (`| head`) ends the command quietly, with a shell's 141. A file or folder that cannot be used, wherever it is met,
+    is told as a `UsageError` is, and a disk that is full or fails as a `TrainingError`. Any other exception is a defect
+    and keeps its traceback. A `UsageWarning` is one line on standard error, from the first of the processes that
+    torchrun started; a `FileWarning` from any of them. What standard output cannot show, it shows as escapes.
 
     Args:
         main: the command; returns its exit code, None for 0.
     """
     warnings.showwarning = partial(_show_warning, warnings.showwarning)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        _refuse_empty_options(sys.argv[1:])
         code = main()
         sys.stdout.flush()
     except (UsageError, TrainingError) as error:
         if not error.told:
             print(f"error: {_one_line(str(error))}", file=sys.stderr)
         code = 2 if isinstance(error, UsageError) else 1
-    except PermissionError as error:
-        if error.filename is None:
+    except BrokenPipeError:
+        # The reader, `| head` for one, has seen enough; the interpreter would complain again when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    except OSError as error:
+        if error.errno in _FAILING_DISK:
+            place = "the disk" if error.filename is None else str(error.filename)
+            print(f"error: {_one_line(f'{place}: {error.strerror}; free some space or see to it')}", file=sys.stderr)
+            code = 1
+        elif error.filename is not None and error.errno in _NOT_TO_BE_USED:
+            expected = "permission to use it" if isinstance(error, PermissionError) else "a file or folder to use"
+            told = UsageError(str(error.filename), found=f"{error.strerror}", expected=expected)
+            print(f"error: {_one_line(str(told))}", file=sys.stderr)
+            code = 2
+        else:
             raise
-        told = UsageError(str(error.filename), found=f"{error.strerror}", expected="permission to use it")
-        print(f"error: {_one_line(str(told))}", file=sys.stderr)
-        code = 2
     except Stopped as stopped:
         # All is saved. A signal that comes while the interpreter goes down must not make a failure of that.
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -64,16 +88,29 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt as interrupt:
         print(": ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         code = 130
-    except BrokenPipeError:
-        # The reader, `| head` for one, has seen enough; the interpreter would complain again when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
     sys.exit(code or 0)
+
+
+class VisibleConsole(Console):
+    """A console for text in which names of files and classes occur: what a terminal would obey is shown as escapes."""
+
+    def render_str(self, text: str, **more: Any) -> Text:
+        """Render a string: every one that is printed, a table's cells among them, comes by here."""
+        return super().render_str("\n".join(map(visible, text.split("\n"))), **more)
+
+    def on_broken_pipe(self) -> None:
+        """Leave it to `run_command`: by itself rich would end the process, with another code."""
+        raise BrokenPipeError
 
 
 def plain_console(stderr: bool = False) -> Console:
     """Prints names as they are: rich would take the `[raw]` of a path for a style and its `:key:` for an emoji."""
-    return Console(markup=False, emoji=False, stderr=stderr)
+    return VisibleConsole(markup=False, emoji=False, stderr=stderr)
+
+
+def echo(text: str) -> None:
+    """Print a line on standard output in which names of files and classes may occur."""
+    print(visible(text))
 
 
 def _show_warning(
@@ -81,7 +118,7 @@ def _show_warning(
 ) -> None:
     if not issubclass(category, UsageWarning):
         show(message, category, *place, **more)
-    elif os.environ.get("RANK", "0") == "0":
+    elif os.environ.get("RANK", "0") == "0" or issubclass(category, FileWarning):
         print(f"warning: {_one_line(str(message))}", file=sys.stderr)
 
 
@@ -146,5 +183,20 @@ def _box_message(box: str) -> str:
     return message.rstrip(".")
 
 
+def _refuse_empty_options(arguments: list[str]) -> None:
+    """An empty path is the current folder to Python: never what a script with an unset variable meant.
+
+    Raises:
+        UsageError: an option with nothing as its value.
+    """
+    for option, value in pairwise(arguments):
+        if option.startswith("--") and not value:
+            raise UsageError(option, found="an empty text", expected="a value")
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if option.startswith("--") and equals and not value:
+            raise UsageError(option, found="an empty text", expected="a value")
+
+
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return visible(" ".join(text.split()))

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+import msgspec
 import tyro
+from msgspec import Meta
 
 from gsda_fast.commands import parse_command_line
 from gsda_fast.data.benchmarks import BENCHMARKS, find_benchmark
 from gsda_fast.data.loaders import DataSettings
 from gsda_fast.errors import UsageError
-from gsda_fast.methods import METHODS
-from gsda_fast.methods.gsda import AdversarialSettings
-from gsda_fast.model import ModelSettings
+from gsda_fast.methods import ALIASES, METHODS, TERMS, AdaptationSettings, MethodSettings
+from gsda_fast.model import FEATURES, ModelSettings
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.training.distributed import DistributedSettings
 from gsda_fast.training.optim import OptimizerSettings
@@ -26,38 +29,70 @@ from gsda_fast.training.pseudo_labels import PseudoLabelSettings
 
 _LARGEST_SEED = 2**63 - 1  # what TOML's integers hold
 
+Recipe = Literal["common", "paper"]
+
 
 @dataclass(frozen=True)
 class RunSettings:
     """The run."""
 
     method: Annotated[str, tyro.conf.arg(metavar="|".join(METHODS))] = "gsda"
-    """Adaptation method."""
-    steps: int = 20_000
+    """Adaptation method. Each has options of its own, in the table [method]: `--method NAME --help`."""
+    recipe: Recipe = "common"
+    """Settings to start from: those that all methods share, or those of the method's authors."""
+    steps: Annotated[int, Meta(ge=1)] = 20_000
     """Optimizer steps in all, warm-up included, whatever the number of processes."""
-    warmup: int = 0
+    warmup: Annotated[int, Meta(ge=0)] = 0
     """The first of the steps, which train on the source alone."""
-    batch_size: int = 36
+    batch_size: Annotated[int, Meta(ge=1)] = 36
     """Images of each domain in a batch, for each process."""
-    seed: int = 0
+    seed: Annotated[int, Meta(ge=0, le=_LARGEST_SEED)] = 0
     """Seed of the initial weights, the groups of classes, the order of the samples and their augmentation."""
-    log_every: int = 50
+    log_every: Annotated[int, Meta(ge=1)] = 50
     """Steps between two lines of metrics."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto: the GPU if there is one."""
-    threads: int = 0
+    threads: Annotated[int, Meta(ge=0)] = 0
     """CPU threads of PyTorch; 0: PyTorch's choice."""
-    profile: int = 0
+    profile: Annotated[int, Meta(ge=0)] = 0
     """Write a trace of that many steps, of the first process, into the run's folder, to be opened with Perfetto."""
-    checkpoint_seconds: int = 60
-    """Least time from one checkpoint to the next; they are written after scorings of the target. 0: after each."""
+    checkpoint_seconds: Annotated[int, Meta(ge=0)] = 60
+    """Least time from one checkpoint to the next; they are written after evaluations of the target. 0: after each."""
     output: Path | None = None
     """The run's folder; runs/TASK-SOURCE-TARGET-METHOD-seedN if not given."""
     resume: Annotated[str, tyro.conf.arg(metavar="auto|never|PATH")] = "auto"
-    """Go on from the newest checkpoint of the output folder, or start it afresh; PATH: begin with a checkpoint, or the
-    newest one of another run's folder, and go on in the output folder once that has a checkpoint of its own."""
+    """Resume from the newest checkpoint of the output folder, or start it afresh; PATH: begin with a checkpoint, or the
+    newest one of another run's folder, and resume in the output folder once that has a checkpoint of its own."""
     weights_alone: bool = False
     """Take no more than the weights from --resume PATH, and start at step 0: data, processes and method may differ."""
+
+
+def _read_terms(words: list[str]) -> dict[str, float]:
+    terms: dict[str, float] = {}
+    for word in words:
+        name, _, weight = word.partition("=")
+        try:
+            terms[name] = float(weight)
+        except ValueError:
+            raise UsageError("--add", found=f"'{word}'", expected="NAME=WEIGHT, such as entropy=0.1") from None
+    return terms
+
+
+_REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _terms(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """Let `--add mcc=1.0 bsp=1e-4` stand for a table of weights; tyro's own form is `--add mcc 1.0 bsp 1e-4`."""
+    if get_origin(info.type) is not Mapping:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[NAME=WEIGHT ...]",
+        instance_from_str=_read_terms,
+        is_instance=lambda value: isinstance(value, Mapping),
+        str_from_instance=lambda terms: [f"{name}={weight:g}" for name, weight in terms.items()],
+    )
 
 
 @dataclass(frozen=True)
@@ -68,137 +103,170 @@ class Config:
     run: RunSettings = field(default_factory=RunSettings)
     data: DataSettings = field(default_factory=DataSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
-    adversarial: AdversarialSettings = field(default_factory=AdversarialSettings)
+    method: MethodSettings = field(default_factory=MethodSettings)
+    adaptation: AdaptationSettings = field(default_factory=AdaptationSettings)
     pseudo_labels: PseudoLabelSettings = field(default_factory=PseudoLabelSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     precision: PrecisionSettings = field(default_factory=PrecisionSettings)
     distributed: DistributedSettings = field(default_factory=DistributedSettings)
 
     def validate(self) -> None:
-        """Checks what a type cannot say.
+        """Check what a type cannot say: bounds, and what settings of different tables allow each other.
 
         Raises:
-            UsageError: a number outside its range; the message names the option.
+            UsageError: a value that is not allowed; the message names the option.
         """
-        if self.run.method not in METHODS:
-            raise UsageError("--method", found=f"'{self.run.method}'", expected=", ".join(METHODS))
-        at_least = {
-            "--steps": (self.run.steps, 1),
-            "--warmup": (self.run.warmup, 0),
-            "--batch-size": (self.run.batch_size, 1),
-            "--log-every": (self.run.log_every, 1),
-            "--seed": (self.run.seed, 0),
-            "--threads": (self.run.threads, 0),
-            "--workers": (self.data.workers, 0),
-            "--profile": (self.run.profile, 0),
-            "--checkpoint-seconds": (self.run.checkpoint_seconds, 0),
-            "--timeout": (self.distributed.timeout, 1),
-            "--groups": (self.adversarial.groups, 0),
-            "--hidden-dim": (self.adversarial.hidden_dim, 1),
-            "--bottleneck-dim": (self.model.bottleneck_dim, 1),
-            "--refresh-every": (self.pseudo_labels.refresh_every, 0),
-        }
-        for option, (value, least) in at_least.items():
-            if value < least:
-                raise UsageError(option, found=str(value), expected=f"a whole number >= {least}")
-        if self.run.seed > _LARGEST_SEED:
-            raise UsageError("--seed", found=str(self.run.seed), expected="a whole number below 2^63")
-        numbers = {
-            "--alpha": self.adversarial.alpha,
-            "--beta": self.adversarial.beta,
-            "--adversarial-weight": self.adversarial.adversarial_weight,
-            "--min-weight": self.adversarial.min_weight,
-            "--learning-rate": self.optimizer.learning_rate,
-            "--backbone-learning-rate": self.optimizer.backbone_learning_rate,
-            "--weight-decay": self.optimizer.weight_decay,
-        }
-        for option, number in numbers.items():
-            if not 0 <= number < float("inf"):
-                raise UsageError(option, found=str(number), expected="a finite number >= 0")
-        for option, share in {
-            "--confidence-threshold": self.pseudo_labels.confidence_threshold,
-            "--momentum": self.optimizer.momentum,
-        }.items():
-            if not 0 <= share <= 1:
-                raise UsageError(option, found=str(share), expected="a number from 0 to 1")
-        if self.run.weights_alone and self.run.resume in ("auto", "never"):
-            raise UsageError("--weights-alone", found=f"--resume {self.run.resume}", expected="--resume PATH")
-        if self.run.profile >= self.run.steps:
-            expected = f"less than --steps, {self.run.steps}: the profiler needs a step before those"
-            raise UsageError("--profile", found=str(self.run.profile), expected=expected)
-        if self.run.warmup > self.run.steps:
-            raise UsageError("--warmup", found=str(self.run.warmup), expected=f"at most --steps, {self.run.steps}")
+        for table in _tables(self).values():
+            _require_bounds(table)
+        run, adaptation, entry = self.run, self.adaptation, METHODS[self.run.method]
+        if run.weights_alone and run.resume in ("auto", "never"):
+            raise UsageError("--weights-alone", found=f"--resume {run.resume}", expected="--resume PATH")
+        if run.profile >= run.steps:
+            expected = f"less than --steps, {run.steps}: the profiler needs a step before those"
+            raise UsageError("--profile", found=str(run.profile), expected=expected)
+        if run.warmup > run.steps:
+            raise UsageError("--warmup", found=str(run.warmup), expected=f"at most --steps, {run.steps}")
+        if entry.method.needs_warmup and run.warmup == 0:
+            raise UsageError("--warmup", found=f"0 with --method {run.method}", expected="steps on the source first")
+        for name, weight in adaptation.add.items():
+            if name not in TERMS:
+                raise UsageError("--add", found=f"'{name}'", expected=", ".join(TERMS))
+            if not 0 <= weight < math.inf:
+                raise UsageError("--add", found=f"{name}={weight}", expected="a finite weight >= 0")
+        for option, given in {"add": adaptation.add, "class_weights": adaptation.class_weights != "none"}.items():
+            if given and option in entry.method.refuses:
+                found = f"with --method {run.method}"
+                raise UsageError(_option(option), found=found, expected="a method that is trained by steps")
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested tables of plain values, as stored in config.toml."""
+        """Return nested tables of plain values, as stored in config.toml."""
         return dataclasses.asdict(self)
 
     def with_defaults(self, names: Iterable[str]) -> Config:
-        """The same with some settings, by names such as ``data.workers``, as the task's preset has them."""
-        preset, changed = PRESETS[self.task], self
+        """Return the same with some settings, by names such as ``data.workers``, as the preset has them."""
+        default, changed = preset(self.task, self.run.method, self.run.recipe), self
         for name in names:
             table, _, setting = name.partition(".")
-            default = getattr(getattr(preset, table), setting)
-            changed = replace(changed, **{table: replace(getattr(changed, table), **{setting: default})})
+            value = getattr(getattr(default, table), setting)
+            changed = replace(changed, **{table: replace(getattr(changed, table), **{setting: value})})
         return changed
 
 
-def _preset(task: str, steps: int, refresh_every: int = 0, **changes: Any) -> Config:
-    benchmark = find_benchmark(task)
-    paper = benchmark.paper
-    adversarial = AdversarialSettings(groups=0)
-    if paper is not None:
-        adversarial = AdversarialSettings(alpha=paper.alpha, beta=paper.beta, groups=paper.groups)
-    config = Config(
-        task=task,
-        run=RunSettings(steps=steps),
-        adversarial=adversarial,
-        # Balancing over pseudo-classes would revive the classes that a partial task's target lacks.
-        pseudo_labels=PseudoLabelSettings(refresh_every=refresh_every, balance_target=benchmark.target_classes is None),
-    )
-    return replace(config, **changes)
+def _tables(config: Config) -> dict[str, Any]:
+    return {each.name: getattr(config, each.name) for each in dataclasses.fields(config) if each.name != "task"}
 
 
-# The settings under which the figures of the README were obtained.
+def _option(setting: str) -> str:
+    return f"--{setting.replace('_', '-')}"
+
+
+def _require_bounds(settings: Any) -> None:
+    """Check each value against the bounds that stand on its field, and that it is finite."""
+    hints = get_type_hints(type(settings), include_extras=True)
+    for each in dataclasses.fields(settings):
+        value = getattr(settings, each.name)
+        meta = next((extra for extra in get_args(hints[each.name]) if isinstance(extra, Meta)), None)
+        if meta is None or not isinstance(value, int | float):
+            continue
+        least, most = (-math.inf if meta.ge is None else meta.ge), (math.inf if meta.le is None else meta.le)
+        if not (least <= value <= most and math.isfinite(value)):
+            kind = "a whole number" if isinstance(value, int) else "a finite number"
+            bounds = f"from {least:g} to {most:g}" if math.isfinite(most) else f">= {least:g}"
+            raise UsageError(_option(each.name), found=str(value), expected=f"{kind} {bounds}")
+
+
+def _task(task: str, steps: int, refresh_every: int = 0, **changes: Any) -> Config:
+    # Balancing over pseudo-classes would revive the classes that a partial task's target lacks.
+    balance = find_benchmark(task).target_classes is None
+    pseudo_labels = PseudoLabelSettings(refresh_every=refresh_every, balance_target=balance)
+    return replace(Config(task=task, run=RunSettings(steps=steps), pseudo_labels=pseudo_labels), **changes)
+
+
+# The settings under which the README's results were obtained.
 _DIGITS: dict[str, Any] = {
     "run": RunSettings(steps=800, warmup=300, batch_size=64, threads=1, checkpoint_seconds=0),
     "data": DataSettings(cache_on_device=True),
     "model": ModelSettings(backbone="lenet", weights="none", bottleneck_dim=128, bottleneck_activation="relu"),
-    "adversarial": AdversarialSettings(alpha=0.1, beta=1.0, groups=3, hidden_dim=32),
     "optimizer": OptimizerSettings(learning_rate=0.05, backbone_learning_rate=0.05, weight_decay=5e-4),
 }
 
-PRESETS: dict[str, Config] = {
-    "digits": _preset("digits", steps=800, refresh_every=50, **_DIGITS),
-    "digits-partial": _preset("digits-partial", steps=800, refresh_every=50, **_DIGITS),
-    "visda": _preset("visda", steps=30_000),
-    "office31": _preset("office31", steps=20_000),
-    "office31-partial": _preset("office31-partial", steps=20_000),
-    "office-home": _preset("office-home", steps=30_000),
-    "office-home-partial": _preset("office-home-partial", steps=30_000),
-    "folder": _preset("folder", steps=20_000),
+# Chosen on the pictures by source-only training and by what needs no labels of the target: see docs/embeddings.md.
+_FEATURES: dict[str, Any] = {
+    "run": RunSettings(steps=700, warmup=200, batch_size=48, checkpoint_seconds=10),
+    "data": DataSettings(cache_on_device=True, verify=False),
+    "model": ModelSettings(FEATURES, weights="none", feature_norm="rms", bottleneck_activation="relu"),
+    "optimizer": OptimizerSettings(learning_rate=0.02, backbone_learning_rate=0.02),
 }
+
+TASKS: dict[str, Config] = {
+    "digits": _task("digits", steps=800, refresh_every=50, **_DIGITS),
+    "digits-partial": _task("digits-partial", steps=800, refresh_every=50, **_DIGITS),
+    "pictures": _task("pictures", steps=2_000, refresh_every=100, model=ModelSettings(backbone="efficientnet-lite0")),
+    "pictures-features": _task("pictures-features", steps=700, refresh_every=50, **_FEATURES),
+    "features": _task("features", steps=700, refresh_every=50, **_FEATURES),
+    "visda": _task("visda", steps=30_000),
+    "office31": _task("office31", steps=20_000),
+    "office31-partial": _task("office31-partial", steps=20_000),
+    "office-home": _task("office-home", steps=30_000),
+    "office-home-partial": _task("office-home-partial", steps=30_000),
+    "folder": _task("folder", steps=20_000),
+}
+"""What all methods share on a task, the common recipe."""
+
+
+def preset(task: str, method: str = "gsda", recipe: str = "common") -> Config:
+    """Return the settings that options change: the task's, with the method's own presets for it.
+
+    Args:
+        task: of `TASKS`. method: a name or alias. recipe: "paper" adds what the method's authors changed elsewhere.
+
+    Raises:
+        UsageError: an unknown task, method or recipe.
+    """
+    if task not in TASKS:
+        raise UsageError("TASK", found=f"'{task}'", expected=f"one of {', '.join(TASKS)}")
+    name = ALIASES.get(method, method)
+    if name not in METHODS:
+        raise UsageError("--method", found=f"'{method}'", expected=", ".join(METHODS))
+    if recipe not in get_args(Recipe):
+        raise UsageError("--recipe", found=f"'{recipe}'", expected=" or ".join(get_args(Recipe)))
+    entry, config = METHODS[name], TASKS[task]
+    run: Any = {"method": name, "recipe": recipe}
+    config = replace(config, run=replace(config.run, **run), method=entry.settings)
+    for overrides in (entry.presets, entry.recipe if recipe == "paper" else {}):
+        for tables in (overrides.get("*", {}), overrides.get(task, {})):
+            for table, values in tables.items():
+                config = replace(config, **{table: replace(getattr(config, table), **values)})
+    return config
 
 
 def parse_config(arguments: list[str], program: str) -> Config:
-    """The configuration that a command line asks for: ``TASK [options]`` or ``--config FILE [options]``.
+    """Return the configuration that a command line asks for: ``TASK [options]`` or ``--config FILE [options]``.
 
     Raises:
-        UsageError: a task, an option or a value that does not exist or does not fit.
+        UsageError: a task, a method or a value that does not exist or does not fit.
+        SystemExit: an option that does not exist or belongs to another method.
     """
     default, rest = _default_config(_with_values(arguments), program)
+    what = f"Options of the task {default.task} and the method {default.run.method}, with the defaults of their preset."
     config: Config = parse_command_line(
         lambda: tyro.cli(
-            Config,
+            Annotated[Config, tyro.conf.OmitArgPrefixes],
             default=default,
             args=rest,
             prog=f"{program} {default.task}",
-            description=f"Options of the task {default.task}, with the defaults of its preset.",
-            config=(tyro.conf.OmitArgPrefixes,),
+            description=what,
+            registry=_REGISTRY,
         )
     )
+    config = replace(config, run=replace(config.run, method=default.run.method))
     config.validate()
     return config
+
+
+def method_options(method: str) -> set[str]:
+    """Return the method's own options, as on the command line."""
+    return {_option(each.name) for each in dataclasses.fields(METHODS[ALIASES.get(method, method)].settings)}
 
 
 def _with_values(arguments: list[str]) -> list[str]:
@@ -215,7 +283,7 @@ def _with_values(arguments: list[str]) -> list[str]:
 
 
 def config_from_dict(tables: dict[str, Any], origin: str) -> Config:
-    """The inverse of `Config.to_dict`; settings left out keep the defaults of the task's preset.
+    """Return the inverse of `Config.to_dict`; settings left out keep the defaults of the preset.
 
     Args:
         tables: as read from config.toml. origin: the file's name, for messages.
@@ -223,54 +291,53 @@ def config_from_dict(tables: dict[str, Any], origin: str) -> Config:
     Raises:
         UsageError: no task, an unknown setting, or a value of the wrong type.
     """
-    task = tables.get("task")
-    if not isinstance(task, str) or task not in PRESETS:
-        raise UsageError(origin, found=f"task = {task!r}", expected=f"one of {', '.join(PRESETS)}")
-    sections: dict[str, Any] = {}
+    task, run = tables.get("task"), tables.get("run", {})
+    if not isinstance(task, str) or task not in TASKS:
+        raise UsageError(origin, found=f"task = {task!r}", expected=f"one of {', '.join(TASKS)}")
+    if "adversarial" in tables:
+        raise UsageError(
+            origin,
+            found="the table [adversarial], of version 0.1",
+            expected="[method], as this version writes it",
+            remedy="train the run again, or read it with version 0.1",
+        )
+    named = {name: run.get(name, default) for name, default in (("method", "gsda"), ("recipe", "common"))}
+    default = preset(task, **{name: value if isinstance(value, str) else repr(value) for name, value in named.items()})
+    known, read = _tables(default), {}
     for name, table in tables.items():
         if name == "task":
             continue
-        preset = getattr(PRESETS[task], name, None)
-        if preset is None or not isinstance(table, dict):
-            known = ", ".join(f.name for f in dataclasses.fields(Config))
-            raise UsageError(origin, found=f"the entry {name!r}", expected=f"task or a table among {known}")
-        known_settings = [f.name for f in dataclasses.fields(preset)]
-        unknown = set(table).difference(known_settings)
+        if name not in known or not isinstance(table, dict):
+            expected = f"task or a table among {', '.join(known)}"
+            raise UsageError(origin, found=f"the entry {name!r}", expected=expected)
+        settings = known[name]
+        names = [each.name for each in dataclasses.fields(settings)]
+        unknown = set(table).difference(names)
         if unknown:
-            raise UsageError(
-                origin, found=f"unknown setting {sorted(unknown)[0]!r} in [{name}]", expected=", ".join(known_settings)
-            )
-        settings = type(preset)
-        sections[name] = replace(preset, **{key: _as_type_of(settings, key, table[key], origin) for key in table})
-    return replace(PRESETS[task], **sections)
+            found = f"unknown setting {min(unknown)!r} in [{name}]"
+            raise UsageError(origin, found=found, expected=", ".join(names) or "none: the method has no settings")
+        read[name] = replace(settings, **_typed(type(settings), table, f"{origin} [{name}]"))
+    config = replace(default, **read)
+    return replace(config, run=replace(config.run, method=default.run.method))
 
 
-def _as_type_of(settings: type, key: str, value: Any, origin: str) -> Any:
-    """A value read from TOML as the setting's own type: paths are strings there, and 1 will do for 1.0."""
-    annotation = get_type_hints(settings)[key]
-    kinds = get_args(annotation) or (annotation,)
-    if get_origin(annotation) is Literal:
-        if (type(value), value) in [(type(kind), kind) for kind in kinds]:
-            return value
-        expected = ", ".join(map(str, kinds))
-    else:
-        if type(value) in kinds:
-            return value
-        if Path in kinds and isinstance(value, str):
-            return Path(value)
-        if float in kinds and type(value) is int:
-            return float(value)
-        expected = _TOML_KINDS[next(kind for kind in kinds if kind in _TOML_KINDS)]
-    raise UsageError(origin, found=f"{key} = {value!r}", expected=expected)
+def _typed(settings: type, table: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """Return the values of a table with their settings' types: paths are strings in TOML, and 1 will do for 1.0."""
+    hints = get_type_hints(settings, include_extras=True)
+    values = {}
+    for name, value in table.items():
+        try:
+            values[name] = msgspec.convert(value, hints[name], dec_hook=_from_toml)
+        except msgspec.ValidationError as error:
+            expected = str(error).replace("Expected ", "").replace("`", "")
+            raise UsageError(origin, found=f"{name} = {value!r}", expected=expected) from error
+    return values
 
 
-_TOML_KINDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "a text in quotes",
-    Path: "a path in quotes",
-}
+def _from_toml(kind: type, value: Any) -> Any:
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    raise NotImplementedError
 
 
 def _without_default_output(config: Config) -> Config:
@@ -283,9 +350,19 @@ def _without_default_output(config: Config) -> Config:
     return replace(config, run=replace(run, output=None))
 
 
+def _with_method(config: Config, method: str | None, recipe: str | None) -> Config:
+    """Return the same for another method or recipe: with the settings that the method then has by default."""
+    run = config.run
+    other = preset(config.task, method or run.method, recipe or run.recipe)
+    if (other.run.method, other.run.recipe) == (run.method, run.recipe):
+        return config
+    run = replace(run, method=other.run.method, recipe=other.run.recipe)
+    return replace(config, run=run, method=other.method, adaptation=other.adaptation)
+
+
 def _default_config(arguments: list[str], program: str) -> tuple[Config, list[str]]:
-    """The configuration that options change, and those options."""
-    tasks = ", ".join(PRESETS)
+    """Return the configuration that options change, and those options."""
+    tasks = ", ".join(TASKS)
     if arguments[:1] == ["--config"]:
         if len(arguments) < 2:
             raise UsageError("--config", found="no file name", expected="the config.toml of a run")
@@ -294,7 +371,9 @@ def _default_config(arguments: list[str], program: str) -> tuple[Config, list[st
             tables = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise UsageError("--config", found=f"{path} ({error})", expected="the config.toml of a run") from error
-        return _without_default_output(config_from_dict(tables, str(path))), arguments[2:]
+        options = arguments[2:]
+        config = _without_default_output(config_from_dict(tables, str(path)))
+        return _with_method(config, _value("--method", options), _value("--recipe", options)), options
     if arguments[:1] in (["-h"], ["--help"]):
         print(f"usage: {program} TASK [options]\n       {program} --config FILE [options]\n\nTASK: {tasks}")
         print(f"\n{program} TASK --help lists the options and the defaults of that task.")
@@ -302,9 +381,29 @@ def _default_config(arguments: list[str], program: str) -> tuple[Config, list[st
     if not arguments or arguments[0].startswith("-"):
         found = f"the option {arguments[0]} first" if arguments else "nothing"
         raise UsageError("TASK", found=found, expected=f"one of {tasks}, before the options")
-    if arguments[0] not in PRESETS:
+    if arguments[0] not in TASKS:
         raise UsageError("TASK", found=f"'{arguments[0]}'", expected=f"one of {tasks}")
-    return PRESETS[arguments[0]], arguments[1:]
+    options = arguments[1:]
+    return preset(arguments[0], _value("--method", options) or "gsda", _value("--recipe", options) or "common"), options
 
 
-assert set(PRESETS) == set(BENCHMARKS), "every benchmark has a preset"
+def _value(option: str, arguments: Sequence[str]) -> str | None:
+    """Return the last value that the arguments give to an option, before its other ones are known."""
+    found = None
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        name, equals, value = argument.partition("=")
+        if name == option:
+            found = value if equals else following
+    return found
+
+
+def _require_distinct_options() -> None:
+    shared = [each.name for name, table in _tables(Config()).items() for each in dataclasses.fields(table)]
+    for name, entry in METHODS.items():
+        count = Counter([*shared, *(each.name for each in dataclasses.fields(entry.settings))])
+        repeated = [setting for setting, times in count.items() if times > 1]
+        assert not repeated, f"--method {name}: the option {repeated} stands in two tables"
+
+
+assert set(TASKS) == set(BENCHMARKS), "every benchmark has a preset"
+_require_distinct_options()

@@ -1,7 +1,27 @@
 """The exceptions that commands turn into a single line: a mistake of the user, a run that fails or was stopped."""
 
+import unicodedata
 from functools import partial
 from typing import Any
+
+
+def visible(text: str) -> str:
+    """The text with escapes in place of what a terminal would obey or cannot show.
+
+    Names of files and classes are anybody's. Control characters, line separators, marks that turn the direction of
+    writing, and bytes that are no UTF-8 become ``\\x1b``, ``\\u2028`` and the like.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def _in_one_line(text: str) -> str:
+    return visible(" ".join(text.split()))
 
 
 class UsageError(ValueError):
@@ -21,8 +41,9 @@ class UsageError(ValueError):
 
     def __init__(self, what: str, *, found: str, expected: str, remedy: str = "") -> None:
         self.what, self.found, self.expected, self.remedy = what, found, expected, remedy
-        line = f"{what}: found {found}; expected {expected}"
-        super().__init__(f"{line}; {remedy}" if remedy else line)
+        # Names stand in the first two; in the others a line may have been broken for its length.
+        line = f"{visible(what)}: found {visible(found)}; expected {_in_one_line(expected)}"
+        super().__init__(f"{line}; {_in_one_line(remedy)}" if remedy else line)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # An exception is pickled by its positional arguments, and a worker's error must reach the parent process whole.
@@ -31,6 +52,10 @@ class UsageError(ValueError):
 
 class UsageWarning(UserWarning):
     """Something about the user's data or machine that stops nothing; commands tell of it in one line."""
+
+
+class FileWarning(UsageWarning):
+    """One about a file that this process alone has met, so that it is told by whichever process it is."""
 
 
 class TrainingError(RuntimeError):

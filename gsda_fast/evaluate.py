@@ -5,35 +5,28 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 import tyro
 from rich.table import Table
 
+from gsda_fast.assemble import build_trainer, resolve
 from gsda_fast.commands import parse_command_line, plain_console, run_command
 from gsda_fast.data.batches import Crops
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.errors import UsageError
 from gsda_fast.results.metrics import EvaluationFigures, evaluation_figures
 from gsda_fast.results.run_folder import RunFolder
-from gsda_fast.training.assemble import build_trainer, resolve
-from gsda_fast.training.resume import first_difference
-from gsda_fast.training.trained import for_scoring, read_checkpoint, read_settings
+from gsda_fast.resume import first_difference
+from gsda_fast.trained import ScoringOptions, for_scoring, read_checkpoint, read_settings
 
 
-@dataclass(frozen=True)
-class EvaluateSettings:
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings(ScoringOptions):
     """What to evaluate."""
 
-    run: tyro.conf.Positional[Path]
-    """Folder of a finished or interrupted run."""
-    checkpoint: int | None = None
-    """Step of the checkpoint; the newest one if not given."""
     test_crops: Crops | None = None
     """Crops of each image over which to average; as many as in the run if not given."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto: the GPU if there is one."""
     data_root: Path | None = None
     """Folder of the data set or of a pack; that of the run if not given."""
 

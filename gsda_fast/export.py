@@ -17,19 +17,15 @@ from torch import Tensor, nn
 from gsda_fast.commands import parse_command_line, run_command
 from gsda_fast.errors import UsageError
 from gsda_fast.files import atomic_file
-from gsda_fast.model import AdaptationModel, output_layer
+from gsda_fast.model import FEATURES, AdaptationModel, output_layer
 from gsda_fast.results.run_folder import EXPORTED, RunFolder
-from gsda_fast.training.trained import TrainedModel, load_trained
+from gsda_fast.trained import CheckpointOptions, TrainedModel, load_trained
 
 
-@dataclass(frozen=True)
-class ExportSettings:
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings(CheckpointOptions):
     """What to export."""
 
-    run: tyro.conf.Positional[Path]
-    """Folder of a finished or interrupted run."""
-    checkpoint: int | None = None
-    """Step of the checkpoint; the newest one if not given."""
     output: Path | None = None
     """Folder for model.safetensors and model.pt2; `export` in the run's folder if not given."""
 
@@ -88,6 +84,8 @@ def facts(trained: TrainedModel) -> dict[str, Any]:
         "step": trained.step,
         "backbone": model.backbone,
         "output_layer": output_layer(model.backbone),
+        **({"input_dim": model.input_dim, "feature_norm": model.feature_norm} if model.backbone == FEATURES else {}),
+        "hidden": model.hidden,
         "bottleneck_dim": model.bottleneck_dim,
         "bottleneck_activation": model.bottleneck_activation,
         **{name: dataclasses.asdict(recipe)[name] for name in ("resize", "crop", "channels", "mean", "std")},
@@ -96,9 +94,10 @@ def facts(trained: TrainedModel) -> dict[str, Any]:
 
 
 def _program(network: _Network, trained: TrainedModel) -> torch.export.ExportedProgram:
-    recipe = trained.recipe
-    # Two images: a batch of one would be taken for a constant.
-    images = torch.zeros(2, recipe.channels, recipe.crop, recipe.crop)
+    model, recipe = trained.config.model, trained.recipe
+    # Two images (or rows): a batch of one would be taken for a constant.
+    row = (model.input_dim,) if model.backbone == FEATURES else (recipe.channels, recipe.crop, recipe.crop)
+    images = torch.zeros(2, *row)
     return torch.export.export(
         network, (images,), dynamic_shapes={"images": {0: torch.export.Dim("images", min=1)}}, strict=False
     )

@@ -1,12 +1,21 @@
-"""Writing files so that a kill, a full disk or a loss of power leaves the old content or the new, whole."""
+"""Files and folders that others may write, too: whole or not at all, held while in use, named without tricks."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import os
+import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from gsda_fast.errors import UsageError, UsageWarning
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EROFS)
 
 
 @contextmanager
@@ -24,7 +33,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with new_file(temporary) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -33,6 +42,16 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def new_file(path: Path) -> IO[bytes]:
+    """Open a file that was not there, in place of any that was: through a link, somebody else's would be overwritten.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    path.unlink(missing_ok=True)
+    return path.open("x+b")
 
 
 def sync_folder(path: Path) -> None:
@@ -46,3 +65,98 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class FolderLock:
+    """Keeps every other process from holding a folder, until `release` or this process's end.
+
+    The kernel lets go of it when the process dies, however that happens: the lock file that stays says nothing.
+
+    Args:
+        folder: exists. option: by which the user named it, for messages.
+
+    Attributes:
+        held: False where the file system has no locks; a `UsageWarning` has said so.
+
+    Raises:
+        UsageError: another process holds the folder, or the lock file is another user's and cannot be opened.
+    """
+
+    def __init__(self, folder: Path, option: str = "--output") -> None:
+        self.file = folder / ".lock"
+        self._descriptor: int | None = None
+        try:
+            self._descriptor, writable = self._open()
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.release()
+            if error.errno in _NO_LOCKS:
+                told = f"{folder} cannot be locked ({error.strerror}): make sure that no other process writes there"
+                warnings.warn(told, UsageWarning, stacklevel=3)
+                return
+            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
+                found = f"{folder}, in use by {self._holder()}"
+            elif error.errno in (errno.EACCES, errno.EPERM, errno.EBADF) and os.path.lexists(self.file):
+                whose = f"{self.file.name} in it is theirs ({error.strerror})"
+                found = f"{folder}, which another user may be using: {whose}"
+            else:
+                found = f"{folder}, which cannot be held ({error.strerror})"
+            raise UsageError(
+                option,
+                found=found,
+                expected="a folder that no other process writes into",
+                remedy=f"wait for it or end it, or give another {option}",
+            ) from None
+        if writable:
+            with contextlib.suppress(OSError):  # a full disk, which is no reason to refuse
+                os.ftruncate(self._descriptor, 0)
+                os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    @property
+    def held(self) -> bool:
+        return self._descriptor is not None
+
+    def release(self) -> None:
+        """Let other processes hold the folder again."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def _open(self) -> tuple[int, bool]:
+        """The lock file, and whether it can be written: another user's is locked by reading it, all the same."""
+        flags = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        try:
+            # For everybody whom the folder's owner lets in, as far as the umask does.
+            return os.open(self.file, os.O_RDWR | os.O_CREAT | flags, 0o666), True
+        except PermissionError:
+            return os.open(self.file, os.O_RDONLY | flags), False
+
+    def _holder(self) -> str:
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            return self.file.read_bytes()[:200].decode().strip() or "another process"
+        return "another process"
+
+
+def is_plain_name(name: object) -> bool:
+    """Tell whether a text that was read from a file names an entry of a folder, and of no other folder."""
+    return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\0" not in name
+
+
+def is_path_below(path: object) -> bool:
+    """Tell whether a text that was read from a file names a file below a folder, by plain names alone."""
+    return isinstance(path, str) and all(map(is_plain_name, path.split("/")))
+
+
+def file_state(path: str | Path) -> str:
+    """Return size and time of a file in a word, by which a later look tells whether it changed; "gone" without it."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return "gone"
+    return f"{status.st_size} {status.st_mtime_ns}"

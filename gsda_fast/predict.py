@@ -1,4 +1,4 @@
-"""`python -m gsda_fast.predict RUN FOLDER`: class probabilities for a folder of images, as CSV."""
+"""`python -m gsda_fast.predict RUN FOLDER|FILE`: class probabilities for images or rows of features, as CSV."""
 
 from __future__ import annotations
 
@@ -7,46 +7,44 @@ import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import TextIO
 
 import torch
 import tyro
 from torch import Tensor
 
 from gsda_fast.commands import parse_command_line, plain_console, run_command
-from gsda_fast.data.domains import ImageDomain, open_images
+from gsda_fast.data.batches import Loader
+from gsda_fast.data.domains import ImageDomain, open_features, open_images
+from gsda_fast.data.feature_loader import FeatureLoader
 from gsda_fast.data.torch_loader import TorchLoader
 from gsda_fast.data.verify import progress_bars, unreadable_files
 from gsda_fast.errors import UsageError
 from gsda_fast.files import atomic_file
-from gsda_fast.training.trained import TrainedModel, load_trained
+from gsda_fast.model import FEATURES
+from gsda_fast.trained import ScoringOptions, TrainedModel, load_trained
 
 COLUMNS = ("file", "predicted_class", "confidence")
 """What stands before the probabilities, one column for each class by its name."""
 
 
 @dataclass(frozen=True)
-class PredictSettings:
+class PredictSettings(ScoringOptions):
     """What to classify, and with what."""
 
-    run: tyro.conf.Positional[Path]
-    """Folder of a finished or interrupted run."""
     folder: tyro.conf.Positional[Path]
-    """Folder of images; they may lie anywhere below it."""
-    checkpoint: int | None = None
-    """Step of the checkpoint; the newest one if not given."""
+    """Folder of images, which may lie anywhere below it; a file of features for a run on features."""
+    _: KW_ONLY
     output: Path | None = None
     """CSV file to write; standard output if not given."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto: the GPU if there is one."""
     batch_size: int = 256
     """Images in a batch."""
 
 
 def predict(trained: TrainedModel, images: ImageDomain, batch_size: int = 256) -> Iterator[tuple[str, Tensor]]:
-    """(path below the folder, class probabilities (r,) float32 on the CPU) for each image, in order.
+    """(path below the folder, class probabilities (r,) float32 on the CPU) for each image or row, in order.
 
     An image is read, resized, cropped (ten times where the run is tested so) and normalised as for the run's own
     evaluation.
@@ -54,7 +52,11 @@ def predict(trained: TrainedModel, images: ImageDomain, batch_size: int = 256) -
     Raises:
         UsageError: while iterating, if a file cannot be read; the message names the file.
     """
-    loader = TorchLoader(images, images, trained.recipe, batch_size=batch_size, device=trained.device)
+    loader: Loader
+    if images.rows is not None:
+        loader = FeatureLoader(images, images, batch_size=batch_size, device=trained.device, on_device=False)
+    else:
+        loader = TorchLoader(images, images, trained.recipe, batch_size=batch_size, device=trained.device)
     try:
         crops = trained.config.data.test_crops
         for batch, index in loader.evaluate("target", crops=crops):
@@ -63,6 +65,18 @@ def predict(trained: TrainedModel, images: ImageDomain, batch_size: int = 256) -
             yield from zip((images.paths[i] for i in index.tolist()), probabilities)
     finally:
         loader.close()
+
+
+def _open_samples(trained: TrainedModel, place: Path) -> ImageDomain:
+    model = trained.config.model
+    if model.backbone != FEATURES:
+        return open_images(place, trained.classes)
+    rows = open_features(place, trained.classes)
+    assert rows.rows is not None
+    if rows.rows.dim != model.input_dim:
+        found = f"{place}, whose features have {rows.rows.dim} numbers"
+        raise UsageError("FOLDER", found=found, expected=f"{model.input_dim}, as the run was trained with")
+    return rows
 
 
 @contextmanager
@@ -89,7 +103,7 @@ def main() -> int:
     if settings.batch_size < 1:
         raise UsageError("--batch-size", found=str(settings.batch_size), expected="a whole number >= 1")
     trained = load_trained(settings.run, settings.checkpoint, settings.device)
-    images = open_images(settings.folder, trained.classes)
+    images = _open_samples(trained, settings.folder)
     with progress_bars(plain_console(stderr=True)) as progress:
         unreadable = dict(unreadable_files(images, progress=progress))
         for path, problem in unreadable.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -13,10 +14,13 @@ from gsda_fast.commands import parse_command_line, run_command
 from gsda_fast.data.benchmarks import Benchmark, find_benchmark
 from gsda_fast.errors import UsageError
 from gsda_fast.methods import METHODS
-from gsda_fast.results.page import write_page
+from gsda_fast.results.page import write_page, write_suite_page
+from gsda_fast.results.records import RunResult
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.results.suite_folder import Layout, SuiteFolder
-from gsda_fast.results.suite_page import write_suite_page
+
+_MOST_RUNS = 12
+"""Runs that are compared one by one; more are grouped by their methods, as a suite's are."""
 
 
 @dataclass(frozen=True)
@@ -61,34 +65,42 @@ def suite_layout(benchmark: Benchmark) -> Layout:
 
 
 def report_on_suite(suite: SuiteFolder, *, points: int = ReportOptions.points) -> Path:
-    """Writes the page about all runs in a suite's folder that have finished, and returns its path.
+    """Write the page about all runs in a suite's folder that have finished, and return its path.
 
     Raises:
         UsageError: no run has finished, runs of several tasks, or a folder that cannot be written.
     """
-    everything = [*suite.runs, *(run for variant in suite.variants.values() for run in variant.runs)]
-    results = [result for run in everything if (result := run.read_result()) is not None]
+    results = [*suite.results(), *(result for variant in suite.variants.values() for result in variant.results())]
     if not results:
-        raise UsageError(str(suite.path), found=f"{len(everything)} runs, none finished", expected="finished runs")
-    layout = suite_layout(find_benchmark(results[0].task))
-    # Transfer tasks beside the paper's: a suite may name any, and the task `folder` has none of its own.
-    own = [(result.source, result.target) for result in results]
-    layout = replace(layout, transfer_tasks=tuple(dict.fromkeys([*layout.transfer_tasks, *own])))
-    return write_suite_page(suite, layout, points=points)
+        raise UsageError(str(suite.path), found="runs, none of which has finished", expected="finished runs")
+    return write_suite_page(suite, _with_own(suite_layout(find_benchmark(results[0].task)), results), points=points)
+
+
+def _with_own(layout: Layout, results: Sequence[RunResult]) -> Layout:
+    """Add what the runs have beside the benchmark's: the task `folder` has no transfer tasks of its own."""
+    methods, pairs = [result.method for result in results], [result.transfer_task for result in results]
+    return replace(
+        layout,
+        methods=tuple(dict.fromkeys([*layout.methods, *methods])),
+        transfer_tasks=tuple(dict.fromkeys([*layout.transfer_tasks, *pairs])),
+    )
 
 
 def main() -> None:
     options = parse_command_line(lambda: tyro.cli(ReportOptions, prog="python -m gsda_fast.report"))
+    suite = None
     if len(options.runs) == 1 and not RunFolder(options.runs[0]).begun:
         suite = SuiteFolder.find(options.runs[0])
-        if suite is not None:
-            if options.output is not None:
-                found = f"{options.output} for a suite"
-                raise UsageError("--output", found=found, expected="none: its page is in its folder")
-            print(f"report: {report_on_suite(suite, points=options.points)}")
-            return
-    runs = [RunFolder.existing(path) for path in options.runs]
-    print(f"report: {write_page(runs, options.folder, points=options.points)}")
+        if suite is not None and options.output is not None:
+            found = f"{options.output} for a suite"
+            raise UsageError("--output", found=found, expected="none: its page is in its folder")
+    elif len(options.runs) > _MOST_RUNS:
+        suite = SuiteFolder(options.folder, [RunFolder.existing(path) for path in options.runs])
+    if suite is not None:
+        page = report_on_suite(suite, points=options.points)
+    else:
+        page = write_page([RunFolder.existing(path) for path in options.runs], options.folder, points=options.points)
+    print(f"report: {page}")
 
 
 if __name__ == "__main__":

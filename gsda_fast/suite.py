@@ -24,28 +24,30 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from gsda_fast.commands import parse_command_line, plain_console, run_command
-from gsda_fast.config import PRESETS, Config, parse_config
+from gsda_fast.config import TASKS, Config, method_options, parse_config
 from gsda_fast.data.benchmarks import Benchmark, find_benchmark
 from gsda_fast.data.torch_loader import usable_cores
 from gsda_fast.errors import Stopped, TrainingError, UsageError
-from gsda_fast.methods import METHODS
+from gsda_fast.methods import ALIASES, METHODS
 from gsda_fast.report import report_on_suite, suite_layout
-from gsda_fast.results import plots, tables
-from gsda_fast.results.run_folder import RunFolder, RunResult, file_name
+from gsda_fast.results.page import sweep_section
+from gsda_fast.results.records import RunResult
+from gsda_fast.results.run_folder import RunFolder, file_name
 from gsda_fast.results.suite_folder import (
     Layout,
     SuiteFolder,
+    TableName,
     paired_sweep_tables,
     paired_tables,
+    score_tables,
     suite_tables,
-    sweep_tables,
 )
-from gsda_fast.results.suite_page import sweep_plots
+from gsda_fast.results.tables import Table, sweep_tables, to_terminal
 from gsda_fast.train import train
 
 PROGRAM = "python -m gsda_fast.suite"
 
-ABLATION = ("source-only", "entropy", "domain", "class", "group", "gsda")
+ABLATION = ("source-only", "entropy", "glb", "glb-cls", "glb-cls-grp", "gsda")
 """The four rows of the paper's Table 1, and before them what they start from: each adds one part to the one before."""
 
 _OF_ONE_RUN = {"--method": "--methods", "--seed": "--seeds", "--source": "--tasks", "--target": "--tasks"}
@@ -60,12 +62,13 @@ class SuiteSettings:
     keeps the runs that have finished and goes on with those that were interrupted.
     """
 
-    task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="|".join(PRESETS))]
+    task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="|".join(TASKS))]
     """Benchmark."""
     methods: tuple[str, ...] = ()
-    """Methods to run; all if none is given, but with --sweep gsda alone, and else with --paired those of --ablation."""
+    """Methods to run. If none is given: those of --ablation and dann; with --sweep gsda alone; with --paired those of
+    --ablation."""
     ablation: bool = False
-    """Run the rows of the paper's Table 1: domain, class, group, gsda, with source-only and entropy before them."""
+    """Run the rows of the paper's Table 1, glb, glb-cls, glb-cls-grp and gsda, after source-only and entropy."""
     paired: bool = False
     """Also tell the paired differences between the methods, of the accuracy and of the gradients' mismatch. Runs of
     one transfer task and seed share initial weights, groups, samples and so the whole warm-up. With --sweep also those
@@ -96,19 +99,19 @@ class SuiteSettings:
     @property
     def chosen_methods(self) -> tuple[str, ...]:
         if self.methods:
-            return self.methods
+            return tuple(ALIASES.get(name, name) for name in self.methods)
         if self.sweep and not self.ablation:
             return ("gsda",)
-        return ABLATION if self.ablation or self.paired else tuple(METHODS)
+        return ABLATION if self.ablation or self.paired else (*ABLATION, "dann")
 
 
-def run_suite(settings: SuiteSettings, variants: Mapping[str, Config], console: Console) -> Path:
+def run_suite(settings: SuiteSettings, variants: Mapping[str, Mapping[str, Config]], console: Console) -> Path:
     """Runs what has not finished yet, writes the tables and returns the suite's folder.
 
     Args:
         settings: which runs.
-        variants: what applies to all runs of a setting, by the setting's name, which is that of its folder; without a
-            sweep the only name is empty, and stands for the suite's own folder.
+        variants: what applies to all runs of a setting, by the setting's name, which is that of its folder, and by
+            method; without a sweep the only name is empty, and stands for the suite's own folder.
         console: where progress and tables are shown.
 
     Raises:
@@ -123,7 +126,7 @@ def run_suite(settings: SuiteSettings, variants: Mapping[str, Config], console: 
     folder = settings.output or Path("runs") / f"suite-{settings.task}"
     configs = {
         name: [
-            _config_of_run(base, settings.task, pair, method, seed, folder / name)
+            _config_of_run(base[method], pair, seed, folder / name)
             for seed in settings.seeds
             for pair in pairs
             for method in settings.chosen_methods
@@ -169,14 +172,12 @@ def run_suite(settings: SuiteSettings, variants: Mapping[str, Config], console: 
     return folder
 
 
-def _config_of_run(
-    base: Config, task: str, transfer_task: tuple[str, str], method: str, seed: int, folder: Path
-) -> Config:
+def _config_of_run(base: Config, transfer_task: tuple[str, str], seed: int, folder: Path) -> Config:
     source, target = transfer_task
-    output = folder / RunFolder.default_name(task, source, target, method, seed)
+    output = folder / RunFolder.default_name(base.task, source, target, base.run.method, seed)
     return replace(
         base,
-        run=replace(base.run, method=method, seed=seed, output=output),
+        run=replace(base.run, seed=seed, output=output),
         data=replace(base.data, source=source, target=target),
     )
 
@@ -190,27 +191,46 @@ def _transfer_task(benchmark: Benchmark, text: str) -> tuple[str, str]:
     return benchmark.domain(source).name, benchmark.domain(target).name
 
 
-def sweep_variants(sweep: Sequence[str], arguments: list[str]) -> dict[str, Config]:
-    """The configuration of each combination of the swept options' values, by its name: `alpha=0.02,beta=1`.
+def sweep_variants(sweep: Sequence[str], arguments: list[str], methods: Sequence[str]) -> dict[str, dict[str, Config]]:
+    """Return each method's configuration for each combination of the swept values, by its name: `alpha=0.02,beta=1`.
 
     Args:
         sweep: NAME=VALUE,VALUE for each swept option; none: one combination with an empty name.
-        arguments: the command line of the runs, the task first.
+        arguments: the command line of the runs, the task first. An option of some method's own goes to those that
+            have it.
+        methods: to be run.
 
     Raises:
         UsageError: not of that form, or a value that does not fit the option.
     """
     axes = _sweep_axes(sweep)
-    variants: dict[str, Config] = {}
+    variants: dict[str, dict[str, Config]] = {}
     for combination in itertools.product(*([(name, value) for value in values] for name, values in axes.items())):
         options = [word for name, value in combination for word in (f"--{name}", value)]
         # It names a folder, and a value may be a path.
         label = ",".join(f"{name}={file_name(value)}" for name, value in combination)
-        config = parse_config([*arguments, *options], PROGRAM)
-        if label in variants or config in variants.values():
+        configs = {method: _config_of_method(method, [*arguments, *options], methods) for method in methods}
+        if label in variants or configs in variants.values():
             raise UsageError("--sweep", found=f"{label} twice", expected="each value once")
-        variants[label] = config
+        variants[label] = configs
     return variants
+
+
+def _config_of_method(method: str, arguments: Sequence[str], methods: Sequence[str]) -> Config:
+    """Parse the arguments without the options that other methods of the suite have and this one lacks."""
+    if method not in METHODS:
+        raise UsageError("--methods", found=f"'{method}'", expected=", ".join(METHODS))
+    known = method_options(method)
+    strange = {option for other in methods if other in METHODS for option in method_options(other)} - known
+    kept: list[str] = []
+    keep = True
+    for argument in arguments:
+        if argument.startswith("--"):
+            name = argument.partition("=")[0]
+            keep = name not in strange and name.replace("--no-", "--", 1) not in strange
+        if keep:
+            kept.append(argument)
+    return parse_config([*kept, "--method", method], PROGRAM)
 
 
 def _sweep_axes(sweep: Sequence[str]) -> dict[str, list[str]]:
@@ -346,37 +366,34 @@ def _write_tables(
     paired: bool,
     console: Console,
 ) -> None:
-    made = suite_tables(results, layout)
-    suite.write_tables(made)
-    differences = paired_tables(runs, layout) if paired else []
-    if differences:
-        suite.write_paired(differences)
-    shown: list[tables.PrintedTable] = [*made, *differences]
-    for table in shown:
-        console.print(tables.to_terminal(table))
-    written = [suite.table_path("md"), *([suite.paired_path("md")] if differences else [])]
-    console.print(f"tables: {', '.join(map(str, written))}, and as .csv and .json", soft_wrap=True)
+    _write(suite, "table", suite_tables(results, layout), console)
+    if paired:
+        _write(suite, "paired", paired_tables(runs, layout), console)
+    _write(suite, "scores", score_tables(runs, layout), console)
 
 
 def _write_sweep(
     suite: SuiteFolder, results: Mapping[str, Sequence[RunResult]], layout: Layout, paired: bool, console: Console
 ) -> None:
-    made = sweep_tables(results, layout)
-    differences = paired_sweep_tables(results, layout) if paired else []
-    for table in made:
-        if table.choice == "last":
-            console.print(tables.to_terminal(table))
-    if differences:
-        suite.write_paired(differences)
-        for difference in differences:
-            console.print(tables.to_terminal(difference))
-    drawn = {name: plots.png(figure) for name, figure in sweep_plots(made).items()}
-    suite.write_sweep(made, drawn)
-    plotted = ", ".join(str(suite.sweep_plot_path(name)) for name in drawn)
-    console.print(f"sweep: {suite.sweep_path('md')}, and as .csv and .json; {plotted}", soft_wrap=True)
+    made = sweep_tables(results, **layout.table)
+    # The choices beside the last step are for looking up.
+    _write(suite, "sweep", made, console, [table for table in made if table.choice == "last"])
+    if paired:
+        _write(suite, "paired", paired_sweep_tables(results, layout), console)
+    sweep_section(suite, made)
 
 
-def parse_suite(arguments: list[str]) -> tuple[SuiteSettings, dict[str, Config]]:
+def _write(
+    suite: SuiteFolder, name: TableName, made: Sequence[Table], console: Console, shown: Sequence[Table] | None = None
+) -> None:
+    if made:
+        suite.write_tables(name, made)
+        for table in made if shown is None else shown:
+            console.print(to_terminal(table))
+        console.print(f"{name}: {suite.table_path(name, 'md')}, and as .csv and .json", soft_wrap=True)
+
+
+def parse_suite(arguments: list[str]) -> tuple[SuiteSettings, dict[str, dict[str, Config]]]:
     """What a command line asks for: which runs, and what applies to all of them, as `run_suite` takes it.
 
     Raises:
@@ -390,7 +407,7 @@ def parse_suite(arguments: list[str]) -> tuple[SuiteSettings, dict[str, Config]]
     for option, instead in _OF_ONE_RUN.items():
         if option in (argument.partition("=")[0] for argument in rest):
             raise UsageError(option, found="an option of a single run", expected=instead)
-    return settings, sweep_variants(settings.sweep, [settings.task, *rest])
+    return settings, sweep_variants(settings.sweep, [settings.task, *rest], settings.chosen_methods)
 
 
 def main() -> None:

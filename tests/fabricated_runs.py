@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from gsda_fast.data.benchmarks import BENCHMARKS
-from gsda_fast.results.run_folder import RunFolder, RunResult, Selection
+from gsda_fast.results.records import RunResult, Selection
+from gsda_fast.results.run_folder import RunFolder
 
 STEPS, WARMUP = 40, 20
 LEVELLED = ("group", "gsda")

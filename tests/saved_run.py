@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from gsda_fast.assemble import build_trainer, resolve
 from gsda_fast.config import parse_config
 from gsda_fast.results.run_folder import RunFolder
-from gsda_fast.training.assemble import build_trainer, resolve
 from gsda_fast.training.checkpoint import CheckpointFolder
 
 

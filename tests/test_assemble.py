@@ -1,7 +1,7 @@
 from itertools import islice
 
+from gsda_fast.assemble import build_trainer, resolve
 from gsda_fast.config import parse_config
-from gsda_fast.training.assemble import build_trainer, resolve
 
 DROPOUT = ("--backbone", "mobilenet_v3_small", "--weights", "none", "--hidden-dim", "8")
 

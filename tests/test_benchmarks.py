@@ -8,6 +8,7 @@ def test_tasks_of_the_command_line() -> None:
     assert list(BENCHMARKS) == [
         "digits",
         "digits-partial",
+        "pictures",
         "visda",
         "office31",
         "office31-partial",
@@ -91,7 +92,7 @@ def test_unknown_domain_lists_the_known_ones() -> None:
 
 
 def test_unknown_task_lists_the_known_ones() -> None:
-    with pytest.raises(UsageError, match="'office32'; expected one of digits, digits-partial, visda, office31"):
+    with pytest.raises(UsageError, match="'office32'; expected one of digits, digits-partial, pictures, visda"):
         find_benchmark("office32")
 
 

@@ -18,9 +18,10 @@ from gsda_fast.config import parse_config
 from gsda_fast.data.pack import pack
 from gsda_fast.errors import UsageError
 from gsda_fast.evaluate import EvaluateSettings, evaluate
-from gsda_fast.results.run_folder import RunFolder, RunResult
+from gsda_fast.results.records import RunResult
+from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.train import train
-from gsda_fast.training.trained import for_scoring
+from gsda_fast.trained import for_scoring
 
 pytestmark = pytest.mark.filterwarnings("ignore:domain .* found .* images")
 

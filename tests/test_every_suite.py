@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 from benchmark_trees import TASKS
 from rich.console import Console
+from table_cells import squeezed
 
 from gsda_fast import suite as command
 from gsda_fast.config import PRESETS, Config
 from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.errors import TrainingError
 from gsda_fast.results.paper import published_row
-from gsda_fast.results.run_folder import RunFolder, RunResult
+from gsda_fast.results.records import RunResult
+from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.train import train
 
 pytestmark = [
@@ -114,7 +116,7 @@ def test_suite_from_its_command_to_its_tables(task: str, run_suite: Any) -> None
                 if column in published.values:
                     assert paper[column] == published.values[column]
 
-    markdown = (folder / "table.md").read_text()
+    markdown = squeezed((folder / "table.md").read_text())
     assert markdown.count("| gsda |") == 3
     assert ("| paper: GSDA, Table" in markdown) == (task in COMPARED)
     assert "upper bound" in markdown

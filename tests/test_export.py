@@ -19,7 +19,7 @@ from gsda_fast.errors import UsageError
 from gsda_fast.export import ExportSettings, export
 from gsda_fast.predict import predict
 from gsda_fast.results.run_folder import RunFolder
-from gsda_fast.training.trained import load_trained
+from gsda_fast.trained import load_trained
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "training.md"
 CLASSES = 31

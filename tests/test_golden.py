@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from gsda_fast.assemble import build_trainer, resolve
 from gsda_fast.config import parse_config
-from gsda_fast.training.assemble import build_trainer, resolve
 
 FILE = Path(__file__).parent / "golden" / "digits_losses.json"
 OPTIONS = [

@@ -13,7 +13,10 @@ FLOORS = [
     ["gsda_fast.suite"],
     ["gsda_fast.train", "gsda_fast.evaluate", "gsda_fast.predict", "gsda_fast.export", "gsda_fast.data.__main__"],
     ["gsda_fast.training", "gsda_fast.methods", "gsda_fast.report", "gsda_fast.config"],
-    ["gsda_fast.data", "gsda_fast.results", "gsda_fast.model", "gsda_kernels"],
+    [
+        *("gsda_fast.losses", "gsda_fast.data", "gsda_fast.results", "gsda_fast.model"),
+        *("gsda_fast.efficientnet_lite", "gsda_kernels"),
+    ],
     ["gsda_fast.commands"],
     ["gsda_fast.files"],
     ["gsda_fast.errors"],
@@ -23,11 +26,13 @@ WINGS = {
     "gsda_kernels": set(),
     "gsda_fast.data": set(),
     "gsda_fast.results": {"gsda_fast.data"},
-    "gsda_fast.model": set(),
+    "gsda_fast.losses": set(),
+    "gsda_fast.model": {"gsda_fast.efficientnet_lite"},
+    "gsda_fast.efficientnet_lite": set(),
     "gsda_fast.commands": set(),
     "gsda_fast.errors": set(),
     "gsda_fast.files": set(),
-    "gsda_fast.methods": {"gsda_fast.model", "gsda_kernels"},
+    "gsda_fast.methods": {"gsda_fast.losses", "gsda_fast.model", "gsda_kernels"},
 }
 
 

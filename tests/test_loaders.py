@@ -107,7 +107,7 @@ def test_dali_with_what_it_cannot_do(
     save(tmp_path / "sketches" / "dog" / "drawing.gif")
     with_gif = open_pair("folder", "photos", "sketches", tmp_path)
     assert resolve_loader(DataSettings(), *with_gif, torch.device("cuda")) == "torch"
-    with pytest.raises(UsageError, match=r"drawing.gif among the images; .* DALI reads no GIF"):
+    with pytest.raises(UsageError, match=r"drawing.gif among the images .GIF.; .* DALI reads no GIF"):
         opened(DataSettings(loader="dali"), with_gif)
 
 

@@ -3,8 +3,18 @@ import math
 import pytest
 import torch
 
-from gsda_fast.results.metrics import AccuracyHistory, EvaluationFigures, evaluation_figures
-from gsda_fast.results.run_folder import Selection
+from gsda_fast.results.metrics import (
+    SCORES,
+    AccuracyHistory,
+    EvaluationFigures,
+    entropy,
+    evaluation_figures,
+    mutual_information,
+    nuclear_norm,
+    soft_neighbourhood_density,
+    softmax_correlation,
+)
+from gsda_fast.results.records import Selection
 
 
 def one_hot(classes: list[int], num_classes: int) -> torch.Tensor:
@@ -14,7 +24,9 @@ def one_hot(classes: list[int], num_classes: int) -> torch.Tensor:
 def figures(
     accuracy: float | None, mutual_information: float, mean_per_class: float | None = None
 ) -> EvaluationFigures:
-    return EvaluationFigures(accuracy, mean_per_class, (), mutual_information, torch.zeros(0, 0))
+    return EvaluationFigures(
+        accuracy, mean_per_class, (), {"mutual_information": mutual_information}, torch.zeros(0, 0)
+    )
 
 
 def test_figures_by_hand() -> None:
@@ -135,3 +147,125 @@ def test_history_goes_on_from_its_state() -> None:
     alone = AccuracyHistory()
     alone.add(2, entries[2])
     assert alone.accuracy != whole.accuracy
+
+
+# ----------------------------------------------------------------------------------------------------------- scores
+
+ROWS = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4], [0.05, 0.05, 0.9]], dtype=torch.float64)
+
+
+def log(value: float) -> float:
+    return math.log(value) if value > 0 else 0.0
+
+
+def test_entropy_by_hand() -> None:
+    expected = -sum(p * log(p) for row in ROWS.tolist() for p in row) / 4
+    assert float(entropy(ROWS)) == pytest.approx(expected, abs=1e-14)
+    assert float(entropy(one_hot([0, 2], 3))) == 0
+    assert float(entropy(torch.full((5, 4), 0.25))) == pytest.approx(math.log(4))
+
+
+def test_soft_neighbourhood_density_by_hand() -> None:
+    rows = [[value / math.hypot(*row) for value in row] for row in ROWS.tolist()]
+    expected = 0.0
+    for i, row in enumerate(rows):
+        weights = [math.exp(sum(map(float.__mul__, row, other)) / 0.05) for j, other in enumerate(rows) if j != i]
+        shares = [weight / sum(weights) for weight in weights]
+        expected -= sum(share * log(share) for share in shares) / len(rows)
+    assert float(soft_neighbourhood_density(ROWS)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_dense_neighbourhood_scores_higher() -> None:
+    # Two clusters of five, against ten samples that lie apart: log 4 of equal neighbours.
+    dense = one_hot([0] * 5 + [1] * 5, 10)
+    assert float(soft_neighbourhood_density(dense)) == pytest.approx(math.log(4), abs=1e-6)
+    generator = torch.Generator().manual_seed(0)
+    apart = torch.rand(10, 10, generator=generator).softmax(dim=1)
+    tight = apart[:1].repeat(10, 1)
+    assert float(soft_neighbourhood_density(tight)) == pytest.approx(math.log(9))
+
+
+def test_density_does_not_depend_on_the_chunk_and_is_bounded_by_rows_evenly_spread() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.rand(101, 5, generator=generator).softmax(dim=1)
+    whole = float(soft_neighbourhood_density(rows, chunk=1000))
+    for chunk in (1, 7, 101):
+        assert float(soft_neighbourhood_density(rows, chunk=chunk)) == pytest.approx(whole, abs=1e-12)
+    spread = float(soft_neighbourhood_density(rows, max_rows=21))
+    assert spread == pytest.approx(float(soft_neighbourhood_density(rows[::5])), abs=1e-12)
+    assert spread != pytest.approx(float(soft_neighbourhood_density(rows[:21])), abs=1e-6)
+    assert soft_neighbourhood_density(rows, max_rows=21) == soft_neighbourhood_density(rows, max_rows=21)
+    assert math.isnan(float(soft_neighbourhood_density(rows[:1])))
+
+
+def test_memory_of_the_density_is_that_of_a_chunk() -> None:
+    seen: list[int] = []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):  # type: ignore[no-untyped-def]
+            out = function(*arguments, **(options or {}))
+            seen.append(out.numel() if isinstance(out, torch.Tensor) else 0)
+            return out
+
+    with Sizes():
+        soft_neighbourhood_density(torch.rand(600, 3), max_rows=400, chunk=50)
+    assert max(seen) <= 400 * 50
+
+
+def test_nuclear_norm_by_hand() -> None:
+    # Orthogonal columns with 3 and 1 ones: singular values sqrt(3) and 1.
+    assert float(nuclear_norm(one_hot([0, 0, 0, 1], 2))) == pytest.approx((3**0.5 + 1) / 4, abs=1e-12)
+    assert float(nuclear_norm(torch.full((4, 2), 0.5))) == pytest.approx(2**0.5 / 4)
+    gram = torch.linalg.eigvalsh(ROWS.T @ ROWS).sqrt().sum() / 4
+    assert float(nuclear_norm(ROWS)) == pytest.approx(float(gram), abs=1e-12)
+
+
+def test_softmax_correlation_by_hand() -> None:
+    assert float(softmax_correlation(one_hot([0, 1, 2], 3))) == pytest.approx(1.0, abs=1e-12)
+    # Frequencies 3 : 1 against equal ones, and against their own.
+    skewed = one_hot([0, 0, 0, 1], 2)
+    assert float(softmax_correlation(skewed)) == pytest.approx(4 / (10**0.5 * 2**0.5), abs=1e-12)
+    assert float(softmax_correlation(skewed, torch.tensor([0.75, 0.25]))) == pytest.approx(1.0, abs=1e-12)
+    # All correlations equal: r entries on the diagonal of r^2.
+    assert float(softmax_correlation(torch.full((5, 4), 0.25))) == pytest.approx(0.5, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_every_score_is_float64_and_survives_a_model_that_diverged(name: str) -> None:
+    found = SCORES[name].function(ROWS.float())
+    assert (found.dtype, found.ndim) == (torch.float64, 0)
+    # Certain, right and spread predictions are better than a constant doubt.
+    certain, doubt = (
+        float(SCORES[name].function(rows)) for rows in (one_hot([0, 1, 2] * 4, 3), torch.full((12, 3), 1 / 3))
+    )
+    if name != "soft_neighbourhood_density":  # which sees one dense neighbourhood in either
+        assert SCORES[name].merit(certain) > SCORES[name].merit(doubt)
+    assert math.isnan(float(SCORES[name].function(torch.full((4, 3), math.nan))))
+
+
+def test_an_evaluation_has_every_score() -> None:
+    found = evaluation_figures(torch.tensor([0, 1, 2, 2]), ROWS)
+    assert found.scores == {name: float(score.function(ROWS)) for name, score in SCORES.items()}
+    assert found.mutual_information == float(mutual_information(ROWS))
+
+
+def test_each_score_chooses_its_own_evaluation() -> None:
+    history = AccuracyHistory()
+    for step, (accuracy, scores) in enumerate(
+        [
+            (10.0, {"entropy": 0.3, "nuclear_norm": 0.2, "mutual_information": 1.0}),
+            (20.0, {"entropy": 0.1, "nuclear_norm": 0.2, "mutual_information": math.nan}),  # certain: low entropy
+            (30.0, {"entropy": 0.2, "nuclear_norm": 0.9, "mutual_information": 2.0}),
+            (40.0, {"entropy": math.nan, "nuclear_norm": 0.1, "mutual_information": 1.5}),
+        ]
+    ):
+        history.add(step, EvaluationFigures(accuracy, accuracy / 2, (), scores, torch.zeros(0, 0)))
+    assert history.label_free_by == {
+        "mutual_information": {"accuracy": 30.0, "mean_per_class": 15.0},
+        "entropy": {"accuracy": 20.0, "mean_per_class": 10.0},
+        "nuclear_norm": {"accuracy": 30.0, "mean_per_class": 15.0},
+    }
+    assert history.accuracy == Selection(40.0, best=40.0, label_free=30.0)
+    resumed = AccuracyHistory()
+    resumed.load_state_dict(history.state_dict())
+    assert resumed.label_free_by == history.label_free_by

@@ -1,3 +1,5 @@
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from gsda_fast.errors import UsageError
-from gsda_fast.model import AdaptationModel, ModelSettings, build_model, fetch_weights
+from gsda_fast.model import AdaptationModel, ModelSettings, build_model, fetch_weights, input_format
 
 LENET = ModelSettings("lenet", weights="none", bottleneck_dim=128, bottleneck_activation="relu")
 
@@ -157,3 +159,52 @@ def test_a_backbone_with_auxiliary_outputs_is_refused(monkeypatch: pytest.Monkey
     network.aux_logits = True  # type: ignore[assignment]
     with pytest.raises(UsageError, match="--backbone: found inception_v3; expected a model with one output"):
         build_model(ModelSettings("inception_v3", "none"), 5)
+
+
+def test_rows_of_features_are_normalised_by_their_root_mean_square() -> None:
+    rows = torch.tensor([[3.0, 4.0], [300.0, -400.0], [0.0, 0.0]])
+    settings = ModelSettings("features", "none", feature_norm="rms", input_dim=2, bottleneck_dim=3)
+    normalised = build_model(settings, 2).backbone(rows)
+    assert_close(normalised[:2], rows[:2] / torch.tensor([[12.5**0.5], [12.5**0.5 * 100]]), rtol=1e-5, atol=1e-5)
+    assert bool((normalised[2] == 0).all())
+    plain = build_model(ModelSettings("features", "none", input_dim=2), 2).backbone(rows)
+    assert_close(plain, rows, rtol=0, atol=0)
+
+
+def test_a_hidden_layer_stands_before_the_bottleneck() -> None:
+    model = build_model(ModelSettings("features", "none", input_dim=7, hidden=5, bottleneck_dim=3), 2)
+    assert [tuple(weight.shape) for weight in model.bottleneck.parameters()] == [(5, 7), (5,), (3, 5), (3,)]
+    assert bool((model.bottleneck[:2](torch.randn(4, 7)) >= 0).all())
+
+
+def test_timm_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UsageError, match="timm:vit_tiny_patch16_224, and no timm; expected it installed"):
+        build_model(ModelSettings("timm:vit_tiny_patch16_224", "none"), 5)
+
+
+def test_a_backbone_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a stand-in with timm's names: create_model, is_model, get_pretrained_cfg, num_features."""
+
+    class Network(nn.Flatten):
+        num_features = 12
+
+    made: list[tuple[str, bool, int]] = []
+
+    def create_model(name: str, pretrained: bool, num_classes: int) -> nn.Module:
+        made.append((name, pretrained, num_classes))
+        return Network()
+
+    timm = types.ModuleType("timm")
+    timm.is_model = lambda name: name == "tiny"  # type: ignore[attr-defined]
+    timm.create_model = create_model  # type: ignore[attr-defined]
+    card = types.SimpleNamespace(input_size=(3, 96, 96), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    timm.get_pretrained_cfg = lambda name: card  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    assert build_model(ModelSettings("timm:tiny", "pretrained"), 5)(torch.zeros(1, 3, 2, 2)).logits.shape == (1, 5)
+    assert made == [("tiny", True, 0)]
+    assert input_format("timm:tiny") == (96, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    with pytest.raises(UsageError, match=r"--backbone: found timm:huge; expected timm: and a name"):
+        input_format("timm:huge")
+    with pytest.raises(UsageError, match="IMAGENET1K_V1; expected none, an existing file, or pretrained"):
+        build_model(ModelSettings("timm:tiny"), 5)

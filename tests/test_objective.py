@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from gsda_fast import ClassGroups, Discriminators, discriminator_objective, encoder_objective, synchronization_loss
-from gsda_fast.methods.objective import class_probabilities, classification_loss, entropy, target_class_weights
+from gsda_fast.losses import entropy
+from gsda_fast.methods.objective import class_probabilities, classification_loss, target_class_weights
 from gsda_kernels import AdversarialTerms
 
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

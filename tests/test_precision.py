@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from gsda_fast.assemble import build_trainer, resolve
 from gsda_fast.config import parse_config
 from gsda_fast.errors import UsageError
 from gsda_fast.methods import Method, StepInputs, build_method
 from gsda_fast.methods.gsda import AdversarialSettings
 from gsda_fast.methods.objective import synchronization_loss
 from gsda_fast.model import ModelSettings, build_model
-from gsda_fast.training.assemble import build_trainer, resolve
 from gsda_fast.training.distributed import Ranks
 from gsda_fast.training.precision import AUTOCAST_DTYPES, PrecisionSettings, set_arithmetic
 

@@ -23,7 +23,7 @@ from gsda_fast.data.torch_loader import read_frame
 from gsda_fast.predict import predict
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.train import train
-from gsda_fast.training.trained import load_trained
+from gsda_fast.trained import load_trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:domain .* found .* images")
 

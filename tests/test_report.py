@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fabricated_runs import fabricated_run
 
 from gsda_fast.commands import run_command
 from gsda_fast.errors import UsageError
@@ -52,6 +53,23 @@ def test_several_runs_are_compared_beside_them(
     text = page.read_text(encoding="utf-8")
     assert "<strong>source-only has not finished.</strong>" in text
     assert "<strong>gsda has not finished.</strong>" in text
+
+
+def test_many_runs_are_grouped_by_their_methods(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [
+        fabricated_run(tmp_path, method, seed=seed, accuracy=60.0 + seed)
+        for method in ("source-only", "a method of ours")
+        for seed in range(7)
+    ]
+    monkeypatch.setattr(sys, "argv", ["report", *(str(run.path) for run in runs)])
+    main()
+    page = tmp_path / "report" / "report.html"
+    assert capsys.readouterr().out == f"report: {page}\n"
+    text = page.read_text(encoding="utf-8")
+    assert "digits: 2 methods, 1 transfer task, 7 seeds" in text
+    assert "63.0 <small>± 2.2</small>" in text
 
 
 def test_output_and_points_are_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

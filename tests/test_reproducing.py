@@ -14,7 +14,7 @@ from gsda_fast.config import PRESETS, Config, parse_config
 from gsda_fast.data.__main__ import PackSettings, VerifySettings
 from gsda_fast.errors import TrainingError
 from gsda_fast.report import ReportOptions
-from gsda_fast.results.run_folder import RunResult
+from gsda_fast.results.records import RunResult
 from gsda_fast.suite import parse_suite, run_suite
 
 PAGE = (Path(__file__).parents[1] / "docs" / "reproducing.md").read_text(encoding="utf-8")

@@ -12,16 +12,16 @@ import torch
 from rich.console import Console
 from same_state import differences
 
+from gsda_fast.assemble import build_trainer, resolve
 from gsda_fast.config import Config, parse_config
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.pack import pack
 from gsda_fast.errors import UsageError
 from gsda_fast.results.run_folder import RunFolder
+from gsda_fast.resume import find_start, run_identity
 from gsda_fast.train import train
 from gsda_fast.training import resume
-from gsda_fast.training.assemble import build_trainer, resolve
 from gsda_fast.training.checkpoint import CheckpointFolder
-from gsda_fast.training.resume import find_start, run_identity
 
 pytestmark = pytest.mark.filterwarnings("ignore:domain .* found .* images")
 

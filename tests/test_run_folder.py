@@ -12,7 +12,8 @@ import torch
 
 from gsda_fast.errors import UsageError
 from gsda_fast.files import atomic_file
-from gsda_fast.results.run_folder import RunFolder, RunResult, Selection, flat_settings
+from gsda_fast.results.records import RunResult, Selection
+from gsda_fast.results.run_folder import RunFolder, flat_settings
 
 RESULT = RunResult(
     task="digits",
@@ -93,7 +94,7 @@ def test_clear_removes_the_files_that_runs_have_and_the_folders_that_this_emptie
     for file in (*own, *others):
         file.parent.mkdir(exist_ok=True)
         file.write_text("")
-    run.append_metrics(10, {})
+    run.append_metrics(10, {"entropy": 0.5})
     run.clear()
     assert {file for file in run.path.rglob("*") if file.is_file()} == set(others)
     assert {folder.name for folder in run.path.iterdir() if folder.is_dir()} == {"checkpoints", "tensorboard"}

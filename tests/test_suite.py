@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from table_cells import squeezed
 
 from gsda_fast import suite as command
 from gsda_fast.commands import run_command
 from gsda_fast.config import PRESETS, Config, parse_config
 from gsda_fast.errors import TrainingError, UsageError
-from gsda_fast.results.run_folder import RunFolder, RunResult
+from gsda_fast.results.records import RunResult
+from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.suite import ABLATION, SuiteSettings, run_suite, sweep_variants, visible_gpus
 from gsda_fast.train import train
 from gsda_fast.training.checkpoint import CheckpointFolder
@@ -52,7 +54,10 @@ def test_a_suite_trains_each_run_and_writes_tables_and_goes_on(
     told, output = io.StringIO(), tmp_path / "suite"
     folder = run_suite(with_output(TWO_METHODS, output), {"": base(few_digits)}, Console(file=told, width=200))
     assert folder == output
-    assert {path.name for path in output.iterdir()} == {*RUNS, "table.md", "table.csv", "table.json"}
+    assert {path.name for path in output.iterdir()} == {
+        *RUNS,
+        *(f"{name}.{suffix}" for name in ("table", "scores") for suffix in ("md", "csv", "json")),
+    }
     results = [RunFolder(output / name).read_result() for name in RUNS]
     accuracy = {result.method: result.accuracy.last for result in results if result is not None}
     assert set(accuracy) == {"source-only", "gsda"}
@@ -268,10 +273,18 @@ def test_a_sweep_trains_each_setting_and_draws_it(
         result = run.read_result()
         assert run.setting("beta") == beta
         assert result is not None
-        assert f"| beta={beta:.0f} | {result.accuracy.last:.1f} |" in (tmp_path / "sweep.md").read_text()
+        assert f"| beta={beta:.0f} | {result.accuracy.last:.1f} |" in squeezed((tmp_path / "sweep.md").read_text())
         written = {path.name for path in of_setting.iterdir() if path.suffix != ".png"} - {run.path.name}
         # One method has no differences.
-        assert written == {"table.md", "table.csv", "table.json", "report.html"}
+        assert written == {
+            "table.md",
+            "table.csv",
+            "table.json",
+            "scores.md",
+            "scores.csv",
+            "scores.json",
+            "report.html",
+        }
 
 
 # ----------------------------------------------------------------------------------------------------------- paired
@@ -313,7 +326,7 @@ def test_paired_differences_are_written_beside_the_tables(
     assert last is not None
     difference = (last.accuracy.last or 0) - (first.accuracy.last or 0)
     line = f"| gsda - source-only | {difference:+.1f} (1) | {difference:+.1f} (1) |"
-    assert line in (tmp_path / "suite" / "paired.md").read_text()
+    assert line in squeezed((tmp_path / "suite" / "paired.md").read_text())
     assert {"paired.md", "paired.csv", "paired.json"} <= {path.name for path in (tmp_path / "suite").iterdir()}
     assert "paired differences" in told.getvalue()
 

@@ -3,23 +3,25 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fabricated_runs import STEPS, WARMUP, fabricated_run
+from table_cells import Cell, Difference, cells, lines, means, squeezed
 
 from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.report import suite_layout
-from gsda_fast.results.paired import Difference
-from gsda_fast.results.run_folder import RunFolder, RunResult
+from gsda_fast.results.records import RunResult
+from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.results.suite_folder import (
     Layout,
     SuiteFolder,
     paired_sweep_tables,
     paired_tables,
     read_settings,
+    score_tables,
     suite_tables,
-    sweep_tables,
 )
-from gsda_fast.results.tables import Cell
+from gsda_fast.results.tables import ResultTable, sweep_tables
 
 MF, OF = ("mnist", "fonts"), ("optdigits", "fonts")
 DIGITS = replace(suite_layout(BENCHMARKS["digits"]), methods=("source-only", "group", "gsda"), transfer_tasks=(MF, OF))
@@ -93,13 +95,13 @@ def test_tables_by_hand_under_each_choice(tmp_path: Path) -> None:
     last, label_free, best = suite_tables(results(*runs), layout)
     assert last.columns == ("M->F", "O->F", "avg")
     # Averages of the seeds: 65 and 67.
-    assert last.rows[0].cells == (
+    assert cells(last, "gsda") == [
         Cell(72.0, pytest.approx(8**0.5), 2),
         Cell(60.0, 0.0, 2),
         Cell(66.0, pytest.approx(2**0.5), 2),
-    )
-    assert [cell.mean for cell in label_free.rows[0].cells] == [71.0, 59.0, 65.0]
-    assert [cell.mean for cell in best.rows[0].cells] == [74.0, 62.0, 68.0]
+    ]
+    assert means(label_free, "gsda") == [71.0, 59.0, 65.0]
+    assert means(best, "gsda") == [74.0, 62.0, 68.0]
     assert [table.choice for table in (last, label_free, best)] == ["last", "label_free", "best"]
     assert "upper bound" in best.title
 
@@ -110,19 +112,19 @@ def test_files_of_the_tables(tmp_path: Path) -> None:
     made = suite_tables(
         results(run), replace(suite_layout(BENCHMARKS["office31"]), transfer_tasks=(("amazon", "webcam"),))
     )
-    suite.write_tables([table for table in made if table.rows])
-    markdown = suite.table_path("md").read_text()
+    suite.write_tables("table", made)
+    markdown = squeezed(suite.table_path("table", "md").read_text())
     assert "| gsda | 90.0 |" in markdown
     assert "| paper: GSDA, Table 2 | 95.7 |" in markdown
     assert "| difference | -5.7 |" in markdown
-    with suite.table_path("csv").open() as file:
+    with suite.table_path("table", "csv").open() as file:
         rows = [line for line in csv.DictReader(file) if line["method"] == "gsda" and line["choice"] == "last"]
     assert [(line["kind"], float(line["mean"])) for line in rows] == [
         ("ours", 90.0),
         ("paper", 95.7),
         ("difference", pytest.approx(-5.7)),
     ]
-    stored = json.loads(suite.table_path("json").read_text())
+    stored = json.loads(suite.table_path("table", "json").read_text())
     assert [table["choice"] for table in stored] == ["last", "label_free", "best"]
 
 
@@ -136,7 +138,7 @@ def test_visda_has_a_table_by_class_of_each_transfer_task(tmp_path: Path) -> Non
         for seed in range(2)
     ]  # fmt: skip
     last, label_free, _ = suite_tables(results(*runs), suite_layout(BENCHMARKS["visda"]))
-    ours = next(dict(zip(last.columns, row.cells)) for row in last.rows if row.label == "gsda")
+    ours = dict(zip(last.columns, cells(last, "gsda")))
     assert ours["aeroplane"] == Cell(70.0, 0.0, 2)
     assert ours["truck"] == Cell(81.0, 0.0, 2)
     assert ours["mean per class"] == Cell(75.5, 0.0, 2)
@@ -167,16 +169,14 @@ def test_paired_tables_by_hand(tmp_path: Path) -> None:
     accuracy, mismatch = paired_tables(paired_suite(tmp_path), DIGITS)
     assert accuracy.columns == mismatch.columns == ("M->F", "O->F", "all")
     assert "in points" in accuracy.quantity
-    (row,) = accuracy.rows
     # +2, +4, -1: mean 5/3, squared deviations 1/9 + 49/9 + 64/9 = 38/3, over 2, over 3.
-    assert row.cells == (
+    assert cells(accuracy, "gsda") == [
         Difference(3.0, pytest.approx(1.0), 2, 2),
         Difference(-1.0, None, 1, 0),
         Difference(pytest.approx(5 / 3), pytest.approx((38 / 18) ** 0.5), 3, 2),
-    )
-    (row,) = mismatch.rows
-    assert [cell.mean for cell in row.cells] == [pytest.approx(-0.4)] * 3
-    assert row.cells[-1].higher == 0
+    ]
+    assert means(mismatch, "gsda") == [pytest.approx(-0.4)] * 3
+    assert cells(mismatch, "gsda")[-1].higher == 0
     assert mismatch.decimals == 3
 
 
@@ -184,7 +184,7 @@ def test_unfinished_runs_make_no_pair(tmp_path: Path) -> None:
     runs = [*paired_suite(tmp_path), fabricated_run(tmp_path, "group", pair=OF, seed=1)]
     runs.append(fabricated_run(tmp_path, "gsda", pair=OF, seed=1, finished=False))
     accuracy, _ = paired_tables(runs, DIGITS)
-    assert [cell.pairs for cell in accuracy.rows[0].cells] == [2, 1, 3]
+    assert [cell.pairs for cell in cells(accuracy, "gsda")] == [2, 1, 3]
 
 
 def test_mismatch_is_that_of_the_last_half_after_warm_up(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_mismatch_is_that_of_the_last_half_after_warm_up(tmp_path: Path) -> None
         50, {f"gradient_norm_{level}": 1.0 for level in ("domain", "group", "class")} | {"synchronization": 0.8}
     )
     _, mismatch = paired_tables(runs, DIGITS)
-    assert mismatch.rows[0].cells[0].mean == pytest.approx(((0.5 - 0.6) + (0.2 - 0.6)) / 2)
+    assert means(mismatch, "gsda")[0] == pytest.approx(((0.5 - 0.6) + (0.2 - 0.6)) / 2)
 
 
 def test_methods_without_the_levels_have_no_mismatch(tmp_path: Path) -> None:
@@ -212,19 +212,19 @@ def test_visdas_differences_are_of_the_mean_per_class(tmp_path: Path) -> None:
     ]
     layout = replace(suite_layout(BENCHMARKS["visda"]), methods=("group", "gsda"))
     table = paired_tables(runs, layout)[0]
-    assert table.rows[0].cells[-1].mean == 3.0
+    assert means(table, "gsda")[-1] == 3.0
     assert "mean accuracy per class" in table.quantity
 
 
 def test_files_of_the_differences(tmp_path: Path) -> None:
     suite = SuiteFolder(tmp_path)
-    suite.write_paired(paired_tables(paired_suite(tmp_path), DIGITS))
-    assert (
-        "| gsda - group | +3.0 ± 1.0 (2) | -1.0 (1) | +1.7 ± 1.5 (3) | 2 of 3 |" in suite.paired_path("md").read_text()
+    suite.write_tables("paired", paired_tables(paired_suite(tmp_path), DIGITS))
+    assert "| gsda - group | +3.0 ± 1.0 (2) | -1.0 (1) | +1.7 ± 1.5 (3) | 2 of 3 |" in squeezed(
+        suite.table_path("paired", "md").read_text()
     )
-    with suite.paired_path("csv").open() as file:
+    with suite.table_path("paired", "csv").open() as file:
         assert len(list(csv.DictReader(file))) == 2 * 3
-    assert len(json.loads(suite.paired_path("json").read_text())) == 2
+    assert len(json.loads(suite.table_path("paired", "json").read_text())) == 2
 
 
 # ------------------------------------------------------------------------------------------------------------ sweep
@@ -243,18 +243,21 @@ def sweep(folder: Path) -> tuple[dict[str, list[RunResult]], Layout]:
     return variants, replace(DIGITS, methods=("dann", "gsda"))
 
 
+def made_of(variants: dict[str, list[RunResult]], layout: Layout) -> list[ResultTable]:
+    return sweep_tables(variants, **layout.table)
+
+
 def test_sweep_tables_by_hand(tmp_path: Path) -> None:
-    made = sweep_tables(*sweep(tmp_path))
+    made = made_of(*sweep(tmp_path))
     assert [(table.subject, table.choice) for table in made] == [
         (method, choice) for method in ("dann", "gsda") for choice in ("last", "label_free", "best")
     ]
     dann, gsda = made[0], made[3]
-    assert [(row.label, [cell.mean for cell in row.cells]) for row in gsda.rows] == [
-        ("alpha=0.1", [70.0, 60.0, 65.0]),
-        ("alpha=1", [80.0, None, None]),
-    ]
-    assert [(row.label, [cell.mean for cell in row.cells]) for row in dann.rows] == [("alpha=0.1", [50.0, None, None])]
-    assert gsda.header == ("setting", "M->F", "O->F", "avg")
+    assert means(gsda, "alpha=0.1") == [70.0, 60.0, 65.0]
+    assert means(gsda, "alpha=1") == [80.0, None, None]
+    assert means(dann, "alpha=0.1") == [50.0, None, None]
+    assert [len(table.rows) for table in (gsda, dann)] == [2, 1]
+    assert tuple(gsda.texts.columns) == ("setting", "M->F", "O->F", "avg")
     assert gsda.title == "digits gsda: overall accuracy, last step"
 
 
@@ -269,22 +272,47 @@ def test_a_sweep_tells_how_its_images_were_tested_what_holds_for_all_of_it(tmp_p
             name: [replace(result, task="office31", test_crops=10 if name in ten else 1) for result in of]
             for name, of in variants.items()
         }
-        assert [table.notes for table in sweep_tables(tested, layout) if table.subject == "gsda"] == [notes] * 3
+        assert [table.notes for table in made_of(tested, layout) if table.subject == "gsda"] == [notes] * 3
 
 
 def test_paired_differences_between_settings_by_hand(tmp_path: Path) -> None:
     (table,) = paired_sweep_tables(*sweep(tmp_path))  # dann has one setting alone
     assert table.title == "digits gsda: paired differences of overall accuracy after the last step, in points"
-    assert table.header == ("difference", "M->F", "O->F", "all", "higher in")
-    assert table.lines == [("alpha=1 - alpha=0.1", "+10.0 (1)", "-", "+10.0 (1)", "1 of 1")]
+    assert tuple(table.texts.columns) == ("difference", "M->F", "O->F", "all", "higher in")
+    assert lines(table) == [("alpha=1 - alpha=0.1", "+10.0 (1)", "-", "+10.0 (1)", "1 of 1")]
     # A setting such as warmup is no part of what two runs have in common.
     assert "share" not in table.caption
 
 
 def test_files_of_a_sweep(tmp_path: Path) -> None:
     suite = SuiteFolder(tmp_path)
-    suite.write_sweep(sweep_tables(*sweep(tmp_path)), {"gsda": b"picture"})
-    assert "| alpha=0.1 | 70.0 | 60.0 | 65.0 |" in suite.sweep_path("md").read_text()
-    assert suite.sweep_path("csv").is_file()
-    assert len(json.loads(suite.sweep_path("json").read_text())) == 6
-    assert suite.sweep_plot_path("gsda").read_bytes() == b"picture"
+    suite.write_tables("sweep", made_of(*sweep(tmp_path)))
+    assert "| alpha=0.1 | 70.0 | 60.0 | 65.0 |" in squeezed(suite.table_path("sweep", "md").read_text())
+    assert suite.table_path("sweep", "csv").is_file()
+    assert len(json.loads(suite.table_path("sweep", "json").read_text())) == 6
+
+
+# ----------------------------------------------------------------------------------------------------------- scores
+
+
+def test_scores_are_those_of_the_final_predictions(tmp_path: Path) -> None:
+    """Three runs whose certainty rises with their accuracy: every score ranks them as the accuracy does."""
+    runs = []
+    for seed, (accuracy, certain) in enumerate(((60.0, 0.4), (70.0, 0.6), (80.0, 0.9))):
+        runs.append(fabricated_run(tmp_path, "gsda", seed=seed, accuracy=accuracy, features=True))
+        labels = np.arange(40) % 10
+        runs[-1].write_predictions(labels, np.eye(10)[labels] * certain + (1 - certain) / 10)
+    (table,) = score_tables([*runs, fabricated_run(tmp_path, "gsda", seed=9, finished=False)], DIGITS)
+    found = {row[0]: dict(zip(of["column"], of["value"])) for row, of in table.rows}
+    assert {name: values["rank correlation"] for name, values in found.items()} == {
+        "mutual_information": 1, "entropy": 1, "nuclear_norm": 1, "softmax_correlation": 1,
+        "soft_neighbourhood_density": -1,  # clusters as dense, in a smaller space
+    }  # fmt: skip
+    assert found["mutual_information"]["mean gain"] == -1.0
+    assert table.runs == 3
+
+
+def test_runs_without_labels_or_predictions_have_no_scores(tmp_path: Path) -> None:
+    assert score_tables([fabricated_run(tmp_path, "gsda", accuracy=None)], DIGITS) == []
+    (table,) = score_tables([fabricated_run(tmp_path, "dann")], DIGITS)
+    assert "-" in lines(table)[0]

@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 import torch
 
+from gsda_fast.assemble import resolve
 from gsda_fast.config import PRESETS, parse_config
 from gsda_fast.data.batches import Role
 from gsda_fast.data.benchmarks import find_benchmark
 from gsda_fast.data.sampling import SamplingPlan
 from gsda_fast.data.synthetic_loader import SyntheticLoader, synthetic_pair
-from gsda_fast.training.assemble import resolve
 
 
 @pytest.mark.parametrize("task", PRESETS)

@@ -20,6 +20,7 @@ from image_trees import class_tree, save
 from rich.console import Console
 
 from gsda_fast import train as command
+from gsda_fast.assemble import resolve
 from gsda_fast.commands import run_command
 from gsda_fast.config import PRESETS, parse_config
 from gsda_fast.data.benchmarks import BENCHMARKS
@@ -27,11 +28,11 @@ from gsda_fast.errors import Stopped, UsageError
 from gsda_fast.report import suite_layout
 from gsda_fast.results.metrics import EvaluationFigures, evaluation_figures
 from gsda_fast.results.page import write_page
-from gsda_fast.results.run_folder import RunFolder, RunResult, flat_settings
+from gsda_fast.results.records import RunResult
+from gsda_fast.results.run_folder import RunFolder, flat_settings
 from gsda_fast.results.suite_folder import suite_tables
 from gsda_fast.train import train
 from gsda_fast.training import stopping, trainer
-from gsda_fast.training.assemble import resolve
 from gsda_fast.training.checkpoint import CheckpointFolder
 from gsda_fast.training.trainer import Trainer
 from gsda_kernels import available_backends
@@ -157,7 +158,7 @@ def test_a_run_without_any_mutual_information_chose_none(
     quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def diverged(*arguments: Any) -> EvaluationFigures:
-        return replace(evaluation_figures(*arguments), mutual_information=math.nan)
+        return replace(evaluation_figures(*arguments), scores={"mutual_information": math.nan})
 
     monkeypatch.setattr(trainer, "evaluation_figures", diverged)
     arguments = (*quick.settings, "--output", str(tmp_path / "run"))
@@ -171,7 +172,7 @@ def test_a_run_without_any_mutual_information_chose_none(
     assert {line["mutual_information"] for line in folder.read_metrics() if "accuracy" in line} == {None}
     assert write_page([folder], folder.path, points=50).is_file()
     _, label_free, _ = suite_tables([result], suite_layout(BENCHMARKS["digits"]).only([result]))
-    assert label_free.lines == [("gsda", "-")]
+    assert label_free.texts.to_numpy().tolist() == [["gsda", "-"]]
 
 
 def test_a_repeated_run_is_the_same_run(quick: Quick, tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("tyro")  # a machine that is there for the kernels alone may lack what the commands need
 
+from gsda_fast.assemble import build_trainer, resolve
 from gsda_fast.config import parse_config
-from gsda_fast.training.assemble import build_trainer, resolve
 from gsda_fast.training.trainer import Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

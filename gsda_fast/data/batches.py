@@ -43,10 +43,21 @@ class Batch:
     """(B,) int64: sample numbers in the source domain"""
     target_index: Tensor
     """(B,) int64: sample numbers in the target domain"""
+    further_views: tuple[Tensor, ...] = ()
+    """(B, C, H, W) each: the target's images once more, augmented independently"""
 
 
 class Loader(Protocol):
-    """Turns a sampling plan into batches. It has no state of its own: the plan and the steps say everything."""
+    """Turns a sampling plan into batches. The plan and the steps say everything, but for files that failed."""
+
+    @property
+    def failed(self) -> list[tuple[str, str]]:
+        """(full path, what is wrong) of every file that failed so far and was borne with.
+
+        In training another sample of its class has taken its place, and `Batch` has that one's number; in an
+        evaluation an image of the mean colour.
+        """
+        ...
 
     def train(self, plan: SamplingPlan, steps: range, rank: int = 0) -> Iterator[Batch]:
         """One batch for each step, under one plan: a segment between two refreshes of the pseudo-labels.
@@ -55,7 +66,7 @@ class Loader(Protocol):
         wanted longer is copied. So it is with the batches of `evaluate`.
 
         Raises:
-            UsageError: while iterating, if a file cannot be read; the message names the file.
+            UsageError: while iterating, if more files cannot be read than are borne with; the message names one.
         """
         ...
 

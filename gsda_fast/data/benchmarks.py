@@ -1,11 +1,11 @@
-"""The one table of benchmarks: domains, layouts, class order, counts, transfer tasks, recipes, the paper's settings.
+"""The one table of benchmarks: domains, layouts, class order, counts, transfer tasks, recipes.
 
 A new data set is one new entry in `BENCHMARKS`; nothing else in the package knows a data set by name.
 """
 
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gsda_fast.errors import UsageError
 
@@ -34,6 +34,10 @@ class ImageRecipe:
     std: tuple[float, ...]
     """one value a channel, on the scale 0..1"""
 
+    def for_backbone(self, side: int, mean: tuple[float, ...], std: tuple[float, ...]) -> "ImageRecipe":
+        """The same with the size of crop and the normalisation of a backbone; the frame grows or shrinks with it."""
+        return replace(self, resize=round(self.resize * side / self.crop), crop=side, mean=mean, std=std)
+
 
 @dataclass(frozen=True)
 class DomainFacts:
@@ -59,18 +63,6 @@ class DomainFacts:
 
 
 @dataclass(frozen=True)
-class PaperSettings:
-    """Hyper-parameters that the GSDA paper (CVPR 2020) states for a benchmark."""
-
-    alpha: float
-    """weight of the target's entropy, eq. 5"""
-    beta: float
-    """weight of the synchronization loss, eqs. 13 and 16"""
-    groups: int
-    """number of class groups b"""
-
-
-@dataclass(frozen=True)
 class Benchmark:
     """Everything that is known about a benchmark before its files are looked at.
 
@@ -89,11 +81,14 @@ class Benchmark:
     recipe: ImageRecipe
     roots: tuple[str, ...] = ("",)
     """folders below the data root in which the domains may lie, tried in order"""
-    paper: PaperSettings | None = None
     reported_by_class: bool = False
     """its literature reports the accuracy of each class and their mean"""
     built_in: bool = False
     """its images are made from installed packages: there is nothing to fetch"""
+    buildable: bool = False
+    """`data build` makes it; where no root is named, it is looked for where that puts it"""
+    embedded: bool = False
+    """its samples are rows of features, in a file for each domain"""
 
     @property
     def short_names(self) -> dict[str, str]:
@@ -114,6 +109,10 @@ class Benchmark:
         raise UsageError(
             "--source or --target", found=f"'{name_or_alias}'", expected=f"a domain of {self.name}: {known}"
         )
+
+
+EMBEDDED = "-features"
+"""Behind a benchmark's name: the same, on features of its images."""
 
 
 def plain_name(name: str) -> str:
@@ -164,6 +163,20 @@ _VISDA_RECIPE = ImageRecipe(
     std=_IMAGENET_RECIPE.std,
 )
 _DIGITS_RECIPE = ImageRecipe(resize=16, crop=16, random_scale=None, flip=False, channels=1, mean=(0.5,), std=(0.5,))
+
+# Rows of features: nothing to crop. The loader knows their size.
+_FEATURES_RECIPE = ImageRecipe(resize=1, crop=1, random_scale=None, flip=False, channels=1, mean=(0.0,), std=(1.0,))
+
+# Whole pictures are tested: the builder leaves a margin of its own. Windows of less than a quarter are often all white.
+_PICTURES_RECIPE = ImageRecipe(
+    resize=224,
+    crop=224,
+    random_scale=(0.25, 1.0),
+    flip=True,
+    channels=3,
+    mean=_IMAGENET_RECIPE.mean,
+    std=_IMAGENET_RECIPE.std,
+)
 
 _DIGITS_CLASSES = tuple("0123456789")
 _DIGITS_DOMAINS = (
@@ -230,6 +243,18 @@ _OFFICE_HOME_ROOTS = (
     "OfficeHome",
 )
 
+# The counts are those of the frozen list that `data build pictures` draws.
+_PICTURES_CLASSES = _words("bird bug building fish flower fruit instrument mammal tool vegetable vehicle")
+_PICTURES_DOMAINS = (
+    DomainFacts("photo", ("P",), ("photo",), (), 347),
+    DomainFacts("clipart", ("C",), ("clipart",), (), 593),
+    DomainFacts("emoji", ("E",), ("emoji",), (), 998),
+    DomainFacts("icon", ("I",), ("icon",), (), 936),
+)
+_PICTURES_TASKS = _pairs(
+    {"P": "photo", "C": "clipart", "E": "emoji", "I": "icon"}, "P>C P>E P>I C>P C>E C>I E>P E>C E>I I>P I>C I>E"
+)
+
 _TABLE: Sequence[Benchmark] = (
     Benchmark(
         name="digits",
@@ -252,6 +277,43 @@ _TABLE: Sequence[Benchmark] = (
         transfer_tasks=_DIGITS_TASKS,
         recipe=_DIGITS_RECIPE,
         built_in=True,
+    ),
+    Benchmark(
+        name="pictures",
+        domains=_PICTURES_DOMAINS,
+        classes=_PICTURES_CLASSES,
+        target_classes=None,
+        default_source="clipart",
+        default_target="photo",
+        transfer_tasks=_PICTURES_TASKS,
+        recipe=_PICTURES_RECIPE,
+        roots=("", "pictures"),
+        reported_by_class=True,
+        buildable=True,
+    ),
+    Benchmark(
+        name="pictures-features",
+        domains=_PICTURES_DOMAINS,
+        classes=_PICTURES_CLASSES,
+        target_classes=None,
+        default_source="clipart",
+        default_target="photo",
+        transfer_tasks=_PICTURES_TASKS,
+        recipe=_FEATURES_RECIPE,
+        reported_by_class=True,
+        embedded=True,
+    ),
+    # The user's own two files, named by --source and --target; the source's labels are the classes.
+    Benchmark(
+        name="features",
+        domains=(),
+        classes=None,
+        target_classes=None,
+        default_source=None,
+        default_target=None,
+        transfer_tasks=(),
+        recipe=_FEATURES_RECIPE,
+        embedded=True,
     ),
     Benchmark(
         name="visda",
@@ -283,7 +345,6 @@ _TABLE: Sequence[Benchmark] = (
         transfer_tasks=(("train", "validation"),),
         recipe=_VISDA_RECIPE,
         roots=("", "visda", "visda-2017", "VisDA-2017", "visda2017"),
-        paper=PaperSettings(alpha=0.2, beta=10.0, groups=4),
         reported_by_class=True,
     ),
     Benchmark(
@@ -296,7 +357,6 @@ _TABLE: Sequence[Benchmark] = (
         transfer_tasks=_OFFICE31_TASKS,
         recipe=_IMAGENET_RECIPE,
         roots=_OFFICE31_ROOTS,
-        paper=PaperSettings(alpha=0.02, beta=1.0, groups=6),
     ),
     Benchmark(
         name="office31-partial",
@@ -308,7 +368,6 @@ _TABLE: Sequence[Benchmark] = (
         transfer_tasks=_OFFICE31_TASKS,
         recipe=_IMAGENET_RECIPE,
         roots=_OFFICE31_ROOTS,
-        paper=PaperSettings(alpha=0.2, beta=10.0, groups=6),
     ),
     Benchmark(
         name="office-home",
@@ -320,7 +379,6 @@ _TABLE: Sequence[Benchmark] = (
         transfer_tasks=_OFFICE_HOME_TASKS,
         recipe=_IMAGENET_RECIPE,
         roots=_OFFICE_HOME_ROOTS,
-        paper=PaperSettings(alpha=0.02, beta=1.0, groups=13),
     ),
     Benchmark(
         name="office-home-partial",

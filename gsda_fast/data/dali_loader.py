@@ -1,14 +1,19 @@
-"""The DALI loader: order in Python, bytes in DALI; on the GPU where there is one, else on the CPU.
+"""The DALI loader: order and files in Python, pixels in DALI; on the GPU where there is one, else on the CPU.
 
-A callback hands each step's paths, windows and flips to the pipeline, straight from the sampling plan; reading,
-decoding and resampling happen in DALI's threads. Both domains are one DALI batch: the source's B images, then the
-target's. Between two segments the pipeline is reset, not rebuilt, whatever plan comes next.
+A callback hands each step's files, windows and flips to the pipeline, straight from the sampling plan. Threads in
+Python read the files one batch ahead and check what can be checked without decoding (`decoding.read_sound`): a pipe is
+no file, a PNG's checksums hold, and no profile that libpng complains of is passed on. Decoding and resampling happen in
+DALI's threads. Both domains are one DALI batch: the source's B images, then the target's. Between two segments the
+pipeline is reset, not rebuilt, whatever plan comes next.
+
+A file that fails gives its place to another sample of its class (`substitutes`). One that only DALI finds out about
+ends its pipeline, and the batches go on with another.
 
 - Training decodes the window alone (region of interest) and resamples it once, antialiased bilinear. The window is
   found from the size in the file's header, with the integer arithmetic of `sampling.source_window`.
 - Evaluation resamples the whole image onto the centre crop of the recipe's frame, as resize and centre crop do; for
   ten crops onto the whole frame, which is cut up afterwards.
-- As with the reference loader an EXIF orientation is ignored and alpha is dropped. DALI reads no GIF.
+- As with the reference loader an EXIF orientation is ignored and alpha is dropped. DALI reads no GIF and no AVIF.
 
 Pixels differ from the reference's (torchvision resamples 8 bits in two rounded passes) by 0.2 levels of 255 in the
 mean and by at most 4, evaluation images by at most 1: on the CPU, for JPEG (baseline, progressive, grey, CMYK), PNG (8
@@ -16,9 +21,9 @@ and 16 bit, grey, palette, alpha), BMP, TIFF and WebP. On a GPU nvJPEG decodes, 
 PNG stays on the CPU.
 """
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -32,16 +37,20 @@ from torch import Tensor
 
 from gsda_fast.data.batches import Batch, Crops, Role, samples_in_batch, to_device
 from gsda_fast.data.benchmarks import ImageRecipe
+from gsda_fast.data.decoding import inspect, read_sound
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.sampling import Augmentation, IntArray, SamplingPlan
-from gsda_fast.data.torch_loader import cut_crops, read_image, usable_cores
+from gsda_fast.data.substitutes import Substitutes
+from gsda_fast.data.torch_loader import cut_crops, image_threads, usable_cores
+from gsda_fast.data.views import finish_view
 from gsda_fast.errors import UsageError
 
 _AHEAD = 2  # batches that DALI prepares beyond the one that is handed out
+_DOT = b"P5 1 1 255\n\0"  # an image of one pixel, in place of one that cannot be read
 
 
 class DaliLoader:
-    """Reads, decodes and resamples in DALI's threads or on the GPU.
+    """Decodes and resamples in DALI's threads or on the GPU.
 
     Args:
         source, target: the two domains.
@@ -50,6 +59,7 @@ class DaliLoader:
         device: where batches are put; with a CUDA device, where JPEG is decoded and images are resampled too.
         workers: threads; 0 = the usable cores, divided by the processes that share this machine.
         dtype: of the images. DALI writes float32 or float16; to any other, float32 is rounded, once.
+        most_failed: files that may fail before a `UsageError` names one.
     """
 
     def __init__(
@@ -62,50 +72,152 @@ class DaliLoader:
         device: torch.device,
         workers: int = 0,
         dtype: torch.dtype = torch.float32,
+        most_failed: int = 0,
     ) -> None:
         self._domains: dict[Role, ImageDomain] = {"source": source, "target": target}
+        self._substitutes = Substitutes(self._domains, most_failed)
         self._recipe, self._batch_size, self._device = recipe, batch_size, torch.device(device)
         if self._device == torch.device("cuda"):
             self._device = torch.device("cuda", torch.cuda.current_device())
         self._dtype = dtype
         self._graph = _Graph(recipe, self._device, workers or usable_cores(), dtype)
+        self._readers = image_threads(workers, "read")
         self._labels = torch.from_numpy(source.labels).to(self._device)
         self._lent = _Lent(self._device)
         self._training: _Feed | None = None
         self._evaluation: dict[Crops, _Feed] = {}
 
+    @property
+    def failed(self) -> list[tuple[str, str]]:
+        """See `Loader.failed`."""
+        return self._substitutes.failed
+
     # ------------------------------------------------------------------------------------------------------ training
 
     def train(self, plan: SamplingPlan, steps: range, rank: int = 0) -> Iterator[Batch]:
         """See `Loader.train`."""
-        size = plan.batch_size
-        feed = self._training
-        if feed is None or not feed.idle or feed.capacity != 2 * size:
-            feed = self._training = _Feed(2 * size, self._graph.training, self._lent)
-        for images, index in feed.run(lambda i: self._requests(plan, steps[i], rank), len(steps)):
+        size, numbers = plan.batch_size, iter(steps)
+        capacity = (1 + plan.target_views) * size
+
+        def feed() -> _Feed:
+            kept = self._training
+            if kept is None or not kept.idle or kept.capacity != capacity:
+                kept = self._training = _Feed(capacity, self._graph.training, self._lent, self._readers)
+            return kept
+
+        def read(requests: _Requests, i: int) -> Any:
+            role, labels = requests.roles[i], (plan.source_labels, plan.target_table)[requests.roles[i] == "target"]
+            return self._read_or_substitute(requests, i, role, labels)
+
+        for images, index in self._batches(feed, lambda i: self._requests(plan, steps[i], rank), len(steps), read):
             images, source_index = images.to(self._dtype), index[:size]
+            source, target, *views = images.split(size)
+            drawn = plan.batch(next(numbers), rank).further_views if views else ()
             yield Batch(
-                source_images=images[:size],
+                source_images=source,
                 source_labels=self._labels[source_index],
-                target_images=images[size:],
+                target_images=target,
                 source_index=source_index,
-                target_index=index[size:],
+                target_index=index[size : 2 * size],
+                further_views=tuple(finish_view(*each, self._recipe) for each in zip(views, drawn)),
             )
 
     def _requests(self, plan: SamplingPlan, step: int, rank: int) -> "_Requests":
         batch = plan.batch(step, rank)
-        source, target = batch.source_augmentation, batch.target_augmentation
+        views = [batch.source_augmentation, batch.target_augmentation, *batch.further_views]
+        target_views = len(views) - 1
+        targets: list[Role] = ["target"] * target_views
         return _Requests(
-            self._files("source", batch.source_index) + self._files("target", batch.target_index),
-            np.concatenate([batch.source_index, batch.target_index]),
+            [role for role in ("source", *targets) for _ in range(plan.batch_size)],
+            np.concatenate([batch.source_index, *target_views * [batch.target_index]]),
             Augmentation(
-                np.concatenate([source.window, target.window]),
-                np.concatenate([source.flip, target.flip]),
+                np.concatenate([view.window for view in views]),
+                np.concatenate([view.flip for view in views]),
             ),
         )
 
-    def _files(self, role: Role, index: IntArray) -> list[str]:
-        return [self._domains[role].file(sample) for sample in index.tolist()]
+    def _batches(
+        self,
+        feed: Callable[[], "_Feed"],
+        requests: Callable[[int], "_Requests"],
+        length: int,
+        read: Callable[["_Requests", int], Any],
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of a segment, from as many pipelines as it takes: DALI ends one at a file it cannot decode.
+
+        Raises:
+            UsageError: more files than are borne with.
+        """
+        done = 0
+        while done < length:
+            first = done
+            try:
+                for batch in feed().run(lambda i, first=first: requests(first + i), length - first, read):  # type: ignore[misc]
+                    yield batch
+                    done += 1
+            except _DecodingFailed as failed:
+                self._note_culprits(failed)
+
+    def _read_or_substitute(self, requests: "_Requests", i: int, role: Role, labels: IntArray | None) -> Any:
+        """The bytes for request `i`, whose number becomes that of a substitute where a file fails."""
+        sample = int(requests.index[i])
+        if self._substitutes.has_failed(role, sample):
+            sample = self._substitutes.of(role, sample, labels)
+        while True:
+            try:
+                data = read_sound(self._domains[role].file(sample)).data
+                requests.index[i] = sample
+                return np.frombuffer(data, dtype=np.uint8)
+            except UsageError as error:
+                self._substitutes.note(role, sample, error)
+                sample = self._substitutes.of(role, sample, labels)
+
+    def _note_culprits(self, failed: "_DecodingFailed") -> None:
+        """The files behind an error of DALI, which names a sample number at most; they may belong to a batch ahead.
+
+        Raises:
+            UsageError: more than are borne with, or none is found.
+        """
+        before = len(self._substitutes.failed)
+        asked = {(role, sample) for each in failed.asked for role, sample in zip(each.roles, each.index.tolist())}
+        doubtful = sorted(each for each in asked if not self._substitutes.has_failed(*each))
+        for role, sample in doubtful:
+            try:
+                inspect(self._domains[role].file(sample), self._recipe.channels)
+            except UsageError as bad_file:
+                self._substitutes.note(role, sample, bad_file)
+        if len(self._substitutes.failed) > before:
+            return
+        for alone in (requests.one(i) for requests in failed.asked for i in range(len(requests.roles))):
+            role, sample = alone.roles[0], int(alone.index[0])
+            refusal = "" if self._substitutes.has_failed(role, sample) else self._refusal(alone, failed.graph)
+            if refusal:
+                error = UsageError(
+                    self._domains[role].file(sample),
+                    found=f"an image that DALI refuses ({refusal})",
+                    expected="a format that it reads",
+                    remedy="convert the file, or use --loader torch",
+                )
+                self._substitutes.note(role, sample, error)
+        if len(self._substitutes.failed) == before:
+            reason = _reason(failed.error)
+            raise UsageError(
+                "--loader", found=f"dali, which failed ({reason})", expected="torch, or another try"
+            ) from failed.error
+
+    def _refusal(self, alone: "_Requests", graph: "_MakePipeline") -> str:
+        """What DALI says to a single request; nothing where it has no objection."""
+        feed = _Feed(1, graph, self._lent, self._readers)
+
+        def read(requests: _Requests, i: int) -> Any:
+            file = self._domains[requests.roles[i]].file(int(requests.index[i]))
+            return np.frombuffer(read_sound(file).data, dtype=np.uint8)
+
+        try:
+            next(feed.run(lambda _: alone, 1, read))
+        except _DecodingFailed as failed:
+            return _reason(failed.error)
+        return ""
 
     # ---------------------------------------------------------------------------------------------------- evaluation
 
@@ -115,47 +227,77 @@ class DaliLoader:
         """See `Loader.evaluate`."""
         chosen = np.arange(len(self._domains[domain])) if samples is None else np.asarray(samples)
         size = samples_in_batch(self._batch_size, crops)
-        feed = self._evaluation.get(crops)
-        if feed is None or not feed.idle:
-            side = self._recipe.crop if crops == 1 else self._recipe.resize
-            feed = self._evaluation[crops] = _Feed(size, partial(self._graph.evaluation, side=side), self._lent)
+
+        def feed() -> _Feed:
+            kept = self._evaluation.get(crops)
+            if kept is None or not kept.idle:
+                side = self._recipe.crop if crops == 1 else self._recipe.resize
+                graph = partial(self._graph.evaluation, side=side)
+                kept = self._evaluation[crops] = _Feed(size, graph, self._lent, self._readers)
+            return kept
 
         def requests(i: int) -> _Requests:
             index = chosen[i * size : (i + 1) * size]
-            return _Requests(self._files(domain, index), index)
+            return _Requests([domain] * len(index), index)
 
-        for images, index in feed.run(requests, -(-len(chosen) // size)):
+        def read(requests: _Requests, i: int) -> Any:
+            sample = int(requests.index[i])
+            try:
+                if not self._substitutes.has_failed(domain, sample):
+                    return np.frombuffer(read_sound(self._domains[domain].file(sample)).data, dtype=np.uint8)
+            except UsageError as error:
+                self._substitutes.note(domain, sample, error)
+            return np.frombuffer(_DOT, dtype=np.uint8)
+
+        for images, index in self._batches(feed, requests, -(-len(chosen) // size), read):
+            for row, sample in enumerate(index.tolist() if self._substitutes.failed else ()):
+                if self._substitutes.has_failed(domain, sample):
+                    images[row] = 0  # the mean colour
             cropped = images if crops == 1 else cut_crops(images, self._recipe.crop, crops)
             yield cropped.to(self._dtype, memory_format=torch.channels_last), index
 
     def close(self) -> None:
         """See `Loader.close`."""
         self._lent.take_back()
+        self._readers.shutdown(cancel_futures=True)
         self._training, self._evaluation = None, {}
 
 
 @dataclass(frozen=True, eq=False)
 class _Requests:
-    """What the pipeline is asked for in one step."""
+    """What the pipeline is asked for in one step.
 
-    files: list[str]
+    Attributes:
+        roles: the domain of each image. index: its number there. augmentation: None for evaluation.
+    """
+
+    roles: list[Role]
     index: IntArray
     augmentation: Augmentation | None = None
-    """None for evaluation"""
 
     def one(self, i: int) -> "_Requests":
         """Request `i` alone."""
         place, drawn = slice(i, i + 1), self.augmentation
         augmentation = Augmentation(drawn.window[place], drawn.flip[place]) if drawn else None
-        return _Requests(self.files[place], self.index[place], augmentation)
+        return _Requests(self.roles[place], self.index[place], augmentation)
 
-    def arrays(self) -> tuple[Any, ...]:
-        """In the order of the pipeline's `external_source`."""
-        paths = [np.frombuffer(os.fsencode(file), dtype=np.uint8) for file in self.files]
+    def arrays(self, files: list[Any]) -> tuple[Any, ...]:
+        """In the order of the pipeline's `external_source`, with the bytes of the files."""
         if self.augmentation is None:
-            return paths, self.index.astype(np.int64)
+            return files, self.index.astype(np.int64)
         window, flip = self.augmentation.window, self.augmentation.flip
-        return paths, self.index.astype(np.int64), window.astype(np.int32), flip.astype(np.int32)
+        return files, self.index.astype(np.int64), window.astype(np.int32), flip.astype(np.int32)
+
+
+_MakePipeline = Callable[[int, Callable[[Any], tuple[Any, ...]]], Pipeline]
+
+
+class _DecodingFailed(Exception):
+    """An error of DALI: what was asked for about then, and by which pipeline."""
+
+    def __init__(self, error: RuntimeError, asked: list[_Requests], graph: _MakePipeline) -> None:
+        super().__init__(str(error))
+        self.error, self.asked, self.graph = error, asked, graph
 
 
 class _Feed:
@@ -167,39 +309,60 @@ class _Feed:
         capacity: images in a full batch.
         graph: makes the pipeline of that capacity from the callback.
         lent: takes what the consumer of a batch has done with.
+        readers: threads that read files, one batch ahead of the callback.
     """
 
-    def __init__(
-        self, capacity: int, graph: Callable[[int, Callable[[Any], tuple[Any, ...]]], Pipeline], lent: "_Lent"
-    ) -> None:
-        self.capacity, self._graph, self._lent = capacity, graph, lent
+    def __init__(self, capacity: int, graph: _MakePipeline, lent: "_Lent", readers: ThreadPoolExecutor) -> None:
+        self.capacity, self._graph, self._lent, self._readers = capacity, graph, lent, readers
         self.idle = True
         """False during a segment, and for good after one that failed or was left early: DALI resets at an end only."""
         self._requests: Callable[[int], _Requests] | None = None
+        self._read: Callable[[_Requests, int], Any] | None = None
         self._length = 0
+        self._started: dict[int, tuple[_Requests, list[Future[Any]]]] = {}
+        self._asked: deque[_Requests] = deque(maxlen=_AHEAD + 2)
         self._pipeline = graph(capacity, self._answer)
 
     def _answer(self, info: Any) -> tuple[Any, ...]:
-        if self._requests is None or info.iteration >= self._length:
+        number = info.iteration
+        if self._requests is None or number >= self._length:
             raise StopIteration
-        return self._requests(info.iteration).arrays()
+        for ahead in range(number, min(number + 2, self._length)):
+            if ahead not in self._started:
+                self._started[ahead] = self._start(self._requests(ahead))
+        requests, files = self._started.pop(number)
+        self._asked.append(requests)
+        return requests.arrays([file.result() for file in files])
 
-    def run(self, requests: Callable[[int], _Requests], length: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _start(self, requests: _Requests) -> tuple[_Requests, list[Future[Any]]]:
+        assert self._read is not None
+        return requests, [self._readers.submit(self._read, requests, i) for i in range(len(requests.roles))]
+
+    def run(
+        self, requests: Callable[[int], _Requests], length: int, read: Callable[[_Requests, int], Any]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """(images (n, C, H, W), index (n,)) of each of the `length` batches of a segment.
 
         The images share DALI's memory. On a GPU they are safe from what is queued until the next batch is asked for.
 
+        Args:
+            requests: what is asked for in a batch. length: number of batches.
+            read: the bytes for one request, whose number it may change.
+
         Raises:
-            UsageError: a file cannot be read.
+            UsageError: raised by `read`.
+            _DecodingFailed: DALI cannot decode what it was given.
         """
         if not length:
             return
-        self._requests, self._length, self.idle = requests, length, False
+        self._requests, self._read, self._length, self.idle = requests, read, length, False
+        self._started.clear()
+        self._asked.clear()
         for i in range(length):
             try:
                 images, index = self._pipeline.run()
             except RuntimeError as error:
-                raise self._named(error, i) from error
+                raise _DecodingFailed(error, list(self._asked), self._graph) from error
             pixels = torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
             # A copy: beside a GPU this memory is page-locked, which DLPack counts as a device that torch does not know,
             # and DALI would write into it again while its transfer is still queued.
@@ -214,37 +377,6 @@ class _Feed:
                 yield pixels, to_device(numbers, self._lent.device)
             finally:
                 self._lent.add(pixels)
-
-    def _named(self, error: RuntimeError, failed: int) -> UsageError:
-        """The file behind an error of DALI, which names a sample number at most; it may belong to a batch ahead."""
-        assert self._requests is not None
-        ahead = range(failed, min(failed + _AHEAD + 2, self._length))
-        asked = [self._requests(i) for i in ahead]
-        for file in (file for requests in asked for file in requests.files):
-            try:
-                read_image(file, 3)
-            except UsageError as bad_file:
-                return bad_file
-        for alone in (requests.one(i) for requests in asked for i in range(len(requests.files))):
-            refusal = self._refusal(alone)
-            if refusal:
-                return UsageError(
-                    alone.files[0],
-                    found=f"an image that DALI refuses ({refusal})",
-                    expected="a format that it reads",
-                    remedy="convert the file, or use --loader torch",
-                )
-        return UsageError("--loader", found=f"dali, which failed ({_reason(error)})", expected="torch, or another try")
-
-    def _refusal(self, alone: _Requests) -> str:
-        """What DALI says to a single request; nothing where it has no objection."""
-        feed = _Feed(1, self._graph, self._lent)
-        feed._requests, feed._length = lambda _: alone, 1
-        try:
-            feed._pipeline.run()
-        except RuntimeError as error:
-            return _reason(error)
-        return ""
 
 
 class _Lent:
@@ -311,7 +443,7 @@ class _Graph:
     def training(self, capacity: int, answer: Callable[[Any], tuple[Any, ...]]) -> Pipeline:
         """Decode the window, resample it to the crop, flip, normalise."""
         with self._pipeline(capacity) as pipeline:
-            path, index, window, flip = fn.external_source(
+            encoded, index, window, flip = fn.external_source(
                 answer,
                 num_outputs=4,
                 batch=True,
@@ -319,7 +451,6 @@ class _Graph:
                 dtype=[types.UINT8, types.INT64, types.INT32, types.INT32],
                 ndim=[1, 0, 1, 0],
             )
-            encoded = fn.io.file.read(path)
             size = fn.peek_image_shape(encoded, adjust_orientation=False, dtype=types.INT32)[:2]
             first, last = _source_window(window, size, self._recipe.resize)
             part = fn.decoders.image_slice(encoded, start=first, end=last, axes=(0, 1), **self._decode)
@@ -333,10 +464,10 @@ class _Graph:
         frame = self._recipe.resize
         first = round((frame - side) / 2)  # as torchvision's center_crop rounds
         with self._pipeline(capacity) as pipeline:
-            path, index = fn.external_source(
+            encoded, index = fn.external_source(
                 answer, num_outputs=2, batch=True, batch_info=True, dtype=[types.UINT8, types.INT64], ndim=[1, 0]
             )
-            image = fn.decoders.image(fn.io.file.read(path), **self._decode)
+            image = fn.decoders.image(encoded, **self._decode)
             image = fn.resize(
                 image,
                 size=[side, side],

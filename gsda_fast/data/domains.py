@@ -5,27 +5,42 @@ listed in sorted order whatever the form, so every layout of a data set gives th
 No image is opened here.
 """
 
+import hashlib
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gsda_fast.data import digits
-from gsda_fast.data.benchmarks import Benchmark, DomainFacts, find_benchmark, plain_name
+from gsda_fast.data.benchmarks import EMBEDDED, Benchmark, DomainFacts, find_benchmark, plain_name
+from gsda_fast.data.embeddings import SUFFIXES, Embeddings, Rows, read_embeddings
 from gsda_fast.data.frames import PackedDomain, PackedFrames, is_pack, read_domain
+from gsda_fast.data.quarantine import read_list
 from gsda_fast.errors import UsageError, UsageWarning
+from gsda_fast.files import is_path_below
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif"}
+)
 UNKNOWN = -1
 """Label of a sample whose class the files do not tell."""
 
 _VERIFY = "check the copy of the data set"
+_HEIF = ("heic", "heif", "hif")
+_OTHER_PICTURES = {
+    *_HEIF, "jp2", "j2k", "jpx", "jxl", "psd", "svg", "tga", "pcx", "ico", "eps", "ppm", "pgm", "pnm", "dng", "raw",
+    "cr2", "cr3", "nef", "arw", "orf", "rw2", "raf", "apng", "jpg_large", "dcm", "npy", "mp4",
+}  # fmt: skip
+_BESIDE = "image beside the class folders"
+_HIDDEN = "hidden file"
+_LEFT_OUT_FOLDER = "left-out folder"
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +59,10 @@ class ImageDomain:
     classes: tuple[str, ...]
     frames: PackedFrames | None = None
     """the images themselves, where they come from a pack; `paths` then says where they once came from"""
+    rows: Rows | None = None
+    """features, where these take the place of images; `paths` then names what they were computed from"""
+    passed_over: Mapping[str, int] = field(default_factory=dict)
+    """files that were not looked at when the folder was read, and why: an ending, or what stands before them"""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -62,10 +81,32 @@ class ImageDomain:
         """The full path of sample `index`."""
         return os.path.join(self.root, self.paths[index])
 
+    def identity(self) -> str:
+        """Which images these are, wherever they lie: how many, and a digest of their names, sizes and labels.
+
+        Of a pack, of the digests of its shards. A file that is not there counts as one of no size.
+        """
+        found = hashlib.sha256(repr((self.paths, self.labels.tolist())).encode())
+        if self.frames is not None:
+            found.update(repr([(shard.sha256, shard.images) for shard in self.frames.shards]).encode())
+            return f"{len(self)} frames of a pack with digest {found.hexdigest()[:12]}"
+        found.update(repr([_size(self.file(i)) for i in range(len(self))]).encode())
+        return f"{len(self)} files with digest {found.hexdigest()[:12]}"
+
+    def told_passed_over(self) -> str:
+        """What was not looked at, in a line."""
+        kinds = []
+        for reason, count in sorted(self.passed_over.items(), key=lambda each: (-each[1], each[0])):
+            hint = " (no decoder here reads HEIC: convert them, with the package pillow-heif for one)"
+            kinds.append(f"{count} {reason}{hint if reason.removeprefix('.') in _HEIF else ''}")
+        return f"{sum(self.passed_over.values())} entries not looked at: {', '.join(kinds)}"
+
     def take(self, samples: list[int]) -> "ImageDomain":
         """The domain reduced to some of its samples."""
         frames = None if self.frames is None else self.frames.take(samples)
-        return replace(self, paths=[self.paths[i] for i in samples], labels=self.labels[samples], frames=frames)
+        rows = None if self.rows is None else replace(self.rows, index=self.rows.index[samples])
+        paths = [self.paths[i] for i in samples]
+        return replace(self, paths=paths, labels=self.labels[samples], frames=frames, rows=rows)
 
 
 def open_pair(
@@ -79,8 +120,8 @@ def open_pair(
 
     Args:
         task: a name in `BENCHMARKS`.
-        source, target: domain names or aliases; for the task ``folder``, folders below the data root. None: the task's
-            usual ones.
+        source, target: domain names or aliases; for the task ``folder``, folders below the data root; for ``features``,
+            files of features, below the data root if there is one. None: the task's usual ones.
         data_root: where the data set lies; None: the environment variable ``GSDA_DATA``. The tasks ``digits`` and
             ``digits-partial`` build their own images, in their cache or in a `data_root` that does not exist yet, and
             do not look at ``GSDA_DATA``.
@@ -94,17 +135,27 @@ def open_pair(
         UsageError: there is no such task, domain or folder, or its files do not fit.
     """
     benchmark = find_benchmark(task)
+    if task == "features":
+        return _open_own_features(source, target, data_root)
     if task == "folder":
-        left_out = _read_quarantine(quarantine)
+        left_out = _Quarantine(quarantine)
         opened = _open_own_folders(source, target, _existing_root(data_root))
-        return _without(opened[0], left_out), _without(opened[1], left_out)
+        for domain in dict.fromkeys(opened):
+            _warn_of_pictures(domain)
+        pair = left_out.without(opened[0]), left_out.without(opened[1])
+        left_out.warn_of_strangers()
+        return pair
     names = (source or benchmark.default_source, target or benchmark.default_target)
     # Both names are checked before any folder is read.
     source_name, target_name = (benchmark.domain(str(name)).name for name in names)
-    return (
-        open_domain(task, source_name, data_root, quarantine=quarantine),
-        open_domain(task, target_name, data_root, partial=benchmark.target_classes is not None, quarantine=quarantine),
+    left_out = _Quarantine(quarantine)
+    partial = benchmark.target_classes is not None
+    pair = (
+        _open_named(benchmark, source_name, data_root, left_out),
+        _open_named(benchmark, target_name, data_root, left_out, partial=partial),
     )
+    left_out.warn_of_strangers()
+    return pair
 
 
 def open_domain(
@@ -120,10 +171,15 @@ def open_domain(
     Raises:
         UsageError: there is no such task, domain or folder, or its files do not fit.
     """
-    benchmark = find_benchmark(task)
+    return _open_named(find_benchmark(task), name, data_root, _Quarantine(quarantine), partial=partial)
+
+
+def _open_named(
+    benchmark: Benchmark, name: str, data_root: Path | None, left_out: "_Quarantine", *, partial: bool = False
+) -> ImageDomain:
     facts = benchmark.domain(name)
-    root = digits.build(data_root) if benchmark.built_in else _existing_root(data_root)
-    return _open_domain(benchmark, facts, root, partial=partial, left_out=_read_quarantine(quarantine))
+    root = digits.build(data_root) if benchmark.built_in else _root_of(benchmark, data_root)
+    return _open_domain(benchmark, facts, root, partial=partial, left_out=left_out)
 
 
 @contextmanager
@@ -153,9 +209,50 @@ def open_images(folder: Path, classes: tuple[str, ...]) -> ImageDomain:
     """
     if not folder.is_dir():
         raise UsageError(str(folder), found="a file" if folder.exists() else "nothing", expected="a folder of images")
-    paths = sorted(_images_below(folder, ""))
+    return _unlabelled(str(folder), folder, classes)
+
+
+def _unlabelled(name: str, folder: Path, classes: tuple[str, ...]) -> ImageDomain:
+    passed_over: Counter[str] = Counter()
+    paths = sorted(_images_below(folder, "", passed_over))
     _require_images(folder, paths)
-    return _domain(str(folder), folder, [(path, UNKNOWN) for path in paths], classes)
+    return _domain(name, folder, [(path, UNKNOWN) for path in paths], classes, passed_over)
+
+
+def _root_of(benchmark: Benchmark, data_root: Path | None) -> Path:
+    named = data_root is not None or (os.environ.get("GSDA_DATA") and not benchmark.embedded)
+    if not (benchmark.buildable or benchmark.embedded) or named:
+        return _existing_root(data_root)
+    built = default_root(benchmark.name)
+    if not built.is_dir():
+        command = f"data build {benchmark.name}"
+        if benchmark.embedded:
+            command = f"embed {benchmark.name.removesuffix(EMBEDDED)}"
+        raise UsageError(
+            "--data-root",
+            found=f"neither the option nor GSDA_DATA nor {built}",
+            expected="the folder of the data set",
+            remedy=f"`python -m gsda_fast.{command}` makes it",
+        )
+    return built
+
+
+@_naming_what_cannot_be_read()
+def open_folder(folder: Path) -> ImageDomain:
+    """A folder of class folders as a domain of its own; one of images alone as a domain without labels.
+
+    Raises:
+        UsageError: there is no such folder, no image in it, or part of it cannot be read.
+    """
+    if not folder.is_dir() or not (folders := _class_folders(folder)):
+        return open_images(folder, ())
+    labels = {plain_name(name): label for label, name in enumerate(sorted(folders.values()))}
+    return _read_tree(folder.name, folder, folders, labels, tuple(sorted(folders.values())))
+
+
+def default_root(task: str) -> Path:
+    """Where `data build` puts a data set that it makes."""
+    return digits.cache_home() / task
 
 
 @_naming_what_cannot_be_read()
@@ -183,12 +280,14 @@ def _existing_root(data_root: Path | None) -> Path:
 
 
 def _open_domain(
-    benchmark: Benchmark, facts: DomainFacts, root: Path, *, partial: bool, left_out: frozenset[str]
+    benchmark: Benchmark, facts: DomainFacts, root: Path, *, partial: bool, left_out: "_Quarantine"
 ) -> ImageDomain:
     assert benchmark.classes is not None
     classes = benchmark.classes
     kept = benchmark.target_classes if partial and benchmark.target_classes else classes
-    domain = _without(_find_domain(benchmark, facts, root, classes, kept), left_out)
+    found = _find_domain(benchmark, facts, root, classes, kept)
+    _warn_of_pictures(found)
+    domain = left_out.without(found)
     present = set(domain.labels.tolist())
     missing = [name for label, name in enumerate(classes) if name in kept and label not in present]
     if missing and domain.labels.max(initial=UNKNOWN) != UNKNOWN:
@@ -210,6 +309,10 @@ def _find_domain(
     benchmark: Benchmark, facts: DomainFacts, root: Path, classes: tuple[str, ...], kept: tuple[str, ...]
 ) -> ImageDomain:
     """The domain in a pack, or the first of its layouts that is there."""
+    if benchmark.embedded:
+        path = root / f"{facts.name}.npy"
+        embeddings = read_embeddings(path)
+        return _from_embeddings(facts.name, path, embeddings, embeddings.labels_in(classes, path), classes)
     if is_pack(root):
         return _from_pack(facts.name, root, read_domain(root, facts.name), classes, kept)
     for base in (root / nested for nested in benchmark.roots):
@@ -236,9 +339,7 @@ def _read_benchmark_tree(
     known = {plain_name(name) for name in classes}
     strangers = [name for key, name in folders.items() if key not in known]
     if facts.may_be_unlabelled and len(strangers) == len(folders):
-        paths = sorted(_images_below(folder, ""))
-        _require_images(folder, paths)
-        return _domain(facts.name, folder, [(path, UNKNOWN) for path in paths], classes)
+        return _unlabelled(facts.name, folder, classes)
     if not folders:
         raise UsageError(
             f"domain {facts.name}", found=f"{folder} without class folders", expected=f"{len(classes)} class folders"
@@ -259,7 +360,8 @@ def _read_list(name: str, list_file: Path, start: Path, classes: tuple[str, ...]
     wanted = {label for label, class_name in enumerate(classes) if class_name in kept}
     samples: list[tuple[str, int]] = []
     try:
-        lines = list_file.read_text(encoding="utf-8").splitlines()
+        # A line ends with a newline alone: other separators may stand in a name.
+        lines = list_file.read_bytes().decode().split("\n")
     except UnicodeDecodeError as error:
         raise UsageError(
             str(list_file), found=f"bytes that are not UTF-8 at offset {error.start}", expected="a UTF-8 text file"
@@ -279,8 +381,16 @@ def _read_list(name: str, list_file: Path, start: Path, classes: tuple[str, ...]
                 )
         else:
             path = line
+        normal = os.path.normpath(path.strip())
+        if not is_path_below(normal):
+            raise UsageError(
+                f"{list_file}, line {number}",
+                found=f"'{path.strip()[:200]}'",
+                expected=f"a path below {start}",
+                remedy="remove the line: what it names does not belong to the data set",
+            )
         if label == UNKNOWN or label in wanted:
-            samples.append((os.path.normpath(path.strip()), label))
+            samples.append((normal, label))
     _require_images(list_file, samples)
     _require_listed_files(list_file, start, [path for path, _ in samples])
     return _domain(name, start, sorted(samples), classes)
@@ -331,7 +441,9 @@ def _open_own_folders(source: str | None, target: str | None, root: Path) -> tup
     flat = sorted(_images_in(target_folder))
     if not target_folders:
         _require_images(target_folder, flat)
-        return opened, _domain(str(target), target_folder, [(path, UNKNOWN) for path in flat], classes)
+        passed_over = _beside(target_folder)
+        del passed_over[_BESIDE]
+        return opened, _domain(str(target), target_folder, [(path, UNKNOWN) for path in flat], classes, passed_over)
     if flat:
         raise UsageError(
             "--target",
@@ -366,6 +478,57 @@ def _own_folder(option: str, name: str | None, root: Path) -> Path:
     return folder
 
 
+# -------------------------------------------------------------------------------------------------------- embeddings
+
+
+@_naming_what_cannot_be_read()
+def _open_own_features(
+    source: str | None, target: str | None, data_root: Path | None
+) -> tuple[ImageDomain, ImageDomain]:
+    for option, name in (("--source", source), ("--target", target)):
+        if not name:
+            raise UsageError(option, found="nothing", expected=f"a file of features ({' or '.join(SUFFIXES)})")
+    root = data_root or Path()
+    source_path, target_path = root / str(source), root / str(target)
+    own, other = read_embeddings(source_path), read_embeddings(target_path)
+    if (own.labels == UNKNOWN).any():
+        unlabelled = int((own.labels == UNKNOWN).sum())
+        raise UsageError(
+            "--source",
+            found=f"{source_path} with {unlabelled} of {len(own)} rows without a label",
+            expected="an array named labels, with a class for every row",
+        )
+    present = set(own.labels.tolist())
+    if len(present) < 2:
+        raise UsageError("--source", found=f"{source_path} with one class", expected="two or more")
+    classes = tuple(name for label, name in enumerate(own.classes) if label in present)
+    return (
+        _from_embeddings(str(source), source_path, own, own.labels_in(classes, source_path), classes),
+        _from_embeddings(str(target), target_path, other, other.labels_in(classes, target_path), classes),
+    )
+
+
+@_naming_what_cannot_be_read()
+def open_features(path: Path, classes: tuple[str, ...]) -> ImageDomain:
+    """All rows of a file of features, without labels.
+
+    Args:
+        classes: the label space.
+
+    Raises:
+        UsageError: there is no such file, or it does not fit.
+    """
+    embeddings = read_embeddings(path)
+    unknown = np.full(len(embeddings), UNKNOWN, dtype=np.int64)
+    return _from_embeddings(str(path), path, embeddings, unknown, classes)
+
+
+def _from_embeddings(
+    name: str, path: Path, embeddings: Embeddings, labels: NDArray[np.int64], classes: tuple[str, ...]
+) -> ImageDomain:
+    return ImageDomain(name, path.parent, embeddings.names, labels, classes, rows=embeddings.rows)
+
+
 # ------------------------------------------------------------------------------------------------------------- packs
 
 
@@ -396,52 +559,106 @@ def _read_tree(
 ) -> ImageDomain:
     """All images of the class folders whose plain name is in `labels`."""
     samples: list[tuple[str, int]] = []
+    passed_over = _beside(root)
     above = (Path(os.path.realpath(root)),)
     for key, folder in folders.items():
         if key in labels:
-            paths = list(_images_below(root, folder, above))
+            paths = list(_images_below(root, folder, passed_over, above))
             _require_images(root / folder, paths)
             samples.extend((path, labels[key]) for path in paths)
-    return _domain(name, root, sorted(samples), classes)
+    return _domain(name, root, sorted(samples), classes, passed_over)
 
 
-def _domain(name: str, root: Path, samples: list[tuple[str, int]], classes: tuple[str, ...]) -> ImageDomain:
+def _beside(root: Path) -> Counter[str]:
+    """What lies directly in a folder of class folders and is none."""
+    passed_over: Counter[str] = Counter()
+    for entry in os.scandir(root):
+        if entry.is_dir():
+            if _is_left_out(entry.name):
+                passed_over[_LEFT_OUT_FOLDER] += 1
+        else:
+            passed_over[_BESIDE if _is_image(entry.name) else _why_not(entry.name)] += 1
+    return passed_over
+
+
+def _domain(
+    name: str,
+    root: Path,
+    samples: list[tuple[str, int]],
+    classes: tuple[str, ...],
+    passed_over: Mapping[str, int] | None = None,
+) -> ImageDomain:
     _require_utf8(root, (path for path, _ in samples))
     labels = np.fromiter((label for _, label in samples), dtype=np.int64, count=len(samples))
-    return ImageDomain(name, root, [path for path, _ in samples], labels, classes)
+    return ImageDomain(name, root, [path for path, _ in samples], labels, classes, passed_over=dict(passed_over or {}))
 
 
-def _read_quarantine(listed: Path | None) -> frozenset[str]:
-    if listed is None:
-        return frozenset()
-    try:
-        lines = listed.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            "--quarantine", found=f"{listed} ({error})", expected="a list that `data verify --quarantine` wrote"
-        ) from error
-    return frozenset(line.strip() for line in lines if line.strip())
-
-
-def _without(domain: ImageDomain, left_out: frozenset[str]) -> ImageDomain:
-    """The domain without the files of a quarantine list.
+class _Quarantine:
+    """The files of a quarantine list, and which of its entries were met.
 
     Raises:
-        UsageError: nothing of a class is left.
+        UsageError: the list cannot be read.
     """
-    kept = [i for i in range(len(domain)) if os.path.abspath(domain.file(i)) not in left_out] if left_out else []
-    if len(kept) == len(domain) or not left_out:
-        return domain
-    rest = domain.take(kept)
-    emptied = sorted(set(domain.labels.tolist()) - set(rest.labels.tolist()))
-    if emptied:
-        names = [domain.classes[label] if label != UNKNOWN else "the domain" for label in emptied]
-        raise UsageError(
-            "--quarantine",
-            found=f"every image of {_some(names)} in {domain.root}",
-            expected="at least one image left of each class",
-        )
-    return rest
+
+    def __init__(self, listed: Path | None) -> None:
+        self._listed, self._entries = listed, frozenset(() if listed is None else read_list(listed))
+        self._met: set[str] = set()
+        self._roots: list[str] = []
+
+    def without(self, domain: ImageDomain) -> ImageDomain:
+        """The domain without the files of the list, or without the samples of a pack's shards on it.
+
+        Raises:
+            UsageError: nothing of a class is left.
+        """
+        if not self._entries:
+            return domain
+        self._roots.append(os.path.abspath(domain.root))
+        kept = []
+        for i in range(len(domain)):
+            names = {os.path.abspath(domain.file(i))}
+            if domain.frames is not None:
+                names.add(os.path.abspath(domain.frames.file(i)))
+            listed = names & self._entries
+            self._met |= listed
+            if not listed:
+                kept.append(i)
+        if len(kept) == len(domain):
+            return domain
+        rest = domain.take(kept)
+        emptied = sorted(set(domain.labels.tolist()) - set(rest.labels.tolist()))
+        if emptied:
+            names_of = [domain.classes[label] if label != UNKNOWN else "the domain" for label in emptied]
+            raise UsageError(
+                "--quarantine",
+                found=f"every image of {_some(names_of)} in {domain.root}",
+                expected="at least one image left of each class",
+            )
+        return rest
+
+    def warn_of_strangers(self) -> None:
+        """Warn of entries that should have been met: those below the domains' folders, or all if none was."""
+        below = tuple(f"{root}{os.sep}" for root in self._roots)
+        strangers = sorted(entry for entry in self._entries - self._met if not self._met or entry.startswith(below))
+        if strangers:
+            told = f"{self._listed}: {len(strangers)} of {len(self._entries)} entries are no images here"
+            warnings.warn(f"{told}: {_some(strangers, 3)}", UsageWarning, stacklevel=3)
+
+
+def _warn_of_pictures(domain: ImageDomain) -> None:
+    """Warn of what looks like pictures among what was passed over. Of everything else, `data verify` tells."""
+    pictures = [
+        reason for reason in domain.passed_over if reason == _BESIDE or reason.removeprefix(".") in _OTHER_PICTURES
+    ]
+    if pictures:
+        warnings.warn(f"domain {domain.name}: {domain.told_passed_over()}", UsageWarning, stacklevel=4)
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
 
 
 def _class_folders(root: Path) -> dict[str, str]:
@@ -462,16 +679,17 @@ def _class_folders(root: Path) -> dict[str, str]:
 
 
 def _images_in(folder: Path) -> list[str]:
-    return [entry.name for entry in os.scandir(folder) if _is_image(entry.name) and entry.is_file()]
+    return [entry.name for entry in os.scandir(folder) if _is_image(entry.name) and not entry.is_dir()]
 
 
-def _images_below(root: Path, folder: str, above: tuple[Path, ...] = ()) -> Iterator[str]:
+def _images_below(root: Path, folder: str, passed_over: Counter[str], above: tuple[Path, ...] = ()) -> Iterator[str]:
     """Paths of all images in `folder` and below, relative to `root`.
 
-    Symbolic links are followed, except to a folder that they lie in: images would be found again and again.
+    Symbolic links are followed, except to a folder that they lie in: images would be found again and again. What is no
+    regular file counts, too: whoever reads it says so.
 
     Args:
-        above: the real paths of the folders on the way here.
+        passed_over: counts what is no image. above: the real paths of the folders on the way here.
 
     Raises:
         OSError: a folder cannot be read.
@@ -483,10 +701,20 @@ def _images_below(root: Path, folder: str, above: tuple[Path, ...] = ()) -> Iter
         for entry in entries:
             path = os.path.join(folder, entry.name)
             if entry.is_dir():
-                if not _is_left_out(entry.name):
-                    yield from _images_below(root, path, (*above, real))
+                if _is_left_out(entry.name):
+                    passed_over[_LEFT_OUT_FOLDER] += 1
+                else:
+                    yield from _images_below(root, path, passed_over, (*above, real))
             elif _is_image(entry.name):
                 yield path
+            else:
+                passed_over[_why_not(entry.name)] += 1
+
+
+def _why_not(name: str) -> str:
+    if name.startswith("."):
+        return _HIDDEN
+    return os.path.splitext(name)[1].lower() or "without an ending"
 
 
 def _is_left_out(folder_name: str) -> bool:

@@ -1,24 +1,29 @@
 """Settings of the data path, and the choice of the loader."""
 
 import importlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from msgspec import Meta
 
 from gsda_fast.data.batches import Batch, Crops, Loader, Role
 from gsda_fast.data.benchmarks import ImageRecipe
+from gsda_fast.data.decoding import format_of_file
 from gsda_fast.data.domains import ImageDomain
-from gsda_fast.data.frame_cache import ALONE, Peers
+from gsda_fast.data.feature_loader import FeatureLoader
+from gsda_fast.data.substitutes import MOST_FAILED
 from gsda_fast.data.synthetic_loader import SyntheticLoader
-from gsda_fast.data.torch_loader import TorchLoader
+from gsda_fast.data.torch_loader import TorchLoader, image_threads
 from gsda_fast.errors import UsageError
 
 __all__ = ["Batch", "DataSettings", "Loader", "Role", "open_loader", "resolve_loader"]
 
 LoaderName = Literal["dali", "torch"]
+
+NOT_READ_BY_DALI = ("GIF", "AVIF")
+"""Of what the torch loader reads."""
 
 _INSTALL_DALI = "python -m pip install nvidia-dali-cuda130 (or nvidia-dali-cuda120), on x86-64 Linux"
 
@@ -39,10 +44,10 @@ class DataSettings:
     """Look for unreadable files before the training; what was found is remembered until files change."""
     loader: Literal["auto", "dali", "torch"] = "auto"
     """What decodes the images; auto: DALI on a GPU, torch on a CPU."""
-    workers: int = 0
+    workers: Annotated[int, Meta(ge=0)] = 0
     """Threads that decode images, in each process; 0: the usable cores, shared by the processes of a machine."""
     cache_on_device: bool = False
-    """Decode every image once and keep all of them as 8-bit pixels, divided over the training devices."""
+    """Decode every image once and keep all of them as 8-bit pixels on the training device."""
     test_crops: Crops = 1
     """Test images: the centre of each frame, or four corners, centre and their mirror images, as older papers test."""
     synthetic: bool = False
@@ -54,25 +59,28 @@ def resolve_loader(
 ) -> LoaderName:
     """The loader that the settings mean here: `settings.loader` with ``auto`` decided.
 
-    On a GPU that is DALI, where it is installed and reads every file. On a CPU it is the torch loader, the faster of
-    the two there, as it is for images that are decoded already (a pack) or only once (`cache_on_device`).
+    On a GPU that is DALI, where it is installed and reads every file, by what that holds and not by its name. On a CPU
+    it is the torch loader, the faster of the two there, as it is for images that are decoded already (a pack) or only
+    once (`cache_on_device`).
 
     Raises:
         UsageError: there is no such loader, or DALI is asked for and cannot serve.
     """
     if settings.loader not in ("auto", "dali", "torch"):
         raise UsageError("--loader", found=f"'{settings.loader}'", expected="auto, dali or torch")
-    if settings.loader == "torch":
+    if settings.loader == "torch" or (settings.loader == "auto" and device.type != "cuda"):
         return "torch"
     obstacle = _obstacle_to_dali(settings, source, target)
     if settings.loader == "auto":
-        return "torch" if obstacle or device.type != "cuda" else "dali"
+        return "torch" if obstacle else "dali"
     if obstacle:
         raise obstacle
     return "dali"
 
 
 def _obstacle_to_dali(settings: DataSettings, source: ImageDomain, target: ImageDomain) -> UsageError | None:
+    if source.rows is not None:
+        return UsageError("--loader", found="dali, with features", expected="torch or auto: there is nothing to decode")
     if settings.cache_on_device:
         return UsageError(
             "--loader",
@@ -87,11 +95,13 @@ def _obstacle_to_dali(settings: DataSettings, source: ImageDomain, target: Image
     except (ImportError, OSError) as error:
         found = f"dali, which cannot be imported here ({error})"
         return UsageError("--loader", found=found, expected="DALI installed", remedy=_INSTALL_DALI)
-    for domain in (source, target):
-        for path in domain.paths:
-            if path.lower().endswith(".gif"):
-                found = f"dali, with {os.path.join(domain.root, path)} among the images"
-                return UsageError("--loader", found=found, expected="torch or auto: DALI reads no GIF")
+    with image_threads(settings.workers, "formats") as pool:
+        for domain in (source, target):
+            files = [domain.file(i) for i in range(len(domain))]
+            for file, found in zip(files, pool.map(format_of_file, files)):
+                if found in NOT_READ_BY_DALI:
+                    told = f"dali, with {file} among the images ({found})"
+                    return UsageError("--loader", found=told, expected=f"torch or auto: DALI reads no {found}")
     return None
 
 
@@ -116,10 +126,9 @@ def open_loader(
     *,
     batch_size: int,
     device: torch.device,
-    peers: Peers = ALONE,
     dtype: torch.dtype = torch.float32,
 ) -> Loader:
-    """The loader that the settings ask for.
+    """The loader that the settings ask for, which bears with `MOST_FAILED` files that fail on the way.
 
     Args:
         settings: all but the names of the domains and their folder.
@@ -127,7 +136,6 @@ def open_loader(
         recipe: sizes, augmentation and normalisation; of the task's entry in `BENCHMARKS`.
         batch_size: images in a batch of `evaluate`; a training batch has the plan's size.
         device: where batches are wanted.
-        peers: the processes of the run, which divide what `cache_on_device` keeps.
         dtype: of the images: float32, or what the network's first product runs in.
 
     Raises:
@@ -138,13 +146,29 @@ def open_loader(
         return SyntheticLoader(source, target, recipe, batch_size=batch_size, device=device, dtype=dtype)
     if settings.workers < 0:
         raise UsageError("--workers", found=str(settings.workers), expected="0 (automatic) or more")
+    if source.rows is not None:
+        return FeatureLoader(
+            source,
+            target,
+            batch_size=batch_size,
+            device=device,
+            on_device=settings.cache_on_device,
+            dtype=dtype,
+        )
     name = resolve_loader(settings, source, target, device)
     if name == "dali":
         # Here, since DALI is optional and takes half a second to import.
         from gsda_fast.data.dali_loader import DaliLoader
 
         return DaliLoader(
-            source, target, recipe, batch_size=batch_size, device=device, workers=settings.workers, dtype=dtype
+            source,
+            target,
+            recipe,
+            batch_size=batch_size,
+            device=device,
+            workers=settings.workers,
+            dtype=dtype,
+            most_failed=MOST_FAILED,
         )
     return TorchLoader(
         source,
@@ -154,6 +178,6 @@ def open_loader(
         device=device,
         workers=settings.workers,
         cache_on_device=settings.cache_on_device,
-        peers=peers,
         dtype=dtype,
+        most_failed=MOST_FAILED,
     )

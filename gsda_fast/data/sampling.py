@@ -18,6 +18,7 @@ generators fixed across versions, which it does not promise for the methods of `
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,10 +30,13 @@ IntArray = NDArray[np.int64]
 
 # Streams of random numbers: each is an independent Philox key.
 _SOURCE_ORDER, _TARGET_ORDER, _SOURCE_AUGMENTATION, _TARGET_AUGMENTATION = range(4)
+_FURTHER_VIEWS = 16  # two for each view of the target after the first: its crop, and its shift and colour
+_STORED_VIEWS, _SOURCE_VIEW, _TARGET_VIEWS = range(4096, 4099)  # of embeddings; the last one and those after it
 # Inside an order stream, the fourth counter word tells apart what is permuted.
 _WITHIN_CLASS, _CLASSES = range(2)
 
 _TRIES = 10  # of torchvision's RandomResizedCrop, before it falls back
+_MOST_SHIFT = 2  # pixels of a further view of images that are used whole
 _DRAWS = 2 * _TRIES + 4  # area and aspect of each try, row, column, flip, one spare: six Philox counters of four words
 
 
@@ -59,6 +63,10 @@ class Augmentation:
     """(B, 4): top, left, height, width, in pixels of the `resize` x `resize` frame"""
     flip: NDArray[np.bool_]
     """(B,): mirror left and right, after cropping"""
+    shift: IntArray | None = None
+    """(B, 2): whole pixels down and right, after cropping; None: none"""
+    colour: NDArray[np.float32] | None = None
+    """(B, C, C + 1): matrix and offset of a map of colours in [0, 1]; None: none"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +79,8 @@ class BatchPlan:
     """(B,)"""
     source_augmentation: Augmentation
     target_augmentation: Augmentation
+    further_views: tuple[Augmentation, ...] = ()
+    """of the same target samples"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +95,8 @@ class SamplingPlan:
         seed: of order and augmentation.
         world_size: number of processes.
         balance_target: once there are pseudo-labels, let every pseudo-class take equally many slots.
+        target_views: independent augmentations of each target sample in a batch. The first is that of a plan with one.
+        strong_view: change the colours of the last view, which is to be a hard one.
         target_table: (n_t,) pseudo-labels, -1 = not confident and left out; None = not scored yet: all train.
 
     A plan is its arguments: made again from the same ones it gives the same batches, so a checkpoint needs
@@ -102,6 +114,8 @@ class SamplingPlan:
     seed: int = field(kw_only=True)
     world_size: int = field(default=1, kw_only=True)
     balance_target: bool = field(default=True, kw_only=True)
+    target_views: int = field(default=1, kw_only=True)
+    strong_view: bool = field(default=False, kw_only=True)
     target_table: IntArray | None = field(default=None, kw_only=True)
     _source: "_BalancedOrder | _PlainOrder" = field(init=False, repr=False)
     _target: "_BalancedOrder | _PlainOrder" = field(init=False, repr=False)
@@ -145,22 +159,51 @@ class SamplingPlan:
 
     def batch(self, step: int, rank: int = 0) -> BatchPlan:
         """The batch of process `rank` at the global step `step`, both counted from 0."""
-        slots = self._slots(step, rank, 1)
+        slots = self._slots(step, rank)
         return BatchPlan(
             source_index=self._source(slots),
             target_index=self._target(slots),
             source_augmentation=_augmentation(self.seed, _SOURCE_AUGMENTATION, slots, self.recipe),
             target_augmentation=_augmentation(self.seed, _TARGET_AUGMENTATION, slots, self.recipe),
+            further_views=tuple(
+                _further_view(self.seed, view, slots, self.recipe, self.strong_view and view == self.target_views - 1)
+                for view in range(1, self.target_views)
+            ),
         )
 
-    def samples_of_all(self, step: int) -> tuple[IntArray, IntArray]:
-        """(world_size, B) sample numbers of the source and of the target: those of all processes at a step."""
-        slots = self._slots(step, 0, self.world_size)
-        return self._source(slots).reshape(self.world_size, -1), self._target(slots).reshape(self.world_size, -1)
-
-    def _slots(self, step: int, rank: int, ranks: int) -> range:
+    def _slots(self, step: int, rank: int) -> range:
         first = (step * self.world_size + rank) * self.batch_size
-        return range(first, first + ranks * self.batch_size)
+        return range(first, first + self.batch_size)
+
+
+def view_numbers(
+    plan: SamplingPlan, step: int, rank: int, role: Literal["source", "target"], views: int, further: int = 0
+) -> IntArray:
+    """Choose one of the stored views of each sample of a batch: functions of the plan's seed and the slot.
+
+    Args:
+        plan, step, rank: as for `SamplingPlan.batch`. role: which domain. views: of each of its samples.
+        further: number of the target's view in the batch, which is drawn independently; 0: the first.
+
+    Returns:
+        (B,) from 0 to views - 1.
+    """
+    slots = plan._slots(step, rank)
+    first = slots[0] // 4  # four words a counter
+    stream = _SOURCE_VIEW if role == "source" else _TARGET_VIEWS + further
+    raw = _raw(plan.seed, stream, (first, 0, 0, 0), (slots[-1] // 4 - first + 1) * 4)
+    draws = _to_unit(raw)[slots[0] - 4 * first :][: len(slots)]
+    return (draws * views).astype(np.int64)
+
+
+def stored_augmentation(seed: int, samples: range, recipe: ImageRecipe) -> Augmentation:
+    """Draw the augmentation of views that are computed once and kept.
+
+    Args:
+        seed: of the draws. samples: numbers of the pictures, those of view v of n images being v n to (v + 1) n - 1.
+        recipe: the frame and crop of the windows.
+    """
+    return _augmentation(seed, _STORED_VIEWS, samples, recipe)
 
 
 class _PlainOrder:
@@ -238,6 +281,48 @@ def _augmentation(seed: int, stream: int, slots: range, recipe: ImageRecipe) -> 
     if recipe.random_scale is None:
         return Augmentation(_centre_windows(recipe, count), flip)
     return Augmentation(random_windows(draws[:, : 2 * _TRIES + 2], frame, recipe.random_scale), flip)
+
+
+def _further_view(seed: int, view: int, slots: range, recipe: ImageRecipe, strong: bool) -> Augmentation:
+    """Draw a crop of the same distribution; for images that are used whole a shift; colours for a strong view."""
+    drawn = _augmentation(seed, _FURTHER_VIEWS + 2 * view, slots, recipe)
+    counters = 3
+    raw = _raw(seed, _FURTHER_VIEWS + 2 * view + 1, (slots[0] * counters, 0, 0, 0), 4 * counters * len(slots))
+    draws = _to_unit(raw).reshape(len(slots), 4 * counters)
+    if recipe.random_scale is None:
+        reach = 2 * _MOST_SHIFT + 1
+        drawn = replace(drawn, shift=np.floor(draws[:, :2] * reach).astype(np.int64) - _MOST_SHIFT)
+    return replace(drawn, colour=colour_maps(draws[:, 2:7], recipe.channels)) if strong else drawn
+
+
+def colour_maps(draws: NDArray[np.float64], channels: int) -> NDArray[np.float32]:
+    """Maps of colours: brightness, contrast and saturation between 0.6 and 1.4 times, a fifth without colour.
+
+    Contrast is about middle grey, so that a map is one matrix and one offset, whatever the image.
+
+    Args:
+        draws: (B, 5) uniform in [0, 1): brightness, contrast, saturation, hue, grey. channels: 1 or 3.
+
+    Returns:
+        (B, channels, channels + 1): matrix and offset, for colours in [0, 1].
+    """
+    brightness, contrast, saturation = (0.6 + 0.8 * draws[:, i, None, None] for i in range(3))
+    identity = np.eye(channels)[None]
+    mixing = np.broadcast_to(identity, (len(draws), channels, channels))
+    if channels == 3:
+        grey = np.broadcast_to(np.array([0.299, 0.587, 0.114]), (3, 3))[None]  # the luma of ITU-R BT.601
+        saturation = np.where(draws[:, 4, None, None] < 0.2, 0.0, saturation)
+        mixing = (saturation * identity + (1 - saturation) * grey) @ _hue_rotations(0.2 * np.pi * (draws[:, 3] - 0.5))
+    matrix = brightness * contrast * mixing
+    offset = np.broadcast_to(0.5 * (1 - contrast), (len(draws), channels, 1))
+    return np.concatenate([matrix, offset], axis=2).astype(np.float32)
+
+
+def _hue_rotations(angle: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Rotations about the grey axis, (B, 3, 3), by Rodrigues' formula."""
+    axis = np.array([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / np.sqrt(3)
+    sine, cosine = np.sin(angle)[:, None, None], np.cos(angle)[:, None, None]
+    return np.asarray(np.eye(3) + sine * axis + (1 - cosine) * (axis @ axis))
 
 
 def _centre_windows(recipe: ImageRecipe, count: int) -> IntArray:

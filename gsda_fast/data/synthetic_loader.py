@@ -53,6 +53,11 @@ class SyntheticLoader:
         self._device, self._dtype = device, dtype
         self._made: dict[tuple[Role | None, int], Tensor] = {}
 
+    @property
+    def failed(self) -> list[tuple[str, str]]:
+        """See `Loader.failed`: no file is read."""
+        return []
+
     def train(self, plan: SamplingPlan, steps: range, rank: int = 0) -> Iterator[Batch]:
         """See `Loader.train`."""
         for step in steps:
@@ -67,6 +72,7 @@ class SyntheticLoader:
                 target_images=self._images("target", len(target)),
                 source_index=source,
                 target_index=target,
+                further_views=tuple(self._images("target", len(target)) for _ in batch.further_views),
             )
 
     def evaluate(

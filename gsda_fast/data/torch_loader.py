@@ -1,11 +1,11 @@
-"""The reference loader: torchvision.io in a thread pool, one antialiased bilinear resample, nothing hidden.
+"""The reference loader: a thread pool, one antialiased bilinear resample, nothing hidden.
 
 Every other loader answers to this one: the same samples, windows and flips from the same plan, pixels within a stated
 tolerance.
 
-- Files are decoded as stored: an EXIF orientation is ignored (DALI's ``adjust_orientation=False``), alpha is dropped,
-  16-bit values keep their upper byte, 32-bit ones are refused. JPEG and PNG go through torchvision.io, what it refuses
-  and other formats through Pillow.
+- Files are decoded as stored, by `decoding.read_image`.
+- A file that fails in a run gives its place to another sample of its class (`substitutes`); in an evaluation, where a
+  sample has no other in its place, it is an image of the mean colour.
 - Training: the window, drawn in the recipe's square frame, is mapped to whole source pixels and resampled once.
   Evaluation: the whole image is resized to the frame, then its centre is cut out.
 - A pack holds frames: windows are cut from these, and so resampled a second time.
@@ -16,36 +16,33 @@ tolerance.
 """
 
 import os
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as transforms
 
 from gsda_fast.data.batches import Batch, Crops, Role, samples_in_batch, to_device
 from gsda_fast.data.benchmarks import ImageRecipe
+from gsda_fast.data.decoding import read_image
 from gsda_fast.data.domains import ImageDomain
-from gsda_fast.data.frame_cache import ALONE, FrameCache, Peers
-from gsda_fast.data.sampling import Augmentation, IntArray, SamplingPlan, source_window
+from gsda_fast.data.frame_cache import FrameCache
+from gsda_fast.data.sampling import Augmentation, BatchPlan, IntArray, SamplingPlan, source_window
+from gsda_fast.data.substitutes import Substitutes
+from gsda_fast.data.views import finish_view
 from gsda_fast.errors import UsageError
 
 Result = TypeVar("Result")
 
 _AHEAD = 2  # batches in the thread pool beyond the one that is handed out
-MOST_PIXELS = 89_478_485  # Pillow's limit; torchvision.io dies, with the process, on a header of 60000x60000
 _MAX_WORKERS = 16
-_JPEG_OR_PNG = ("JPEG", "MPO", "PNG")  # MPO: a JPEG with a second picture behind it, as some cameras write
 
 
 class TorchLoader:
@@ -58,8 +55,8 @@ class TorchLoader:
         device: where batches are put.
         workers: threads; 0 = the usable cores, divided by the processes that share this machine.
         cache_on_device: keep all images on the device as uint8.
-        peers: the processes of the run, which divide what is kept among their devices.
         dtype: of the images.
+        most_failed: files that may fail before a `UsageError` names one.
 
     Raises:
         UsageError: a pack of another recipe or, with `cache_on_device`, an image that cannot be read, or more images
@@ -76,12 +73,13 @@ class TorchLoader:
         device: torch.device,
         workers: int = 0,
         cache_on_device: bool = False,
-        peers: Peers = ALONE,
         dtype: torch.dtype = torch.float32,
+        most_failed: int = 0,
     ) -> None:
         for domain in (source, target):
             _require_fitting_frames(domain, recipe)
         self._domains: dict[Role, ImageDomain] = {"source": source, "target": target}
+        self._substitutes = Substitutes(self._domains, most_failed)
         self._recipe = recipe
         self._batch_size = batch_size
         self._device, self._dtype = torch.device(device), dtype
@@ -94,7 +92,12 @@ class TorchLoader:
         self._cache: FrameCache | None = None
         if cache_on_device:
             sizes: dict[Role, int] = {"source": len(source), "target": len(target)}
-            self._cache = FrameCache(sizes, recipe, self._device, self._decode_frames, peers)
+            self._cache = FrameCache(sizes, recipe, self._device, self._decode_frames)
+
+    @property
+    def failed(self) -> list[tuple[str, str]]:
+        """See `Loader.failed`."""
+        return self._substitutes.failed
 
     # ------------------------------------------------------------------------------------------------------ training
 
@@ -107,37 +110,59 @@ class TorchLoader:
 
     def _start_batch(self, plan: SamplingPlan, step: int, rank: int) -> "_Pending[Batch]":
         batch = plan.batch(step, rank)
-        source = self._start_crops("source", batch.source_index, batch.source_augmentation)
-        target = self._start_crops("target", batch.target_index, batch.target_augmentation)
+        source = self._start_crops("source", batch.source_index, [batch.source_augmentation], plan.source_labels)
+        views = [batch.target_augmentation, *batch.further_views]
+        target = self._start_crops("target", batch.target_index, views, plan.target_table)
 
         def finish() -> Batch:
             source_index = self._to_device(torch.from_numpy(batch.source_index))
+            first, *further = (self._normalise(pixels) for pixels in target.pixels)
             return Batch(
-                source_images=self._normalise(source.pixels),
+                source_images=self._normalise(source.pixels[0]),
                 source_labels=self._labels[source_index],
-                target_images=self._normalise(target.pixels),
+                target_images=first,
                 source_index=source_index,
                 target_index=self._to_device(torch.from_numpy(batch.target_index)),
+                further_views=self._finished(further, batch),
             )
 
         return _Pending(source.futures + target.futures, finish)
 
-    def _start_crops(self, role: Role, index: NDArray[np.int64], augmentation: Augmentation) -> "_Crops":
-        domain, recipe = self._domains[role], self._recipe
-        pixels = self._empty_pixels(len(index), recipe.crop)
+    def _finished(self, views: list[Tensor], batch: BatchPlan) -> tuple[Tensor, ...]:
+        return tuple(finish_view(view, drawn, self._recipe) for view, drawn in zip(views, batch.further_views))
 
-        def crop(i: int) -> None:
-            image = read_sample(domain, int(index[i]), recipe.channels)
+    def _start_crops(
+        self, role: Role, index: NDArray[np.int64], views: list[Augmentation], labels: IntArray | None
+    ) -> "_Crops":
+        """Where a file fails, its number in `index` becomes that of its substitute."""
+        recipe = self._recipe
+        pixels = [self._empty_pixels(len(index), recipe.crop) for _ in views]
+
+        def decode(i: int) -> None:
+            index[i], image = self._read_or_substitute(role, int(index[i]), labels)
             height, width = image.shape[-2:]
-            window = source_window(augmentation.window[i], height, width, recipe.resize)
-            image = transforms.resized_crop(image, *window, size=[recipe.crop, recipe.crop], antialias=True)
-            pixels[i] = image.flip(-1) if augmentation.flip[i] else image
+            for view, augmentation in zip(pixels, views):
+                window = source_window(augmentation.window[i], height, width, recipe.resize)
+                crop = transforms.resized_crop(image, *window, size=[recipe.crop, recipe.crop], antialias=True)
+                view[i] = crop.flip(-1) if augmentation.flip[i] else crop
 
-        return _Crops(pixels, [self._pool.submit(crop, i) for i in range(len(index))])
+        return _Crops(pixels, [self._pool.submit(decode, i) for i in range(len(index))])
+
+    def _read_or_substitute(self, role: Role, sample: int, labels: IntArray | None) -> tuple[int, Tensor]:
+        domain, channels = self._domains[role], self._recipe.channels
+        if self._substitutes.has_failed(role, sample):
+            sample = self._substitutes.of(role, sample, labels)
+        while True:
+            try:
+                return sample, read_sample(domain, sample, channels)
+            except UsageError as error:
+                self._substitutes.note(role, sample, error)
+                sample = self._substitutes.of(role, sample, labels)
 
     def _cached_batch(self, cache: FrameCache, plan: SamplingPlan, step: int, rank: int) -> Batch:
         batch = plan.batch(step, rank)
-        source, target = cache.batch(plan, step, rank)
+        source = cache.samples("source", batch.source_index)
+        target = cache.samples("target", batch.target_index)
         source_index = self._to_device(torch.from_numpy(batch.source_index))
         return Batch(
             source_images=self._cached_crops(source, batch.source_augmentation),
@@ -145,6 +170,7 @@ class TorchLoader:
             target_images=self._cached_crops(target, batch.target_augmentation),
             source_index=source_index,
             target_index=self._to_device(torch.from_numpy(batch.target_index)),
+            further_views=self._finished([self._cached_crops(target, view) for view in batch.further_views], batch),
         )
 
     def _cached_crops(self, frames: Tensor, augmentation: Augmentation) -> Tensor:
@@ -154,6 +180,13 @@ class TorchLoader:
         window = self._to_device(torch.from_numpy(augmentation.window))
         flip = self._to_device(torch.from_numpy(augmentation.flip))
         return self._normalise(crop_frames(frames, window, flip, recipe.crop))
+
+    def augmented(self, domain: Role, samples: IntArray, views: list[Augmentation]) -> list[Tensor]:
+        """(n, C, H, W) for each view: training crops of these samples, without a plan; each file is decoded once."""
+        crops = self._start_crops(domain, samples.copy(), views, None)
+        for future in crops.futures:
+            future.result()
+        return [self._normalise(pixels) for pixels in crops.pixels]
 
     # ---------------------------------------------------------------------------------------------------- evaluation
 
@@ -180,7 +213,12 @@ class TorchLoader:
         pixels = self._empty_pixels(len(part), side)
 
         def centre(i: int, sample: int) -> None:
-            frame = read_frame(domain, sample, recipe)
+            try:
+                frame = read_frame(domain, sample, recipe)
+            except UsageError as error:
+                self._substitutes.note(role, sample, error)
+                pixels[i] = torch.tensor(recipe.mean).mul(255).round().to(torch.uint8).view(-1, 1, 1)
+                return
             pixels[i] = transforms.center_crop(frame, [side])
 
         def finish() -> tuple[Tensor, Tensor]:
@@ -253,87 +291,6 @@ def read_sample(domain: ImageDomain, sample: int, channels: int) -> Tensor:
     return torch.from_numpy(domain.frames[sample]).permute(2, 0, 1)
 
 
-def read_image(path: str, channels: int) -> Tensor:
-    """An image as stored, (channels, height, width) uint8, RGB or grey.
-
-    Raises:
-        UsageError: the file is gone, cannot be decoded, is an animation, has values of 32 bits, or declares an absurd
-            size.
-    """
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-        with Image.open(BytesIO(data)) as header:
-            width, height = header.size
-            if width * height > MOST_PIXELS:
-                raise _unreadable(path, f"a header of {width}x{height} pixels")
-            damage = png_damage(data) if header.format == "PNG" else ""
-            if damage:
-                raise _unreadable(path, damage)
-            if header.format in _JPEG_OR_PNG:
-                return _decode(data, header, channels)
-            num_frames = getattr(header, "n_frames", 1)
-            if num_frames > 1:
-                raise _unreadable(path, f"an animation of {num_frames} frames")
-            if header.mode in ("I", "F"):
-                raise _unreadable(path, "signed or 32-bit values, which have no defined scale of 8 bits")
-            return _decode_with_pillow(header, channels)
-    except UsageError:
-        raise
-    except FileNotFoundError as error:
-        raise _unreadable(path, "no such file any more") from error
-    except UnidentifiedImageError as error:  # its own message names a memory address
-        raise _unreadable(path, f"{len(data)} bytes that are no image") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise _unreadable(path, f"{type(error).__name__}: {error}") from error
-
-
-def png_damage(data: bytes) -> str:
-    """What is wrong with the chunks of a PNG file; nothing where all checksums hold up to the last chunk.
-
-    torchvision.io, which ends the process at some of these files, does not get to see them.
-    """
-    view, start = memoryview(data), 8
-    while start + 12 <= len(data):
-        end = start + 8 + int.from_bytes(view[start : start + 4])
-        kind = bytes(view[start + 4 : start + 8])
-        if end + 4 > len(data):
-            break
-        if zlib.crc32(view[start + 4 : end]) != int.from_bytes(view[end : end + 4]):
-            return f"a damaged PNG (checksum of the chunk {kind!r} at byte {start})"
-        if kind == b"IEND":
-            return ""
-        start = end + 4
-    return f"a truncated PNG ({len(data)} bytes)"
-
-
-def _decode(data: bytes, header: Image.Image, channels: int) -> Tensor:
-    try:
-        # bytearray: torch wants memory that it might write to.
-        image = decode_image(
-            torch.frombuffer(bytearray(data), dtype=torch.uint8),
-            mode=ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY,
-        )
-    except RuntimeError:
-        return _decode_with_pillow(header, channels)
-    if image.dtype == torch.uint16:
-        image = (image.to(torch.int32) >> 8).to(torch.uint8)
-    return image
-
-
-def _decode_with_pillow(image: Image.Image, channels: int) -> Tensor:
-    if image.mode.startswith("I;16"):
-        # Pillow's own conversion makes all above 255 white. A TIFF may use fewer of the 16 bits, 12 for one.
-        bits = getattr(image, "tag_v2", {}).get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
-        image = Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
-    converted = image.convert("RGB" if channels == 3 else "L")
-    return torch.from_numpy(np.array(converted)).view(image.height, image.width, channels).permute(2, 0, 1)
-
-
-def _unreadable(path: str, found: str) -> UsageError:
-    return UsageError(path, found=found, expected="a readable image", remedy="repair it or take it out of the data set")
-
-
 def cut_crops(frames: Tensor, crop: int, crops: Crops) -> Tensor:
     """What of a batch of frames is tested: the centres, or four corners, centre and the mirror images of these five.
 
@@ -388,7 +345,7 @@ def _require_fitting_frames(domain: ImageDomain, recipe: ImageRecipe) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Crops:
-    pixels: Tensor
+    pixels: list[Tensor]
     futures: list[Future[None]]
 
 

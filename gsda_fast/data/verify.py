@@ -1,12 +1,11 @@
 """`data verify`: what a data set holds against what was published, and every file that cannot be read.
 
-A JPEG with a sound header and its end marker, and a PNG whose checksums all hold, pass without being decoded; whatever
-else there is, is decoded as the torch loader would. So a file passes if and only if both loaders can read it.
+Every file is decoded as the loaders decode it (`decoding.inspect`), so a file passes if and only if they can read it.
 
-What was found is remembered, for each folder or list of files, under ``$XDG_CACHE_HOME/gsda_fast/verified``, together
-with a digest of all names, sizes and times of change, and of the versions of the libraries that read them: good files
-that are as they were are not opened again. Bad ones are: permissions that are given, and a disk that answers again,
-leave no trace in size and time.
+What was found is remembered, for each folder or list of files, under ``$XDG_CACHE_HOME/gsda_fast/verified``: a line for
+every few thousand files as soon as they are done, with a digest of their names, sizes and times of change, and of the
+versions of the libraries that read them. Good files that are as they were are not opened again. Bad ones are:
+permissions that are given, and a disk that answers again, leave no trace in size and time.
 """
 
 from __future__ import annotations
@@ -15,13 +14,15 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
-from io import BytesIO
+from itertools import chain
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from PIL import Image
 from rich.console import Console
@@ -30,16 +31,25 @@ from rich.table import Table
 from rich.text import Text
 
 from gsda_fast.data.benchmarks import Benchmark, find_benchmark
+from gsda_fast.data.decoding import inspect
 from gsda_fast.data.digits import cache_home
 from gsda_fast.data.domains import ImageDomain, open_domain, open_pair
-from gsda_fast.data.torch_loader import MOST_PIXELS, image_threads, png_damage, read_image
-from gsda_fast.errors import UsageError, UsageWarning
+from gsda_fast.data.quarantine import list_line, read_list
+from gsda_fast.data.torch_loader import image_threads
+from gsda_fast.errors import UsageError, UsageWarning, visible
+from gsda_fast.files import atomic_file
 
 FilesDone = Callable[[str, int, int], None]
 """Called with (what is worked on, files done, files in all)."""
 
 _SHOWN = 5  # files named by an error message
-_FORMAT = "2"  # of what is remembered: another number makes everything be checked again
+_BLOCK = 2000  # files that are remembered together
+_FORMAT = "3"  # of what is remembered: another number makes everything be checked again
+_ENDINGS = {
+    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
+    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
+    **{f".{name.lower()}": name for name in ("PNG", "BMP", "GIF", "WEBP", "AVIF")},
+}
 _READ_BY = ("pillow", "torchvision")  # another version may read other files; the digest of a pack asks neither
 
 
@@ -52,13 +62,30 @@ class Finding:
         domain: its files; None where it cannot be opened, and `error` says why.
         expected: published number of images, None where there is none.
         unreadable: (full path, what is wrong) of every file that cannot be read.
+        misnamed: (full path, format) of every file that holds another format than its name says. It is read all the
+            same.
     """
 
     name: str
     domain: ImageDomain | None = None
     expected: int | None = None
     unreadable: list[tuple[str, str]] = field(default_factory=list)
+    misnamed: list[tuple[str, str]] = field(default_factory=list)
     error: str = ""
+
+    @property
+    def notes(self) -> list[str]:
+        """What is no fault, and should not be passed over in silence either: a line each."""
+        notes = []
+        if self.domain is not None and self.domain.passed_over:
+            notes.append(self.domain.told_passed_over())
+        if self.misnamed:
+            shown = ", ".join(f"{path} ({found})" for path, found in self.misnamed[:_SHOWN])
+            more = f" and {len(self.misnamed) - _SHOWN} more" if len(self.misnamed) > _SHOWN else ""
+            notes.append(
+                f"{len(self.misnamed)} files that are read, with another format than their name: {shown}{more}"
+            )
+        return notes
 
     @property
     def good(self) -> bool:
@@ -91,10 +118,14 @@ def verify(
             opened = _open_folders(source, target, data_root)
         else:
             opened = _open_domains(find_benchmark(task), source, target, data_root)
-    checked = []
+    channels, checked = find_benchmark(task).recipe.channels, []
     for finding in opened:
-        bad = [] if finding.domain is None else unreadable_files(finding.domain, workers, progress)
-        checked.append(replace(finding, unreadable=bad))
+        if finding.domain is not None:
+            # Asked for in so many words: a disk may have lost bits of a shard since, which leaves no trace in its time.
+            afresh = finding.domain.frames is not None
+            found = check_files(finding.domain, workers, progress, channels=channels, afresh=afresh)
+            finding = replace(finding, unreadable=found.unreadable, misnamed=found.misnamed)
+        checked.append(finding)
     return checked
 
 
@@ -135,7 +166,8 @@ def require_readable(task: str, *domains: ImageDomain, workers: int = 0, progres
     Raises:
         UsageError: some cannot be read; the message names them.
     """
-    bad = [file for domain in domains for file in unreadable_files(domain, workers, progress)]
+    channels = find_benchmark(task).recipe.channels
+    bad = [file for domain in domains for file in unreadable_files(domain, workers, progress, channels=channels)]
     if bad:
         listed = "; ".join(f"{path} ({problem})" for path, problem in bad[:_SHOWN])
         more = f"; and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
@@ -148,110 +180,198 @@ def require_readable(task: str, *domains: ImageDomain, workers: int = 0, progres
         )
 
 
-def unreadable_files(domain: ImageDomain, workers: int = 0, progress: FilesDone | None = None) -> list[tuple[str, str]]:
-    """(full path, what is wrong) of every file of a domain that cannot be read.
+class Checked(NamedTuple):
+    """What the files of a domain are like: see `Finding`."""
 
-    Where nothing changed since the last time, only the files that were bad then are looked at.
+    unreadable: list[tuple[str, str]]
+    misnamed: list[tuple[str, str]]
+
+
+def unreadable_files(
+    domain: ImageDomain, workers: int = 0, progress: FilesDone | None = None, *, channels: int = 3
+) -> list[tuple[str, str]]:
+    """(full path, what is wrong) of every file of a domain that cannot be read: see `check_files`."""
+    return check_files(domain, workers, progress, channels=channels).unreadable
+
+
+def check_files(
+    domain: ImageDomain,
+    workers: int = 0,
+    progress: FilesDone | None = None,
+    *,
+    channels: int = 3,
+    afresh: bool = False,
+) -> Checked:
+    """Look at every file of a domain that is not remembered as good, or (`afresh`) at every file.
+
+    Args:
+        domain: its files, or the shards of its pack. workers: threads; 0 = the usable cores.
+        progress: called after each file. channels: of the task's images, 3 or 1.
     """
+    if domain.rows is not None:  # read and checked when the domain was opened
+        return Checked([], [])
     frames = domain.frames
     files = [domain.file(i) for i in range(len(domain))] if frames is None else frames.files()
-    check, read_by = (file_problem, _READ_BY) if frames is None else (frames.problem, ())
+    check = partial(_checked, channels=channels) if frames is None else partial(_checked_shard, frames.problem)
+    key = f"{_FORMAT} {channels} {' '.join(map(version, _READ_BY))}" if frames is None else _FORMAT
+    memory = _Memory(domain)
+    found: list[_Block] = []
     with _pool(workers) as pool:
-        state = _digest(files, pool.map(file_state, files), read_by)
-        memory = _memory_of(domain)
-        known = _recall(memory, state)
-        in_doubt = files if known is None else [path for path, _ in known]
-        bad = []
-        for i, problem in enumerate(pool.map(check, in_doubt)):
-            if problem:
-                bad.append((in_doubt[i], problem))
-            if progress is not None:
-                progress(domain.name, i + 1, len(in_doubt))
-    if bad != known:
-        _remember(memory, state, bad)
-    return bad
+        blocks = [files[start : start + _BLOCK] for start in range(0, len(files), _BLOCK)]
+        digests = list(pool.map(lambda block: _digest(block, key), blocks))
+        known = memory.read()
+        if afresh:
+            known = {}
+        in_doubt = [_in_doubt(block, known.get(digest)) for block, digest in zip(blocks, digests)]
+        done, total = 0, sum(map(len, in_doubt))
+        for digest, looked_at in zip(digests, in_doubt):
+            earlier = known.get(digest)
+            # What was good is so still; the rest is looked at again.
+            kept = [] if earlier is None else [pair for pair in earlier.misnamed if pair[0] not in looked_at]
+            block = _Block(digest, [], kept)
+            for path, (problem, misnamed) in zip(looked_at, pool.map(check, looked_at)):
+                if problem:
+                    block.unreadable.append((path, problem))
+                elif misnamed:
+                    block.misnamed.append((path, misnamed))
+                done += 1
+                if progress is not None:
+                    progress(domain.name, done, total)
+            found.append(block)
+            if block != earlier:
+                memory.add(block)
+    memory.keep(found)
+    return Checked(
+        list(chain.from_iterable(block.unreadable for block in found)),
+        list(chain.from_iterable(block.misnamed for block in found)),
+    )
 
 
 @contextmanager
 def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
     with warnings.catch_warnings(), image_threads(workers, "verify") as pool:
-        # An image too large is a finding, in words of our own.
+        # An image too large is a finding, in words of our own; what Pillow says of odd tags concerns no pixel.
+        warnings.filterwarnings("ignore", module="PIL")
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         yield pool
 
 
-def file_problem(path: str) -> str:
+def file_problem(path: str, channels: int = 3) -> str:
     """Why a file cannot be read as an image; nothing where it can."""
+    return _checked(path, channels)[0]
+
+
+def _checked(path: str, channels: int) -> tuple[str, str]:
+    """What is wrong with a file, and its format where its name says another."""
     try:
-        if _surely_sound(path):
-            return ""
-        read_image(path, 3)
+        found = inspect(path, channels)
     except UsageError as error:
-        return error.found
-    return ""
+        return error.found, ""
+    said = _ENDINGS.get(os.path.splitext(path)[1].lower(), found)
+    return "", "" if said == found else found
 
 
-def _surely_sound(path: str) -> bool:
-    """Whether a glance at the file is enough. False means doubt: only decoding it tells."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-        with Image.open(BytesIO(data)) as header:
-            if header.width * header.height > MOST_PIXELS:
-                return False
-            if header.format == "JPEG":
-                return data.rstrip(b"\0").endswith(b"\xff\xd9")
-            return header.format == "PNG" and getattr(header, "n_frames", 1) == 1 and not png_damage(data)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return False
+def _checked_shard(problem: Callable[[str], str], path: str) -> tuple[str, str]:
+    return problem(path), ""
 
 
 # --------------------------------------------------------------------------------------------------- what is remembered
 
 
-def file_state(path: str) -> tuple[int, int]:
-    """Size in bytes and time of change in nanoseconds; -1 where there is no file."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return -1, -1
-    return status.st_size, status.st_mtime_ns
+class _Block(NamedTuple):
+    """What was found among some files, which a digest stands for."""
+
+    digest: str
+    unreadable: list[tuple[str, str]]
+    misnamed: list[tuple[str, str]]
 
 
-def _digest(files: list[str], states: Iterator[tuple[int, int]], read_by: tuple[str, ...]) -> str:
-    digest = hashlib.sha256(_FORMAT.encode())
-    for name in read_by:
-        digest.update(f"{name} {version(name)}\0".encode())
-    for path, state in zip(files, states):
-        digest.update(f"{path}\0{state[0]} {state[1]}\0".encode())
+def _in_doubt(files: list[str], earlier: _Block | None) -> list[str]:
+    if earlier is None:
+        return files
+    bad = {path for path, _ in earlier.unreadable}
+    return [path for path in files if path in bad] if bad else []
+
+
+def _digest(files: Sequence[str], key: str) -> str:
+    """Of names, sizes and times of change. The time of the entry tells of a change that set back the file's own."""
+    digest = hashlib.sha256(key.encode())
+    for path in files:
+        try:
+            status = os.stat(path)
+            state = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+        except OSError:
+            state = "gone"
+        digest.update(f"{path}\0{state}\0".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
-def _memory_of(domain: ImageDomain) -> Path:
-    # A partial target is other files of the same folder, a pack holds several domains in one.
-    place = f"{domain.root.resolve()}\0{domain.name}\0{len(domain)}"
-    return cache_home() / "verified" / f"{hashlib.sha256(place.encode()).hexdigest()[:32]}.json"
+class _Memory:
+    """What was found in a domain before: a line of JSON for each block. Lines that are none are passed over."""
+
+    def __init__(self, domain: ImageDomain) -> None:
+        # A partial target is other files of the same folder, a pack holds several domains in one.
+        place = f"{domain.root.resolve()}\0{domain.name}\0{len(domain)}"
+        digest = hashlib.sha256(place.encode(errors="surrogateescape")).hexdigest()
+        self._file = cache_home() / "verified" / f"{digest[:32]}.jsonl"
+        self._lines, self._warned = 0, False
+
+    def read(self) -> dict[str, _Block]:
+        try:
+            lines = self._file.read_bytes().splitlines()
+        except OSError:
+            return {}
+        self._lines = len(lines)
+        blocks = (_block(line) for line in lines)
+        return {block.digest: block for block in blocks if block is not None}
+
+    def add(self, block: _Block) -> None:
+        """Remember a block now: a check that is killed has not been in vain."""
+        with self._writing():
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with self._file.open("ab") as file:
+                file.write(json.dumps(block._asdict()).encode() + b"\n")
+        self._lines += 1
+
+    def keep(self, blocks: list[_Block]) -> None:
+        """Forget all but these blocks, where others are there too."""
+        if self._lines == len(blocks):
+            return
+        with self._writing():
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(self._file) as file:
+                file.writelines(json.dumps(block._asdict()).encode() + b"\n" for block in blocks)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, FileExistsError):
+            pass  # another process that checks the same files was at it at the same time
+        except OSError as error:
+            if not self._warned:
+                told = f"cannot remember what was verified: {self._file.parent}: {error.strerror}"
+                warnings.warn(told, UsageWarning, stacklevel=4)
+            self._warned = True
 
 
-def _recall(memory: Path, state: str) -> list[tuple[str, str]] | None:
+def _block(line: bytes) -> _Block | None:
     try:
-        content = json.loads(memory.read_text(encoding="utf-8"))
-        if content["state"] == state:
-            return [(path, problem) for path, problem in content["unreadable"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # nothing remembered, or nothing of use: the files are looked at
-    return None
+        content = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(content, dict) or set(content) != set(_Block._fields) or type(content["digest"]) is not str:
+        return None
+    if not all(_is_list_of_pairs(content[name]) for name in ("unreadable", "misnamed")):
+        return None
+    pairs = ([(path, told) for path, told in content[name]] for name in ("unreadable", "misnamed"))
+    return _Block(content["digest"], *pairs)
 
 
-def _remember(memory: Path, state: str, bad: list[tuple[str, str]]) -> None:
-    try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = memory.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps({"state": state, "unreadable": bad}), encoding="utf-8")
-        temporary.replace(memory)
-    except OSError as error:
-        told = f"cannot remember what was verified: {memory.parent}: {error.strerror}"
-        warnings.warn(told, UsageWarning, stacklevel=2)
+def _is_list_of_pairs(values: Any) -> bool:
+    if not isinstance(values, list):
+        return False
+    return all(isinstance(pair, list) and len(pair) == 2 and all(type(each) is str for each in pair) for pair in values)
 
 
 # ------------------------------------------------------------------------------------------------ what the user is told
@@ -266,7 +386,7 @@ def progress_bars(console: Console) -> Iterator[FilesDone]:
 
         def show(name: str, done: int, total: int) -> None:
             if name not in bars:
-                bars[name] = progress.add_task(name, total=total)
+                bars[name] = progress.add_task(visible(name), total=total)
             progress.update(bars[name], completed=done)
 
         yield show
@@ -299,13 +419,12 @@ def write_quarantine(listed: Path, findings: list[Finding]) -> int:
         UsageError: the list cannot be written.
     """
     try:
-        earlier = listed.read_text(encoding="utf-8").splitlines() if listed.exists() else []
+        earlier = read_list(listed) if listed.exists() else []
         bad = {os.path.abspath(path) for finding in findings for path, _ in finding.unreadable}
-        lines = sorted(bad.union(line.strip() for line in earlier if line.strip()))
-        temporary = listed.with_name(f".{listed.name}.{os.getpid()}")
-        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        temporary.replace(listed)
-    except (OSError, UnicodeDecodeError) as error:
-        found = f"{listed} ({error})"
+        paths = sorted(bad.union(earlier))
+        with atomic_file(listed) as file:
+            file.writelines(list_line(path) for path in paths)
+    except OSError as error:
+        found = f"{listed} ({error.strerror})"
         raise UsageError("--quarantine", found=found, expected="a text file that can be written") from error
-    return len(lines)
+    return len(paths)

@@ -1,87 +1,227 @@
-"""What an adaptation method is: its players, the objectives of a batch, and what it wants to know of the target."""
+"""The seam between training and a method: players, updates of a step, and what a method learns of the target."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from gsda_fast.methods.objective import Objective
+from gsda_fast.data.batches import Batch
+from gsda_fast.methods.objective import classification_loss, target_class_weights
+from gsda_fast.methods.step import Outputs, Player, Step, Update
+from gsda_fast.methods.terms import TERMS
 from gsda_fast.model import AdaptationModel
 
 TargetSamples = Literal["none", "all", "confident"]
 
+ENCODER = ("encoder", "classifier")
+"""The players that every method has, and that most of them move together."""
+
 
 @dataclass(frozen=True)
-class StepInputs:
-    """One batch and where in training it stands.
+class MethodSettings:
+    """Base of every method's own settings. A method without any has this one."""
+
+
+@dataclass(frozen=True)
+class AdaptationSettings:
+    """What can be added to every method."""
+
+    add: Mapping[str, float] = field(default_factory=dict)
+    """Terms added to the encoder's objective, with their weights."""
+    class_weights: Literal["none", "pada"] = "none"
+    """Weigh source samples by how much of their class the target seems to hold, for partial adaptation."""
+    batchnorm: Literal["auto", "joint", "apart"] = "auto"
+    """Pass both domains through the network together or one after the other, which BatchNorm tells apart; auto: as the
+    method does by default."""
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """What a method knows of the data before training.
 
     Attributes:
-        source_images: (B, C, H, W). source_labels: (B,) int64. target_images: (B, C, H, W).
-        warming_up: whether this step trains on the source alone.
-        adversarial_ramp: 0-d, lambda of eq. 16; a tensor, since a Python number that changes would recompile each step.
-        mean_over_ranks: averages a tensor over the processes, without gradient; None for one process.
+        num_classes: r. num_source, num_target: samples. seed: of the run.
     """
 
-    source_images: Tensor
+    num_classes: int
+    num_source: int = 0
+    num_target: int = 0
+    seed: int = 0
+
+
+class Scores(Protocol):
+    """The target (and the source) as the network sees them at an evaluation; the same on every rank, on the CPU."""
+
+    probabilities: Tensor
+    """(n_t, r) float32, of the whole target."""
     source_labels: Tensor
-    target_images: Tensor
-    warming_up: bool
-    adversarial_ramp: Tensor
-    mean_over_ranks: Callable[[Tensor], Tensor] | None = None
+    """(n_s,) int64"""
 
-
-@dataclass(frozen=True)
-class Move:
-    """One optimizer step: the players that move, and what they minimize.
-
-    Attributes:
-        players: names of `Method.players`. objective: its gradient moves them.
-        provisional: another move of the same step follows, and this one counts only if that one is finite too.
-    """
-
-    players: tuple[str, ...]
-    objective: Objective
-    provisional: bool = False
+    def features(self, domain: Literal["source", "target"]) -> Tensor:
+        """(n, D) float32 of a whole domain; computed by all ranks when it is asked for."""
 
 
 class Method(nn.Module):
-    """Base of all methods. A new one is a new file beside this one and a line in `gsda_fast.methods.METHODS`.
+    """Base of all methods: one adaptation method is one file beside this one and a line in `METHODS`.
 
-    A method holds its modules and says what to minimize; it knows no loop over steps, no device, no rank, no file.
+    A method holds its modules and says what to minimize. It knows no loop over steps, no device, no rank and no file.
+    A subclass writes `updates`, and what else differs from the defaults.
+
+    Args:
+        model: encoder and classifier. settings: the method's own. task: facts of the data.
+        adaptation: terms to add, class weights, BatchNorm.
 
     Attributes:
-        target_samples: which target samples train: none, all, or those with a confident pseudo-label.
+        model: the network that is evaluated, predicted with and exported.
+        source_class_weights: (r,) float32, what a source sample of each class counts for: ones until the target has
+            been evaluated. None, and no part of the state, unless the settings ask for it.
     """
 
-    target_samples: TargetSamples
+    target_views: ClassVar[int] = 1
+    """Independent augmentations of each target image in a batch: `target_images`, and the `further_views`."""
+    strong_view: ClassVar[bool] = False
+    """Change the colours of the last view."""
+    fits: ClassVar[bool] = False
+    """Whether the method is fitted once, on features, in place of steps: adaptation is then a single step."""
+    needs_warmup: ClassVar[bool] = False
+    """Whether the method starts from a network that has been trained on the source."""
+    batchnorm: ClassVar[Literal["joint", "apart"]] = "joint"
+    """How the domains pass the network by default."""
+    refuses: ClassVar[tuple[str, ...]] = ()
+    """Options of `AdaptationSettings` that make no sense here: "add", "class_weights"."""
 
-    def __init__(self, model: AdaptationModel) -> None:
+    source_class_weights: Tensor | None
+
+    def __init__(
+        self,
+        model: AdaptationModel,
+        settings: MethodSettings | None = None,
+        task: TaskFacts | None = None,
+        adaptation: AdaptationSettings | None = None,
+    ) -> None:
         super().__init__()
+        adaptation = adaptation or AdaptationSettings()
         self.model = model
+        self.added = dict(adaptation.add)
+        self._apart = (self.batchnorm if adaptation.batchnorm == "auto" else adaptation.batchnorm) == "apart"
+        weights = torch.ones(task.num_classes) if task is not None and adaptation.class_weights == "pada" else None
+        self.register_buffer("source_class_weights", weights)
 
-    def players(self) -> dict[str, nn.Module]:
-        """Modules that move together, by name; each gets an optimizer. "encoder" is encoder and classifier."""
-        return {"encoder": self.model}
+    @classmethod
+    def resolve(cls, settings: Any, num_classes: int, device: str) -> Any:
+        """Return the settings with every automatic choice made for that many classes, on "cpu" or "cuda".
+
+        Raises:
+            UsageError: a choice that cannot be had here.
+        """
+        return settings
+
+    @classmethod
+    def classifier(cls, settings: Any, feature_dim: int, num_classes: int) -> nn.Module:
+        """Build the head: (N, D) features to the (N, r) logits that predict."""
+        return nn.Linear(feature_dim, num_classes)
+
+    @property
+    def trained(self) -> AdaptationModel:
+        """The network that learns: `model`, but for a teacher's student."""
+        return self.model
+
+    def players(self) -> dict[str, Player]:
+        """Return what moves, by name; each player gets an optimizer."""
+        trained = self.trained
+        return {"encoder": Player((trained.backbone, trained.bottleneck)), "classifier": Player((trained.classifier,))}
 
     def compile_parts(self, mode: str | None = None) -> None:
-        """Compiles what runs in every training step; a method with more modules compiles those as well.
+        """Compile what runs in every training step; a method with more modules compiles those as well.
 
         Args:
             mode: of `torch.compile`.
         """
         # Every step has the same shapes, and a graph for any shape is a slower one.
-        self.model.compile(dynamic=False, mode=mode)
+        self.trained.compile(dynamic=False, mode=mode)
 
-    def refresh(self, target_probabilities: Tensor) -> None:
-        """Told of every scoring of the target. What a method keeps of it is a buffer, so that checkpoints hold it.
+    def start(self) -> Iterable[str]:
+        """Prepare the first adaptation step; called once before it, and again by a run that resumes there.
+
+        Returns:
+            Names of players that forget their momentum.
+        """
+        return ()
+
+    def on_evaluation(self, scores: Scores) -> None:
+        """Renew what depends on the whole target, as buffers, so that checkpoints hold it. Overriders call this one.
 
         Args:
-            target_probabilities: (n_t, r) float32 on the CPU, all samples of the target, the same on every rank.
+            scores: of the evaluation that has just been made.
         """
+        if self.source_class_weights is not None:
+            self.source_class_weights.copy_(target_class_weights(scores.probabilities))
 
-    def moves(self, inputs: StepInputs) -> Iterator[Move]:
-        """The moves of a step, in order. The caller takes each optimizer step before it asks for the next move."""
+    def source_updates(self, batch: Batch, step: Step) -> Iterator[Update]:
+        """Yield the updates of a step on the source alone: warm-up, and the method source-only."""
+        features, logits = self.trained(batch.source_images)
+        loss = self.classification(logits, batch, step)
+        yield Update(ENCODER, loss, {"classification": loss.detach()}, images=len(features))
+
+    def updates(self, batch: Batch, step: Step) -> Iterator[Update]:
+        """Yield the updates of an adaptation step, in order.
+
+        Each is carried out before the next is asked for: backward pass, mean over ranks, optimizer. Code after the last
+        `yield` runs after the last optimizer step, and not in a step that fp16's scaling skipped.
+        """
         raise NotImplementedError
+
+    def outputs(self, batch: Batch) -> Outputs:
+        """Run the trained network on both domains, together or apart."""
+        num_source = len(batch.source_images)
+        if self._apart:
+            source, target = self.trained(batch.source_images), self.trained(batch.target_images)
+            features, logits = (torch.cat(pair) for pair in zip(source, target))
+        else:
+            features, logits = self.trained(torch.cat([batch.source_images, batch.target_images]))
+        return Outputs(features, logits, num_source)
+
+    def classification(self, source_logits: Tensor, batch: Batch, step: Step) -> Tensor:
+        """Return the source's cross-entropy, 0-d, weighted by class where the settings ask for it."""
+        return classification_loss(source_logits, batch.source_labels, self.source_weight(batch), step.mean)
+
+    def source_weight(self, batch: Batch) -> Tensor | None:
+        """Return what each source sample counts for, (B,); None where all count equally."""
+        return None if self.source_class_weights is None else self.source_class_weights[batch.source_labels]
+
+    def sample_weight(self, batch: Batch) -> Tensor | None:
+        """Return the same for both domains' rows, (N,), source first; target rows count 1."""
+        weight = self.source_weight(batch)
+        return None if weight is None else torch.cat([weight, weight.new_ones(len(batch.target_images))])
+
+    def encoder_update(
+        self,
+        outputs: Outputs,
+        batch: Batch,
+        step: Step,
+        loss: Tensor | float = 0.0,
+        terms: Mapping[str, Tensor] | None = None,
+        players: tuple[str, ...] = ENCODER,
+        classification: Tensor | None = None,
+    ) -> Update:
+        """Build the encoder's update: the source's cross-entropy, plus `loss`, plus the terms that were added.
+
+        Args:
+            outputs: of this batch. loss: the method's own part, weighted. terms: its parts by name, for the log.
+            players: who moves. classification: what stands for the source's cross-entropy, where it is not that of
+                `outputs`.
+        """
+        if classification is None:
+            classification = self.classification(outputs.source_logits, batch, step)
+        total, named = classification + loss, {"classification": classification}
+        for name, weight in self.added.items():
+            value = TERMS[name](outputs, batch.source_labels, step)
+            total = total + weight * value
+            named[name] = value
+        named = {**(terms or {}), **named}
+        logged = {name: value.detach() for name, value in named.items()}
+        return Update(players, total, logged, images=len(outputs.features))

@@ -64,9 +64,9 @@ class Discriminators(nn.Module):
         self.register_buffer("class_weights", torch.cat([rows[level] for level in self.levels]))
         self._pairs_per_class = int((self.class_weights > 0).sum(0).max())
         shape = (self.num_discriminators, hidden_dim)
-        self.w1, self.b1 = _stacked_linear(*shape, feature_dim)
-        self.w2, self.b2 = _stacked_linear(*shape, hidden_dim)
-        w3, b3 = _stacked_linear(self.num_discriminators, 1, hidden_dim)
+        self.w1, self.b1 = stacked_linear(*shape, feature_dim)
+        self.w2, self.b2 = stacked_linear(*shape, hidden_dim)
+        w3, b3 = stacked_linear(self.num_discriminators, 1, hidden_dim)
         self.w3, self.b3 = nn.Parameter(w3.detach().squeeze(1)), nn.Parameter(b3.detach().squeeze(1))
 
     @property
@@ -136,7 +136,7 @@ class Discriminators(nn.Module):
             )
 
 
-def _stacked_linear(num: int, out_features: int, in_features: int) -> tuple[nn.Parameter, nn.Parameter]:
+def stacked_linear(num: int, out_features: int, in_features: int) -> tuple[nn.Parameter, nn.Parameter]:
     """Parameters of `num` linear layers, each initialised on its own: with its fan-in, not that of the stack."""
     weight, bias = torch.empty(num, out_features, in_features), torch.empty(num, out_features)
     bound = 1 / math.sqrt(in_features)

@@ -1,217 +1,187 @@
-"""Hierarchical gradient synchronization (Hu et al., CVPR 2020) and its six ablations, as settings of the same code."""
+"""Hierarchical gradient synchronization (Hu et al., CVPR 2020), its ablations and DANN, as one class."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
-import torch
-from torch import Tensor, nn
+from msgspec import Meta
+from torch import Tensor
 
-from gsda_fast.methods.base import Method, Move, StepInputs, TargetSamples
+import gsda_kernels
+from gsda_fast.data.batches import Batch
+from gsda_fast.errors import UsageError
+from gsda_fast.methods.base import ENCODER, AdaptationSettings, Method, MethodSettings, TaskFacts
 from gsda_fast.methods.discriminators import LEVELS, Discriminators
 from gsda_fast.methods.groups import ClassGroups
 from gsda_fast.methods.objective import (
-    Objective,
     class_probabilities,
     discriminator_objective,
-    encoder_objective,
+    entropy,
     synchronization_loss,
-    target_class_weights,
 )
+from gsda_fast.methods.step import Outputs, Player, Step, Update
 from gsda_fast.model import AdaptationModel
 from gsda_kernels import AdversarialTerms
 
 
 @dataclass(frozen=True)
-class AdversarialSettings:
-    """The adversarial part of the objective."""
+class AdversarialSettings(MethodSettings):
+    """Discriminators against the encoder."""
 
-    alpha: float = 0.02
-    """Weight of the target's entropy (eq. 3)."""
-    beta: float = 1.0
-    """Weight of the synchronization loss (eqs. 15 and 16)."""
-    groups: int = 6
-    """Number of random groups of classes (b)."""
-    adversarial_weight: float = 1.0
+    adversarial_weight: Annotated[float, Meta(ge=0)] = 1.0
     """Weight of the adversarial part against the classification loss, for the encoder."""
-    sync_ramp: bool = True
-    """Multiply beta by the adversarial ramp, so that synchronization starts as gently as alignment does."""
-    min_weight: float = 0.0
-    """Leave out target samples from discriminators in which they weigh less than this; 0 is exact."""
     update: Literal["alternating", "reversal"] = "alternating"
     """Discriminators first and then the encoder through them (the paper), or both at once by gradient reversal."""
-    class_weights: Literal["none", "pada"] = "none"
-    """Weigh source samples by how much of their class the target seems to hold, for partial adaptation."""
-    hidden_dim: int = 1024
+    hidden_dim: Annotated[int, Meta(ge=1)] = 1024
     """Width of the discriminators' two hidden layers."""
+    min_weight: Annotated[float, Meta(ge=0)] = 0.0
+    """Leave out target samples from discriminators in which they weigh less than this; 0 is exact."""
     backend: str = "auto"
     """How the adversarial terms are computed: auto, or one of gsda_kernels.available_backends()."""
 
 
 @dataclass(frozen=True)
-class Ablation:
-    """Which parts of the method take part."""
+class GSDASettings(AdversarialSettings):
+    """Hierarchical alignment with synchronized gradients."""
 
-    levels: tuple[str, ...] = ()
-    entropy: bool = False
-    synchronize: bool = False
-    target_samples: TargetSamples = "confident"
+    alpha: Annotated[float, Meta(ge=0)] = 0.02
+    """Weight of the target's entropy (eq. 3)."""
+    beta: Annotated[float, Meta(ge=0)] = 1.0
+    """Weight of the synchronization loss (eqs. 15 and 16)."""
+    groups: Annotated[int, Meta(ge=0)] = 0
+    """Number of random groups of classes (b); 0: about five classes in each."""
+    sync_ramp: bool = True
+    """Multiply beta by the adversarial ramp, so that synchronization starts as gently as alignment does."""
 
 
-ABLATIONS = {
-    "source-only": Ablation(target_samples="none"),
-    "entropy": Ablation(entropy=True),
-    "dann": Ablation(levels=("domain",), target_samples="all"),
-    "domain": Ablation(levels=("domain",), entropy=True),
-    "class": Ablation(levels=("domain", "class"), entropy=True),
-    "group": Ablation(levels=("domain", "group", "class"), entropy=True),
-    "gsda": Ablation(levels=("domain", "group", "class"), entropy=True, synchronize=True),
+def _paper(alpha: float, beta: float, groups: int) -> dict[str, dict[str, Any]]:
+    return {"method": {"alpha": alpha, "beta": beta, "groups": groups}}
+
+
+SMALL_DISCRIMINATOR = {
+    task: {"method": {"hidden_dim": width}}
+    for task, width in {"digits": 32, "digits-partial": 32, "features": 256, "pictures-features": 256}.items()
 }
+"""A discriminator as small as the digits; on embeddings, where it is most of a step, as wide as the bottleneck."""
+
+_DIGITS = {"method": {"alpha": 0.1, "beta": 1.0, "groups": 3, "hidden_dim": 32}}
+PRESETS = {
+    "digits": _DIGITS,
+    "digits-partial": _DIGITS,
+    "pictures": {"method": {"alpha": 0.1, "beta": 1.0, "groups": 3}},
+    "pictures-features": {"method": {"alpha": 0.1, "beta": 1.0, "groups": 3, "hidden_dim": 256}},
+    "features": {"method": {"alpha": 0.1, "beta": 1.0, "hidden_dim": 256}},
+    "visda": _paper(0.2, 10.0, 4),
+    "office31": _paper(0.02, 1.0, 6),
+    "office31-partial": _paper(0.2, 10.0, 6),
+    "office-home": _paper(0.02, 1.0, 13),
+}
+"""By task: of the paper's own tasks the paper's, of the others those under which the README's results were obtained."""
 
 
 class GSDA(Method):
     """Adversarial alignment on up to three levels, with or without synchronized gradient magnitudes.
 
     Args:
-        model: encoder and classifier. settings: weights and sizes. groups: the groups of classes.
-        ablation: which parts take part; all of them by default.
-
-    Attributes:
-        source_class_weights: (r,) float32, what a source sample of each class counts for (`target_class_weights`): ones
-            until the target has been scored. None, and no part of the state, unless the settings ask for it.
+        model, settings, task, adaptation: see `Method`; the settings of a class without synchronization can do without
+            alpha, beta and groups.
+        levels: which of "domain", "group", "class" have discriminators.
+        minimize_entropy: add alpha times the target's entropy (eq. 5). synchronize: add beta times L_syn.
     """
-
-    source_class_weights: Tensor | None
 
     def __init__(
         self,
         model: AdaptationModel,
         settings: AdversarialSettings,
-        groups: ClassGroups,
-        ablation: Ablation = ABLATIONS["gsda"],
+        task: TaskFacts,
+        adaptation: AdaptationSettings | None = None,
+        *,
+        levels: Sequence[str] = LEVELS,
+        minimize_entropy: bool = True,
+        synchronize: bool = True,
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, settings, task, adaptation)
+        full = settings if isinstance(settings, GSDASettings) else GSDASettings(groups=1)
         self.settings = settings
-        self.ablation = ablation
-        self.target_samples = ablation.target_samples
-        self.register_buffer(
-            "source_class_weights", torch.ones(groups.num_classes) if settings.class_weights == "pada" else None
+        self.alpha = full.alpha if minimize_entropy else 0.0
+        self.beta, self.sync_ramp = full.beta, full.sync_ramp
+        self.synchronize = synchronize
+        self.discriminators = Discriminators(
+            model.feature_dim,
+            ClassGroups.random(task.num_classes, full.groups, task.seed),
+            settings.hidden_dim,
+            levels,
+            backend=settings.backend,
+            min_weight=settings.min_weight,
         )
-        self.discriminators = None
-        if ablation.levels:
-            self.discriminators = Discriminators(
-                model.feature_dim,
-                groups,
-                settings.hidden_dim,
-                ablation.levels,
-                backend=settings.backend,
-                min_weight=settings.min_weight,
-            )
 
-    def players(self) -> dict[str, nn.Module]:
-        if self.discriminators is None:
-            return super().players()
-        return {**super().players(), "discriminators": self.discriminators}
+    @classmethod
+    def resolve(cls, settings: AdversarialSettings, num_classes: int, device: str) -> AdversarialSettings:
+        try:
+            resolved = replace(settings, backend=gsda_kernels.resolve_backend(settings.backend, device))
+        except ValueError as error:
+            found = settings.backend
+            raise UsageError("--backend", found=found, expected=f"one that can run here ({error})") from error
+        if not isinstance(resolved, GSDASettings):
+            return resolved
+        groups = resolved.groups or max(1, round(num_classes / 5))
+        if groups > num_classes:
+            expected = f"1 to {num_classes}, the number of classes"
+            raise UsageError("--groups", found=str(groups), expected=expected)
+        return replace(resolved, groups=groups)
+
+    def players(self) -> dict[str, Player]:
+        return {**super().players(), "discriminators": Player((self.discriminators,))}
 
     def compile_parts(self, mode: str | None = None) -> None:
         super().compile_parts(mode)
-        if self.discriminators is not None:
-            self.discriminators.compile(dynamic=False, mode=mode)
+        self.discriminators.compile(dynamic=False, mode=mode)
 
-    def refresh(self, target_probabilities: Tensor) -> None:
-        if self.source_class_weights is not None:
-            self.source_class_weights.copy_(target_class_weights(target_probabilities))
-
-    def moves(self, inputs: StepInputs) -> Iterator[Move]:
-        alone = inputs.warming_up or self.target_samples == "none"
-        images = inputs.source_images if alone else torch.cat([inputs.source_images, inputs.target_images])
-        features, logits = self.model(images)
-        if not alone and self.discriminators is not None:
-            yield from self._adversarial_moves(self.discriminators, features, logits, inputs)
-            return
-        objective = encoder_objective(
-            logits,
-            inputs.source_labels,
-            alpha=0.0 if alone else self._alpha,
-            source_weight=self._source_weight(inputs),
-            mean_over_ranks=inputs.mean_over_ranks,
-        )
-        yield Move(("encoder",), objective)
-
-    def _adversarial_moves(
-        self, discriminators: Discriminators, features: Tensor, logits: Tensor, inputs: StepInputs
-    ) -> Iterator[Move]:
-        num_source = len(inputs.source_labels)
-        domain = (torch.arange(len(features), device=features.device) < num_source).to(torch.float32)
-        probabilities = class_probabilities(logits, inputs.source_labels)
-        groups = discriminators.groups if self.ablation.synchronize else None
-        beta = self.settings.beta * (inputs.adversarial_ramp if self.settings.sync_ramp else 1.0)
-        weight, mean_over_ranks = self.settings.adversarial_weight, inputs.mean_over_ranks
-        source_weight, sample_weight = self._source_weight(inputs), None
-        if source_weight is not None:
-            sample_weight = torch.cat([source_weight, source_weight.new_ones(len(features) - num_source)])
+    def updates(self, batch: Batch, step: Step) -> Iterator[Update]:
+        outputs = self.outputs(batch)
+        probabilities = class_probabilities(outputs.logits, batch.source_labels)
+        arguments = probabilities, outputs.domain, outputs.num_source
+        sample_weight = self.sample_weight(batch)
+        weight = self.settings.adversarial_weight
+        groups = self.discriminators.groups if self.synchronize else None
+        beta = self.beta * (step.ramp if self.sync_ramp else 1.0)
 
         if self.settings.update == "reversal":
             # What reaches the encoder is weighed, what reaches the discriminators is not.
-            weighed = features.detach() + weight * (features - features.detach())
-            reversed_scale = -inputs.adversarial_ramp
-            terms = discriminators(
-                weighed,
-                probabilities,
-                domain,
-                num_source,
-                loss_feature_scale=reversed_scale,
-                sample_weight=sample_weight,
-            )
-            adversarial = discriminator_objective(terms, groups, beta=beta, mean_over_ranks=mean_over_ranks)
-            own = encoder_objective(
-                logits,
-                inputs.source_labels,
-                alpha=self._alpha,
-                source_weight=source_weight,
-                mean_over_ranks=mean_over_ranks,
-            )
-            named = {**self._adversarial_terms(discriminators, terms, inputs), **own.terms}
-            yield Move(("encoder", "discriminators"), Objective(own.total + adversarial.total, named))
+            held = outputs.features.detach()
+            weighed = held + weight * (outputs.features - held)
+            terms = self.discriminators(weighed, *arguments, loss_feature_scale=-step.ramp, sample_weight=sample_weight)
+            adversarial = discriminator_objective(terms, groups, beta=beta, mean_over_ranks=step.mean)
+            own, named = self._entropy(outputs)
+            named = {**self._adversarial_terms(terms, step), **named}
+            players = (*ENCODER, "discriminators")
+            yield self.encoder_update(outputs, batch, step, own + adversarial.total, named, players)
             return
 
-        terms = discriminators(features.detach(), probabilities, domain, num_source, sample_weight=sample_weight)
-        adversarial = discriminator_objective(terms, groups, beta=beta, mean_over_ranks=mean_over_ranks)
-        named = self._adversarial_terms(discriminators, terms, inputs)
-        yield Move(("discriminators",), Objective(adversarial.total, named), provisional=True)
-        objective = encoder_objective(
-            logits,
-            inputs.source_labels,
-            discriminators(features, probabilities, domain, num_source, frozen=True, sample_weight=sample_weight),
-            groups,
-            alpha=self._alpha,
-            beta=beta,
-            adversarial_ramp=inputs.adversarial_ramp,
-            adversarial_weight=weight,
-            source_weight=source_weight,
-            mean_over_ranks=mean_over_ranks,
-        )
-        # The discriminators' own move has logged the adversarial terms already, before they moved.
-        own_terms = {name: objective.terms[name] for name in ("classification", "entropy") if name in objective.terms}
-        yield Move(("encoder",), Objective(objective.total, own_terms))
+        terms = self.discriminators(outputs.features.detach(), *arguments, sample_weight=sample_weight)
+        adversarial = discriminator_objective(terms, groups, beta=beta, mean_over_ranks=step.mean)
+        yield Update(("discriminators",), adversarial.total, self._adversarial_terms(terms, step))
+        terms = self.discriminators(outputs.features, *arguments, frozen=True, sample_weight=sample_weight)
+        against = -step.ramp * terms.loss.sum()
+        if groups is not None:
+            against = against + beta * synchronization_loss(terms.gradient_norm, groups, step.mean)
+        own, named = self._entropy(outputs)
+        # The discriminators' own update has logged the adversarial terms, before they moved.
+        yield self.encoder_update(outputs, batch, step, own + weight * against, named)
 
-    @property
-    def _alpha(self) -> float:
-        return self.settings.alpha if self.ablation.entropy else 0.0
+    def _entropy(self, outputs: Outputs) -> tuple[Tensor | float, dict[str, Tensor]]:
+        if not self.alpha:
+            return 0.0, {}
+        value = entropy(outputs.target_logits)
+        return self.alpha * value, {"entropy": value}
 
-    def _source_weight(self, inputs: StepInputs) -> Tensor | None:
-        """(B,), None where all source samples count equally."""
-        return None if self.source_class_weights is None else self.source_class_weights[inputs.source_labels]
-
-    def _adversarial_terms(
-        self, discriminators: Discriminators, terms: AdversarialTerms, inputs: StepInputs
-    ) -> dict[str, Tensor]:
-        named = {f"adversarial_{level}": x for level, x in discriminators.sum_per_level(terms.loss.detach()).items()}
-        norms = terms.gradient_norm.detach()
-        named |= {f"gradient_norm_{level}": x for level, x in discriminators.sum_per_level(norms).items()}
-        if discriminators.levels == LEVELS:
+    def _adversarial_terms(self, terms: AdversarialTerms, step: Step) -> dict[str, Tensor]:
+        per_level, norms = self.discriminators.sum_per_level, terms.gradient_norm.detach()
+        named = {f"adversarial_{level}": value for level, value in per_level(terms.loss.detach()).items()}
+        named |= {f"gradient_norm_{level}": value for level, value in per_level(norms).items()}
+        if self.discriminators.levels == LEVELS:
             # Logged without synchronization as well, to show what it changes.
-            named["synchronization"] = synchronization_loss(norms, discriminators.groups, inputs.mean_over_ranks)
+            named["synchronization"] = synchronization_loss(norms, self.discriminators.groups, step.mean)
         return named

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gsda_fast.losses import entropy
 from gsda_fast.methods.groups import ClassGroups
 from gsda_kernels import AdversarialTerms
 
@@ -28,19 +29,6 @@ class Objective:
 
     total: Tensor
     terms: Mapping[str, Tensor]
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """Mean entropy of the predictions (eq. 5), in nats.
-
-    Args:
-        logits: (N, r).
-
-    Returns:
-        0-d tensor.
-    """
-    log_probabilities = F.log_softmax(logits, dim=1)
-    return -(log_probabilities.exp() * log_probabilities).sum(1).mean()
 
 
 def class_probabilities(logits: Tensor, source_labels: Tensor) -> Tensor:

@@ -12,8 +12,16 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
+from gsda_fast.results.records import NORM
+
 MISMATCH_FORMULA = "3 L_syn / (S_dom + ΣS_grp + ΣS_cls)"
-LEVELS = ("domain", "group", "class")
+
+
+def series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return steps, (n,) int64, and values, (n,) float64, of one figure where it was measured; NaN where not finite."""
+    measured = [(record["step"], record[name]) for record in records if name in record]
+    steps = np.array([step for step, _ in measured], dtype=np.int64)
+    return steps, np.array([value for _, value in measured], dtype=np.float64)
 
 
 def relative_mismatch(records: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
@@ -27,7 +35,7 @@ def relative_mismatch(records: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray,
     Returns:
         (n,) int64 and (n,) float64, NaN where a figure was not finite.
     """
-    names = ("synchronization", *(f"gradient_norm_{level}" for level in LEVELS))
+    names = ("synchronization", *(f"{NORM}{level}" for level in ("domain", "group", "class")))
     # A value that was not finite is stored as null, which is a measured NaN here.
     measured = [record for record in records if all(name in record for name in names)]
     steps = np.array([record["step"] for record in measured], dtype=np.int64)

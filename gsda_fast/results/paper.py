@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from gsda_fast.results.tables import AVERAGE, MEAN_PER_CLASS, OVERALL, Cell, ResultTable, Row
+import pandas as pd
+
+from gsda_fast.results.tables import AVERAGE, MEAN_PER_CLASS, OVERALL, ResultTable
 
 SOURCE = "Hu et al., CVPR 2020"
 
-# Task -> method -> (table, row) in paper_tables.json. Partial tasks and the entropy row have no counterpart there.
-_COMPARED = {"source-only": "ResNet50", "dann": "DANN", "gsda": "GSDA"}
-_ABLATION = {"domain": "Glb", "class": "Glb+Cls", "group": "Glb+Cls+Grp"}
-_ROWS: Mapping[str, Mapping[str, tuple[str, str]]] = {
-    "office31": {
-        **{method: ("office31", row) for method, row in _COMPARED.items()},
-        **{method: ("office31_ablation", row) for method, row in _ABLATION.items()},
-    },
-    "office-home": {method: ("office_home", row) for method, row in _COMPARED.items()},
-    "visda": {method: ("visda", row) for method, row in _COMPARED.items()},
+# Method -> the name of its row. Partial tasks have no counterpart in the paper, nor have the other methods.
+_ROWS: Mapping[str, str] = {
+    "source-only": "ResNet50", "tca": "TCA", "gfk": "GFK", "dan": "DAN", "rtn": "RTN", "jan": "JAN", "dann": "DANN",
+    "adda": "ADDA", "mcd": "MCDDA", "mada": "MADA", "cdan-e": "CDAN", "symnets": "SymNets", "safn": "SAFN",
+    "bsp-cdan": "BSP", "tpn": "TPN", "self-ensembling": "S-En", "gsda": "GSDA",
+}  # fmt: skip
+_ABLATION: Mapping[str, str] = {
+    **{"domain": "Glb", "class": "Glb+Cls", "group": "Glb+Cls+Grp"},
+    **{"glb": "Glb", "glb-cls": "Glb+Cls", "glb-cls-grp": "Glb+Cls+Grp"},
+}
+# What the paper took over from others, and what its row's name does not say.
+_REMARKS = {
+    "CDAN": "with entropy weights (CDAN+E)",
+    "SAFN": "ten-crop test",
+    "BSP": "BSP+CDAN",
+    "S-En": "with test-time augmentation",
 }
 # The mean of VisDA's GSDA row is 82.5. Weighted by the numbers of validation images the row gives the 81.5 that is
 # printed as its average, so that is most likely its overall accuracy; every other average is a mean.
@@ -52,20 +62,53 @@ class PublishedRow:
         """The mean over the columns: the printed one, or where that is something else the one computed from them."""
         return statistics.fmean(self.values.values()) if self.average_is_overall else self.average
 
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the row has to know."""
+        notes = [f"paper: {SOURCE}, ResNet-50"]
+        about = [remark for remark in (_REMARKS.get(self.name), self.backbone) if remark and remark != "ResNet-50"]
+        if about:
+            notes.append(f"{self.name}: {', '.join(about)}")
+        if self.average_is_overall:
+            notes.append(
+                f"{self.name}'s printed average, {self.average:.1f}, is not the mean of its own row "
+                f"({self.mean:.1f}) but most likely overall accuracy, and stands there"
+            )
+        return notes
+
+    def value(self, column: str, columns: tuple[str, ...]) -> float:
+        """Return what the paper has in a column of a table with these columns; NaN for nothing.
+
+        An average over fewer transfer tasks than the paper's is set against the mean of its figures for those.
+        """
+        if column == AVERAGE:
+            shown = set(columns) - {AVERAGE}
+            if shown == set(self.values):
+                return self.mean
+            return statistics.fmean(self.values[name] for name in shown) if shown < set(self.values) else math.nan
+        if column == MEAN_PER_CLASS:
+            return self.mean
+        if column == OVERALL:
+            return self.average if self.average_is_overall else math.nan
+        return self.values.get(column, math.nan)
+
 
 def published_row(task: str, method: str) -> PublishedRow | None:
-    """The paper's row for one of our methods; None if it prints none."""
-    if method not in _ROWS.get(task, {}):
+    """Return the paper's row for one of our methods; None if it prints none."""
+    table_name = task.replace("-", "_")
+    if task == "office31" and method in _ABLATION:
+        table_name = "office31_ablation"
+    name = _ABLATION.get(method) or _ROWS.get(method)
+    table = paper_tables().get(table_name)
+    if table is None or name is None or name not in table["rows"]:
         return None
-    table_name, name = _ROWS[task][method]
-    table = paper_tables()[table_name]
     *columns, last = table["columns"]
     assert last == AVERAGE
     *values, average = table["rows"][name]
     return PublishedRow(
         name,
         table["paper_table"],
-        "ResNet-50",
+        "ResNet-101" if name in table.get("deeper", ()) else "ResNet-50",
         dict(zip(columns, values, strict=True)),
         average,
         (table_name, name) in _AVERAGE_IS_OVERALL,
@@ -74,54 +117,31 @@ def published_row(task: str, method: str) -> PublishedRow | None:
 
 @lru_cache
 def paper_tables() -> dict[str, dict]:
-    """The tables of paper_tables.json by name: `paper_table`, `columns` and `rows`."""
+    """Return the tables of paper_tables.json by name: `paper_table`, `columns` and `rows`."""
     tables: dict[str, dict] = json.loads(Path(__file__).with_name("paper_tables.json").read_text())["tables"]
     return tables
 
 
 def with_paper(table: ResultTable) -> ResultTable:
-    """The table with, below each of our rows that the paper has a counterpart of, that row and the difference.
+    """Return the table with, below each row that the paper has a counterpart of, that row and the difference.
 
-    The columns must have the paper's names. An average over fewer transfer tasks than the paper's is set against the
-    mean of the paper's figures for those. A table of the mean per class over transfer tasks stays as it is, since the
-    paper prints overall accuracies there.
+    The columns must have the paper's names. A table of the mean per class over transfer tasks stays as it is, since
+    the paper prints overall accuracies there.
     """
-    rows: list[Row] = []
+    rows: list[pd.DataFrame] = []
     notes: list[str] = []
-    for row in table.rows:
-        rows.append(row)
-        published = published_row(table.task, row.label) if table.figure != "mean_per_class" else None
+    for (label, *_), cells in table.rows:
+        rows.append(cells)
+        published = published_row(table.task, label) if table.figure != "mean_per_class" else None
         if published is None:
             continue
-        values = [_value(published, column, table) for column in table.columns]
-        if all(value is None for value in values):
+        values = pd.Series([published.value(column, table.columns) for column in table.columns], cells.index)
+        if values.isna().all():
             continue
+        beside = cells.assign(spread=math.nan, seeds=0)
         where = f"{published.name}, Table {published.table}"
-        rows.append(Row(row.label, tuple(Cell(value) for value in values), "paper", where))
-        differences = [
-            Cell(None if cell.mean is None or value is None else cell.mean - value)
-            for cell, value in zip(row.cells, values, strict=True)
-        ]
-        rows.append(Row(row.label, tuple(differences), "difference"))
-        notes.append(f"paper: {SOURCE}, {published.backbone}")
-        if published.average_is_overall:
-            notes.append(
-                f"{published.name}'s printed average, {published.average:.1f}, is not the mean of its own row "
-                f"({published.mean:.1f}) but most likely overall accuracy, and stands there"
-            )
-    return replace(table, rows=tuple(rows), notes=(*table.notes, *dict.fromkeys(notes)))
-
-
-def _value(row: PublishedRow, column: str, table: ResultTable) -> float | None:
-    if column == AVERAGE:
-        shown = [name for name in table.columns if name != AVERAGE]
-        if set(shown) == set(row.values):
-            return row.mean
-        if set(shown) < set(row.values):
-            return statistics.fmean(row.values[name] for name in shown)
-        return None
-    if column == MEAN_PER_CLASS:
-        return row.mean
-    if column == OVERALL:
-        return row.average if row.average_is_overall else None
-    return row.values.get(column)
+        rows.append(beside.assign(kind="paper", source=where, mean=values))
+        rows.append(beside.assign(kind="difference", mean=cells["mean"] - values))
+        notes += published.notes
+    cells = pd.concat(rows, ignore_index=True)
+    return dataclasses.replace(table, cells=cells, notes=(*table.notes, *dict.fromkeys(notes)))

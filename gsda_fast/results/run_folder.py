@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import importlib.metadata
 import json
 import math
@@ -16,26 +15,20 @@ import os
 import platform
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import tempfile
 import tomllib
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import filelock
 import numpy as np
 import tomli_w
 
-from gsda_fast.errors import UsageError, UsageWarning
-from gsda_fast.files import atomic_file
-
-LABEL_FREE_CRITERION = "mutual_information"
-"""What chooses the label-free figure: the mutual information of the target predictions (see `metrics`)."""
+from gsda_fast.errors import UsageError
+from gsda_fast.files import FolderLock, atomic_file
+from gsda_fast.results.records import Features, Predictions, RunResult, loss_terms
 
 FREE_TO_CHANGE = frozenset(
     ["run.output", "run.profile", "run.checkpoint_seconds", "data.verify", "data.workers", "distributed.timeout"]
@@ -45,111 +38,11 @@ FREE_TO_CHANGE = frozenset(
 PLOTS = (
     *("accuracy", "mean_per_class", "mutual_information", "per_class", "confusion"),
     *("tsne_warmup", "tsne_final", "gradient_norms", "relative_mismatch"),
-    *("loss_classification", "loss_entropy", "loss_synchronization"),
-    *("loss_adversarial_domain", "loss_adversarial_group", "loss_adversarial_class"),
 )
-"""The plots of a report, by name. Any other picture in a run's folder is somebody else's."""
+"""The plots of a run's report, by name, beside one for each term of the loss."""
 
 EXPORTED = ("model.safetensors", "model.pt2")
 """The files of an export: the parameters, and the network as a program."""
-
-
-@dataclass(frozen=True)
-class Selection:
-    """One figure, in percent, under the three ways to choose the evaluation; None where the target has no labels.
-
-    Attributes:
-        last: after the last step; nothing is chosen.
-        best: the highest of all evaluations. Chosen with the target's labels, so an upper bound and no result.
-        label_free: at the evaluation whose predictions have the largest mutual information; no label is used. None
-            also where none of them had a finite one.
-    """
-
-    last: float | None = None
-    best: float | None = None
-    label_free: float | None = None
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """`result.json`: what a finished run found on the target domain.
-
-    Attributes:
-        task, source, target, method, seed: what was run.
-        steps: optimiser steps, warm-up included.
-        accuracy: overall accuracy, percent.
-        mean_per_class: mean over the classes present in the target of their accuracies, percent.
-        per_class: accuracy of each class after the last step, percent, in the order of `classes`; None for a class
-            without a target sample.
-        classes: names of the classes.
-        images_per_second: training throughput, both domains and all ranks; None if no step was timed.
-        seconds: wall-clock time of the run, with that before an interruption.
-        label_free_criterion: what chose the `label_free` figures.
-        test_crops: crops of an image over which its probabilities were averaged, for all figures.
-    """
-
-    task: str
-    source: str
-    target: str
-    method: str
-    seed: int
-    steps: int
-    accuracy: Selection
-    mean_per_class: Selection
-    per_class: tuple[float | None, ...]
-    classes: tuple[str, ...]
-    images_per_second: float | None
-    seconds: float
-    label_free_criterion: str = LABEL_FREE_CRITERION
-    test_crops: int = 1
-
-    @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> RunResult:
-        """The inverse of `dataclasses.asdict`; keys that an earlier version lacked have their defaults, those that a
-        later one added are ignored.
-
-        Raises:
-            KeyError, TypeError: a key is missing or of another kind.
-        """
-        fields = dataclasses.fields(cls)
-        needed = [field.name for field in fields if field.default is dataclasses.MISSING or field.name in stored]
-        values = {name: stored[name] for name in needed}
-        for name in ("accuracy", "mean_per_class"):
-            values[name] = Selection(**values[name])
-        for name in ("per_class", "classes"):
-            values[name] = tuple(values[name])
-        return cls(**values)
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """`predictions.npz`: the target as the final model sees it.
-
-    Attributes:
-        labels: (n,) int64, -1 where unknown.
-        probabilities: (n, r) float32.
-    """
-
-    labels: np.ndarray
-    probabilities: np.ndarray
-
-
-@dataclass(frozen=True)
-class Features:
-    """`features.npz`: bottleneck features of some samples of each domain, the same samples at both moments.
-
-    Attributes:
-        source_labels, target_labels: (n_s,) and (n_t,) int64, -1 where unknown.
-        source_warmup, target_warmup: (n_s, D) and (n_t, D) float32 at the end of warm-up; None if not reached.
-        source_final, target_final: the same after the last step.
-    """
-
-    source_labels: np.ndarray
-    target_labels: np.ndarray
-    source_warmup: np.ndarray | None = None
-    target_warmup: np.ndarray | None = None
-    source_final: np.ndarray | None = None
-    target_final: np.ndarray | None = None
 
 
 class RunFolder:
@@ -161,9 +54,20 @@ class RunFolder:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self.config_path = self.path / "config.toml"
+        self.environment_path = self.path / "environment.json"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.result_path = self.path / "result.json"
+        self.predictions_path = self.path / "predictions.npz"
+        self.features_path = self.path / "features.npz"
+        self.report_path = self.path / "report.html"
+        self.trace_path = self.path / "trace.json"  # of some steps, for Perfetto or chrome://tracing
+        self.checkpoints = self.path / "checkpoints"
+        self.tensorboard = self.path / "tensorboard"
+        self.exported = self.path / "export"
         self._last_step: int | None = None
         self._unwritten = b""
-        self._lock: filelock.BaseFileLock | None = None
+        self._lock: FolderLock | None = None
 
     @staticmethod
     def default_name(task: str, source: str, target: str, method: str, seed: int) -> str:
@@ -218,31 +122,10 @@ class RunFolder:
         The kernel lets go of it when the process dies, however that happens: the lock file that stays says nothing.
 
         Raises:
-            UsageError: another process holds it.
+            UsageError: another process holds it, this user's or another's.
         """
-        if self._lock is not None:
-            return
-        file = self.path / ".lock"
-        lock = filelock.FileLock(file, timeout=0, fallback_to_soft=False)
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            raise UsageError(
-                "--output",
-                found=f"{self.path}, in use by {file.read_text().strip() or 'another process'}",
-                expected="a folder that no other process writes into",
-                remedy="wait for it or end it, or give another --output",
-            ) from None
-        except OSError as error:
-            # Some network file systems have no locks, and training must be possible there too. What else can be wrong
-            # with the folder, `prepare` tells.
-            if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                told = f"{self.path} cannot be locked ({error.strerror}): make sure that no other process writes there"
-                warnings.warn(told, UsageWarning, stacklevel=2)
-            return
-        self._lock = lock
-        with contextlib.suppress(OSError):  # a full disk, which is no reason to refuse
-            file.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        if self._lock is None:
+            self._lock = FolderLock(self.path)
 
     def release(self) -> None:
         """Lets other processes hold the folder again."""
@@ -257,6 +140,9 @@ class RunFolder:
         """
         for file in (self.result_path, self.predictions_path, self.features_path, self.trace_path, self.report_path):
             file.unlink(missing_ok=True)
+        with contextlib.suppress(UsageError):  # a broken file, which goes below
+            for term in loss_terms(self.read_metrics()):
+                self.plot_path(f"loss_{term}").unlink(missing_ok=True)
         for file in (*map(self.plot_path, PLOTS), *(self.exported / name for name in EXPORTED)):
             file.unlink(missing_ok=True)
         for file in self.tensorboard.glob("events.out.tfevents.*"):
@@ -269,58 +155,10 @@ class RunFolder:
             file.unlink(missing_ok=True)
         self._last_step, self._unwritten = None, b""
 
-    @property
-    def config_path(self) -> Path:
-        return self.path / "config.toml"
-
-    @property
-    def environment_path(self) -> Path:
-        return self.path / "environment.json"
-
-    @property
-    def metrics_path(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def tensorboard(self) -> Path:
-        """Folder of the TensorBoard event files."""
-        return self.path / "tensorboard"
-
-    @property
-    def exported(self) -> Path:
-        """Folder of the network as other projects read it."""
-        return self.path / "export"
-
-    @property
-    def result_path(self) -> Path:
-        return self.path / "result.json"
-
-    @property
-    def predictions_path(self) -> Path:
-        return self.path / "predictions.npz"
-
-    @property
-    def features_path(self) -> Path:
-        return self.path / "features.npz"
-
-    @property
-    def report_path(self) -> Path:
-        return self.path / "report.html"
-
-    @property
-    def trace_path(self) -> Path:
-        """Trace of some steps, for Perfetto or chrome://tracing."""
-        return self.path / "trace.json"
-
-    def plot_path(self, name: str, number: int = 0) -> Path:
-        """Where the plot `name`, one of `PLOTS`, is kept; a page about several runs numbers those after the first."""
-        assert name in PLOTS, f"{name} is none of PLOTS, by which `clear` knows what to remove"
-        return self.path / (f"{name}_{number}.png" if number else f"{name}.png")
+    def plot_path(self, name: str) -> Path:
+        """Return where the plot `name`, one of `PLOTS` or `loss_TERM`, is kept."""
+        assert name in PLOTS or name.startswith("loss_"), f"{name}: `clear` would not remove it"
+        return self.path / f"{file_name(name)}.png"
 
     @property
     def begun(self) -> bool:

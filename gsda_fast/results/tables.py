@@ -1,26 +1,31 @@
-"""Tables of transfer tasks by methods: mean and spread over seeds."""
+"""Tables of runs: methods by transfer tasks, with mean and spread over seeds; paired differences; label-free scores."""
 
 from __future__ import annotations
 
-import csv
-import io
+import dataclasses
+import itertools
 import json
+import math
+import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Literal, Protocol
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
-from rich.table import Table
+import pandas as pd
+from rich import box
+from rich.markup import escape
+from rich.table import Table as RichTable
 
 from gsda_fast.data.benchmarks import find_benchmark
 from gsda_fast.errors import UsageError
-from gsda_fast.results.run_folder import RunResult
+from gsda_fast.results.metrics import SCORES
+from gsda_fast.results.records import RunResult
 
 Figure = Literal["accuracy", "mean_per_class", "per_class"]
 Choice = Literal["last", "label_free", "best"]
-Kind = Literal["ours", "paper", "difference"]
 
-AVERAGE = "avg"
+AVERAGE, ALL = "avg", "all"
 MEAN_PER_CLASS, OVERALL = "mean per class", "overall"
 FIGURE_NAMES: Mapping[Figure, str] = {
     "accuracy": "overall accuracy",
@@ -32,72 +37,79 @@ CHOICE_NAMES: Mapping[Choice, str] = {
     "label_free": "label-free choice (mutual information)",
     "best": "best on target labels (upper bound)",
 }
+ABLATION = ("source-only", "entropy", "domain", "class", "group", "glb", "glb-cls", "glb-cls-grp", "gsda")
+"""Methods each of which adds one part to the one before it, under either name."""
+BASELINES = ("source-only", "dann")
+"""What any other method is compared with."""
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One figure of a table, in percent.
-
-    Attributes:
-        mean: over the seeds; None where no run has finished.
-        spread: sample standard deviation over the seeds; None with fewer than two.
-        seeds: number of seeds; 0 for a figure taken from a publication.
-    """
-
-    mean: float | None = None
-    spread: float | None = None
-    seeds: int = 0
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Cell:
-        """The cell of one figure for each seed."""
-        return cls(
-            mean=statistics.fmean(values) if values else None,
-            spread=statistics.stdev(values) if len(values) > 1 else None,
-            seeds=len(values),
-        )
+def printable(text: object) -> str:
+    """Return the text with control characters escaped: a name comes from a file, and may hold any of them."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(text))
 
 
-@dataclass(frozen=True)
-class Row:
-    """A line of a table: a label and a cell for each column.
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Figures in long form, one line a cell, and what is said of all of them.
 
     Attributes:
-        label: the method. cells: one for each column.
-        kind: measured here, published, or the first minus the second.
-        source: where a published row stands.
+        cells: the columns `ROW`, which tell the rows apart, `column`, and the figures of a cell; row by row, and in
+            each row the same columns in the same order.
     """
 
-    label: str
-    cells: tuple[Cell, ...]
-    kind: Kind = "ours"
-    source: str = ""
+    ROW: ClassVar[tuple[str, ...]]
+    cells: pd.DataFrame
 
     @property
-    def heading(self) -> str:
-        """What stands before the cells."""
-        return {"ours": self.label, "paper": f"paper: {self.source}", "difference": "difference"}[self.kind]
-
-
-class PrintedTable(Protocol):
-    """What can be shown to a reader."""
+    def title(self) -> str:
+        raise NotImplementedError
 
     @property
-    def title(self) -> str: ...
-    @property
-    def caption(self) -> str: ...
-    @property
-    def header(self) -> tuple[str, ...]:
-        """The heading of each column, that of the rows' headings first."""
+    def caption(self) -> str:
+        raise NotImplementedError
 
     @property
-    def lines(self) -> list[tuple[str, ...]]:
-        """The texts of each row, its heading first."""
+    def corner(self) -> str:
+        """What stands above the headings of the rows."""
+        raise NotImplementedError
+
+    def heading(self, row: tuple[str, ...]) -> str:
+        """Return what stands before the cells of a row, by the values of `ROW`."""
+        raise NotImplementedError
+
+    def text(self, cell: Any) -> str:
+        """Return a line of `cells` for a reader."""
+        raise NotImplementedError
+
+    @property
+    def rows(self) -> list[tuple[tuple[str, ...], pd.DataFrame]]:
+        """The values of `ROW` and the cells of each row."""
+        return list(self.cells.groupby(list(self.ROW), sort=False))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        # By place and not by name: a class may be called as another column is.
+        return tuple(self.rows[0][1]["column"]) if len(self.cells) else ()
+
+    @property
+    def texts(self) -> pd.DataFrame:
+        """What a reader sees, the headings of the rows first."""
+        lines = [[self.heading(row), *map(self.text, cells.itertuples())] for row, cells in self.rows]
+        return pd.DataFrame(lines, columns=[self.corner, *self.columns]).map(printable).rename(columns=printable)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The other fields, which hold for all cells."""
+        return {each.name: getattr(self, each.name) for each in dataclasses.fields(self) if each.name != "cells"}
 
 
-@dataclass(frozen=True)
-class ResultTable:
-    """One figure under one choice, for methods (rows) and transfer tasks or classes (columns).
+@dataclass(frozen=True, eq=False)
+class ResultTable(Table):
+    """One figure under one choice, in percent, for methods (rows) and transfer tasks or classes (columns).
+
+    `cells` has `label`, the method; `kind`: measured here (`ours`), published (`paper`) or the first minus the second
+    (`difference`); `source`, where a published row stands; `mean` over the seeds, NaN where no run has finished;
+    `spread`, the sample standard deviation, NaN with fewer than two; `seeds`, their number, 0 for `paper`.
 
     Attributes:
         subject: what the whole table is about, besides the task: a transfer task whose classes are the columns, or a
@@ -108,11 +120,10 @@ class ResultTable:
     task: str
     figure: Figure
     choice: Choice
-    columns: tuple[str, ...]
-    rows: tuple[Row, ...]
     subject: str = ""
     notes: tuple[str, ...] = ()
     rows_are: str = "method"
+    ROW = ("label", "kind", "source")
 
     @property
     def title(self) -> str:
@@ -120,17 +131,17 @@ class ResultTable:
         return f"{where}: {FIGURE_NAMES[self.figure]}, {CHOICE_NAMES[self.choice]}"
 
     @property
-    def header(self) -> tuple[str, ...]:
-        return (self.rows_are, *self.columns)
+    def corner(self) -> str:
+        return self.rows_are
 
-    @property
-    def lines(self) -> list[tuple[str, ...]]:
-        return [(row.heading, *(self.cell_text(cell, row.kind) for cell in row.cells)) for row in self.rows]
+    def heading(self, row: tuple[str, ...]) -> str:
+        label, kind, source = row
+        return {"ours": label, "paper": f"paper: {source}", "difference": "difference"}[kind]
 
     @property
     def seeds(self) -> int:
         """The largest number of seeds of a cell."""
-        return max((cell.seeds for row in self.rows for cell in row.cells), default=0)
+        return int(self.cells["seeds"].max())
 
     @property
     def caption(self) -> str:
@@ -139,24 +150,135 @@ class ResultTable:
         parts = [f"percent, mean ± sample standard deviation over {self.seeds} seeds"]
         if AVERAGE in self.columns:
             parts.append(f"{AVERAGE}: of the averages of each seed over the transfer tasks")
-        if any(0 < cell.seeds < self.seeds for row in self.rows for cell in row.cells):
+        if self.cells["seeds"].between(1, self.seeds - 1).any():
             parts.append("(n): only n seeds have finished")
         return "; ".join([*parts, *self.notes])
 
-    def cell_text(self, cell: Cell, kind: Kind = "ours") -> str:
-        """The cell for a reader: `76.8 ± 1.2`, and the number of seeds where it is not the table's."""
-        if cell.mean is None:
+    def text(self, cell: Any) -> str:
+        if math.isnan(cell.mean):
             return "-"
-        text = f"{cell.mean:+.1f}" if kind == "difference" else f"{cell.mean:.1f}"
-        if cell.spread is not None:
+        text = f"{cell.mean:+.1f}" if cell.kind == "difference" else f"{cell.mean:.1f}"
+        if not math.isnan(cell.spread):
             text += f" ± {cell.spread:.1f}"
         return f"{text} ({cell.seeds})" if 0 < cell.seeds < self.seeds else text
 
 
+@dataclass(frozen=True, eq=False)
+class PairedTable(Table):
+    """Differences of one figure between two runs of one transfer task and seed, then over the pairs of all of them.
+
+    Such runs have much of their noise in common, so their difference has less of it than either of them. `cells` has
+    `method` and `minus`; `mean`, NaN without a pair; `standard_error` of the mean, NaN with fewer than two pairs;
+    `pairs`, their number; `higher`, in how many of them the first method's figure is the higher one.
+
+    Attributes:
+        quantity: what was subtracted, with its unit. decimals: to be shown.
+        shared: what the two runs of a pair have in common besides transfer task and seed.
+    """
+
+    task: str
+    quantity: str
+    decimals: int = 1
+    shared: str = "warm-up, samples and groups"
+    ROW = ("method", "minus")
+    HIGHER: ClassVar[str] = "higher in"
+
+    @property
+    def title(self) -> str:
+        return f"{self.task}: paired differences of {self.quantity}"
+
+    @property
+    def caption(self) -> str:
+        which = f", which share {self.shared}" if self.shared else ""
+        return (
+            f"mean ± standard error (pairs); a pair: two runs of one transfer task and seed{which}; "
+            f"{ALL}: over the pairs of all transfer tasks"
+        )
+
+    @property
+    def corner(self) -> str:
+        return "difference"
+
+    def heading(self, row: tuple[str, ...]) -> str:
+        return " - ".join(row)
+
+    def text(self, cell: Any) -> str:
+        if math.isnan(cell.mean):
+            return "-"
+        error = "" if math.isnan(cell.standard_error) else f" ± {cell.standard_error:.{self.decimals}f}"
+        return f"{cell.mean:+.{self.decimals}f}{error} ({cell.pairs})"
+
+    @property
+    def texts(self) -> pd.DataFrame:
+        over_all = [cells.iloc[-1] for _, cells in self.rows]
+        return super().texts.assign(**{self.HIGHER: [f"{cell['higher']} of {cell['pairs']}" for cell in over_all]})
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreTable(Table):
+    """What each label-free score would have done for the runs. `cells` has `score`, and `value` by `column`."""
+
+    task: str
+    figure: Figure
+    runs: int
+    ROW = ("score",)
+    FORMATS: ClassVar[Mapping[str, str]] = {
+        "better": "{:.0f}", "equal": "{:.0f}", "worse": "{:.0f}", "mean gain": "{:+.2f}", "standard error": "{:.2f}",
+        "behind the best": "{:.2f}", "rank correlation": "{:+.2f}",
+    }  # fmt: skip
+
+    @property
+    def title(self) -> str:
+        return f"{self.task}: evaluations chosen without labels, against the last step ({FIGURE_NAMES[self.figure]})"
+
+    @property
+    def caption(self) -> str:
+        return (
+            f"over {self.runs} runs; better, equal, worse: in how many the evaluation that the score chooses is above, "
+            "at or below the last step; mean gain over it and its standard error, and how far behind the best "
+            "evaluation, in points; rank correlation (Spearman) of the final score with the final accuracy over the "
+            "runs of a transfer task, mean over the transfer tasks with three runs or more"
+        )
+
+    @property
+    def corner(self) -> str:
+        return "score"
+
+    def heading(self, row: tuple[str, ...]) -> str:
+        return row[0].replace("_", " ")
+
+    def text(self, cell: Any) -> str:
+        return "-" if math.isnan(cell.value) else self.FORMATS[cell.column].format(cell.value)
+
+
+# ------------------------------------------------------------------------------------------------------------ results
+
+
 def transfer_task_name(source: str, target: str, short_names: Mapping[str, str] | None = None) -> str:
-    """`mnist->fonts`, or `M->F` with the short names of the domains, as the column of a transfer task is called."""
+    """Return `mnist->fonts`, or `M->F` with the short names of the domains: the column of a transfer task."""
     short = short_names or {}
     return f"{short.get(source, source)}->{short.get(target, target)}"
+
+
+def run_values(
+    results: Iterable[RunResult],
+    value: Callable[[RunResult], float | None],
+    short_names: Mapping[str, str] | None = None,
+) -> pd.DataFrame:
+    """Return one line for each run: `method`, `column` (the transfer task's), `seed`, `value`, NaN for None.
+
+    Raises:
+        UsageError: two runs of one method, transfer task and seed.
+    """
+    lines = [(run.method, transfer_task_name(*run.transfer_task, short_names), run.seed, value(run)) for run in results]
+    frame = pd.DataFrame(lines, columns=["method", "column", "seed", "value"]).astype({"value": float})
+    for again in frame[frame.duplicated(["method", "column", "seed"])].itertuples():
+        raise UsageError(
+            "runs",
+            found=f"two of {again.column}, method {again.method}, seed {again.seed}",
+            expected="one of each transfer task, method and seed",
+        )
+    return frame
 
 
 def transfer_table(
@@ -168,7 +290,7 @@ def transfer_table(
     transfer_tasks: Sequence[tuple[str, str]] = (),
     short_names: Mapping[str, str] | None = None,
 ) -> ResultTable:
-    """The table of the results of one task.
+    """Tabulate the results of one task.
 
     The average over the transfer tasks is taken for each seed first; its mean and spread are those of the seeds'
     averages. A seed that lacks one of the transfer tasks has no average. A single transfer task has no such column.
@@ -185,22 +307,15 @@ def transfer_table(
         ValueError: no result.
     """
     task = _only_task(results)
-    values = {key: getattr(getattr(result, figure), choice) for key, result in results_by_run(results).items()}
-    methods = methods or list(dict.fromkeys(result.method for result in results))
-    transfer_tasks = transfer_tasks or list(dict.fromkeys((result.source, result.target) for result in results))
-    seeds = sorted({result.seed for result in results})
-
-    rows = []
-    for method in methods:
-        by_seed = [[values.get((method, pair, seed)) for pair in transfer_tasks] for seed in seeds]
-        cells = [Cell.of(_known(column)) for column in zip(*by_seed)]
-        if len(transfer_tasks) > 1:
-            cells.append(Cell.of([statistics.fmean(_known(row)) for row in by_seed if None not in row]))
-        rows.append(Row(method, tuple(cells)))
-    columns = [transfer_task_name(*pair, short_names) for pair in transfer_tasks]
+    pairs = transfer_tasks or list(dict.fromkeys(result.transfer_task for result in results))
+    columns = [transfer_task_name(*pair, short_names) for pair in pairs]
+    values = run_values(results, lambda result: getattr(getattr(result, figure), choice), short_names)
+    by_seed = values.pivot(index=["method", "seed"], columns="column", values="value").reindex(columns=columns)
+    by_seed = by_seed.droplevel("seed")
     if len(columns) > 1:
-        columns.append(AVERAGE)
-    return ResultTable(task, figure, choice, tuple(columns), tuple(rows), notes=test_notes(results))
+        by_seed[AVERAGE] = by_seed.apply(statistics.fmean, axis=1)
+    cells = _mean_and_spread(by_seed, methods or list(values["method"].unique()))
+    return ResultTable(cells, task, figure, choice, notes=test_notes(results))
 
 
 def class_table(
@@ -211,7 +326,7 @@ def class_table(
     methods: Sequence[str] = (),
     short_names: Mapping[str, str] | None = None,
 ) -> ResultTable:
-    """The table of one transfer task by classes, with both averages: mean per class and overall.
+    """Tabulate one transfer task by classes, with both averages: mean per class and overall.
 
     The accuracy of each class is known after the last step alone; under another choice both averages stand alone.
 
@@ -224,47 +339,61 @@ def class_table(
         UsageError: as in `transfer_table`, or results with different classes.
         ValueError: no result.
     """
-    results = [result for result in results if (result.source, result.target) == transfer_task]
+    results = [result for result in results if result.transfer_task == transfer_task]
     task = _only_task(results)
-    results_by_run(results)
+    run_values(results, lambda _: None)  # each run once
     spaces = {result.classes for result in results}
     if len(spaces) > 1:
         raise UsageError("runs", found=f"{len(spaces)} different lists of classes", expected="runs with equal classes")
-    classes = spaces.pop() if choice == "last" else ()
-    rows = []
-    for method in methods or list(dict.fromkeys(result.method for result in results)):
-        runs = [result for result in results if result.method == method]
-        cells = [Cell.of(_known(run.per_class[label] for run in runs)) for label in range(len(classes))]
-        cells.append(Cell.of(_known(getattr(run.mean_per_class, choice) for run in runs)))
-        cells.append(Cell.of(_known(getattr(run.accuracy, choice) for run in runs)))
-        rows.append(Row(method, tuple(cells)))
+    by_seed = pd.DataFrame(
+        [[*run.per_class, getattr(run.mean_per_class, choice), getattr(run.accuracy, choice)] for run in results],
+        index=pd.Index([run.method for run in results], name="method"),
+        columns=[*spaces.pop(), MEAN_PER_CLASS, OVERALL],
+        dtype=float,
+    )
+    if choice != "last":
+        by_seed = by_seed.iloc[:, -2:]
+    cells = _mean_and_spread(by_seed, methods or list(by_seed.index.unique()))
     name = transfer_task_name(*transfer_task, short_names)
-    columns = (*classes, MEAN_PER_CLASS, OVERALL)
-    notes = test_notes(results)
-    return ResultTable(task, "per_class", choice, columns, tuple(rows), subject=name, notes=notes)
+    return ResultTable(cells, task, "per_class", choice, subject=name, notes=test_notes(results))
 
 
-RunKey = tuple[str, tuple[str, str], int]
-"""Method, (source, target) and seed."""
+def _mean_and_spread(by_seed: pd.DataFrame, methods: Sequence[str]) -> pd.DataFrame:
+    """Summarize a line for each seed, under the method's name, to the cells of a `ResultTable`."""
+    names = dict(enumerate(by_seed.columns))
+    places = by_seed.set_axis(range(len(names)), axis=1)
+    long = places.melt(ignore_index=False, var_name="column").dropna().reset_index()
+    cells = long.groupby(["method", "column"])["value"].agg(mean=statistics.fmean, spread=_spread, seeds="size")
+    cells = cells.reindex(pd.MultiIndex.from_product([methods, names], names=["label", "column"])).reset_index()
+    cells = cells.assign(column=cells["column"].map(names), kind="ours", source="")
+    cells = cells.fillna({"seeds": 0}).astype({"mean": float, "spread": float, "seeds": int})
+    return cells[["label", "kind", "source", "column", "mean", "spread", "seeds"]]
 
 
-def results_by_run(results: Iterable[RunResult]) -> dict[RunKey, RunResult]:
-    """The results by method, transfer task and seed.
+def _spread(values: pd.Series) -> float:
+    return statistics.stdev(values) if len(values) > 1 else math.nan
 
-    Raises:
-        UsageError: two of one method, transfer task and seed.
+
+def sweep_tables(
+    variants: Mapping[str, Sequence[RunResult]], *, methods: Sequence[str], **options: Any
+) -> list[ResultTable]:
+    """Tabulate each method and choice: settings (rows) by transfer tasks (columns).
+
+    Args:
+        variants: results by setting, in order. methods, options: as of `transfer_table`.
     """
-    found: dict[RunKey, RunResult] = {}
-    for result in results:
-        key = (result.method, (result.source, result.target), result.seed)
-        if key in found:
-            raise UsageError(
-                "runs",
-                found=f"two of {transfer_task_name(*key[1])}, method {result.method}, seed {result.seed}",
-                expected="one of each transfer task, method and seed",
-            )
-        found[key] = result
-    return found
+    made = []
+    for method in methods:
+        of_method = {name: [run for run in results if run.method == method] for name, results in variants.items()}
+        for choice in CHOICE_NAMES:
+            found = {name: transfer_table(of, choice=choice, **options) for name, of in of_method.items() if of}
+            if found:
+                first, *_ = found.values()
+                # What holds for some settings alone is told by their names.
+                notes = tuple(note for note in first.notes if all(note in table.notes for table in found.values()))
+                cells = pd.concat([table.cells.assign(label=name) for name, table in found.items()], ignore_index=True)
+                made.append(dataclasses.replace(first, cells=cells, subject=method, rows_are="setting", notes=notes))
+    return made
 
 
 def _only_task(results: Sequence[RunResult]) -> str:
@@ -277,7 +406,7 @@ def _only_task(results: Sequence[RunResult]) -> str:
 
 
 def test_notes(results: Sequence[RunResult]) -> tuple[str, ...]:
-    """How the images of the runs, all of one task, were tested: on which crops, if they are cropped at all."""
+    """Return how the images of the runs, all of one task, were tested: on which crops, if they are cropped at all."""
     recipe = find_benchmark(_only_task(results)).recipe
     if recipe.crop == recipe.resize:
         return ()
@@ -287,48 +416,162 @@ def test_notes(results: Sequence[RunResult]) -> tuple[str, ...]:
     return ("ten-crop test",) if crops == {10} else ("centre-crop test",)
 
 
-def _known(values: Iterable[float | None]) -> list[float]:
-    return [value for value in values if value is not None]
+# -------------------------------------------------------------------------------------------------------- differences
 
 
-def to_terminal(table: PrintedTable) -> Table:
-    """For rich's `print`."""
-    drawn = Table(title=table.title, caption=table.caption)
-    first, *others = table.header
+def contrasts(methods: Sequence[str]) -> list[tuple[str, str]]:
+    """Return which method to subtract from which.
+
+    In an ablation, and among settings, each minus the one before it (what each part adds), and the last minus the
+    first (what all of them add). Where other methods stand beside it, first each method minus each baseline.
+    """
+    baselines = [baseline for baseline in BASELINES if baseline in methods]
+    parts = [method for method in methods if method in ABLATION]
+    against = [(each, baseline) for baseline in baselines for each in methods if each not in (baseline, baselines[0])]
+    if not baselines or len(parts) == len(methods):
+        parts, against = list(methods), []
+    chain = [(method, before) for before, method in itertools.pairwise(parts)][::-1]
+    if len(parts) > 2:
+        chain.append((parts[-1], parts[0]))
+    return list(dict.fromkeys([*against, *chain]))
+
+
+def paired_table(task: str, quantity: str, values: pd.DataFrame, methods: Sequence[str], **options: Any) -> PairedTable:
+    """Tabulate the paired differences of one figure.
+
+    Args:
+        task, quantity, options: see `PairedTable`.
+        values: as of `run_values`, NaN where the figure is not known; columns in order of appearance.
+        methods: in the order of `contrasts`; methods without any value are left out.
+    """
+    columns = list(values["column"].unique())
+    by_method = values.pivot(index=["column", "seed"], columns="method", values="value").dropna(axis=1, how="all")
+    rows = []
+    for method, minus in contrasts([method for method in methods if method in by_method]):
+        pairs = (by_method[method] - by_method[minus]).dropna().rename("value").reset_index()
+        everything = pd.concat([pairs, pairs.assign(column=ALL)]).groupby("column")["value"]
+        cells = everything.agg(
+            mean=statistics.fmean, standard_error=_standard_error, pairs="size", higher=lambda of: (of > 0).sum()
+        ).reindex([*columns, ALL])
+        rows.append(cells.reset_index(names="column").assign(method=method, minus=minus)[_PAIRED])
+    if not rows:
+        return PairedTable(pd.DataFrame(columns=_PAIRED), task, quantity, **options)
+    cells = pd.concat(rows, ignore_index=True).fillna({"pairs": 0, "higher": 0})
+    cells = cells.astype({"mean": float, "standard_error": float, "pairs": int, "higher": int})
+    return PairedTable(cells, task, quantity, **options)
+
+
+_PAIRED = ["method", "minus", "column", "mean", "standard_error", "pairs", "higher"]
+
+
+def _standard_error(values: pd.Series) -> float:
+    return _spread(values) / math.sqrt(len(values))
+
+
+def score_table(results: Sequence[RunResult], final_scores: pd.DataFrame, figure: Figure) -> ScoreTable:
+    """Tabulate what each label-free score chose in each run, against the run's last step.
+
+    Args:
+        results: of runs of one task. figure: the accuracy to judge by, `accuracy` or `mean_per_class`.
+        final_scores: each score (columns) of the predictions after the last step of each run (rows), NaN where those
+            are not known.
+    """
+    task = _only_task(results)
+    selections = [getattr(result, figure) for result in results]
+    last = pd.Series([each.last for each in selections], dtype=float)
+    best = pd.Series([each.best for each in selections], dtype=float)
+    tasks = [transfer_task_name(*result.transfer_task) for result in results]
+    lines = []
+    for name, score in SCORES.items():
+        chosen = pd.Series([_chosen_by(name, result, figure) for result in results], dtype=float)
+        gain = (chosen - last).dropna()
+        counts = {"better": gain > 0, "equal": gain == 0, "worse": gain < 0}
+        final = score.merit(1.0) * final_scores[name].to_numpy()
+        by_task = pd.DataFrame({"score": final, "accuracy": last, "task": tasks}).dropna().groupby("task")
+        ranks = [of["score"].corr(of["accuracy"], method="spearman") for _, of in by_task if len(of) > 2]
+        lines.append(
+            {
+                "score": name,
+                **{column: of.sum() if len(gain) else math.nan for column, of in counts.items()},
+                "mean gain": gain.mean(),
+                "standard error": _standard_error(gain) if len(gain) else math.nan,
+                "behind the best": (best - chosen).mean(),
+                "rank correlation": pd.Series(ranks, dtype=float).mean(),
+            }
+        )
+    wide = pd.DataFrame(lines).set_index("score").astype(float)
+    cells = wide.stack().rename_axis(["score", "column"]).rename("value").reset_index()
+    return ScoreTable(cells, task, figure, int(last.notna().sum()))
+
+
+def _chosen_by(score: str, result: RunResult, figure: Figure) -> float | None:
+    if score in result.label_free_by:
+        return result.label_free_by[score][figure]
+    # Earlier runs kept the choice of one score alone.
+    return getattr(result, figure).label_free if score == result.label_free_criterion else None
+
+
+# ------------------------------------------------------------------------------------------------------------- output
+
+
+def to_terminal(table: Table) -> RichTable:
+    """Return the table for rich's `print`; a wide one without spreads, which its files have."""
+    texts = table.texts
+    wide = len(texts.columns) > 9
+    title, caption = (escape(printable(text)) for text in (table.title, table.caption))
+    drawn = RichTable(title=title, caption=caption, box=box.SIMPLE if wide else box.HEAVY_HEAD)
     # Where the terminal is too narrow, texts break; rich would end them with an ellipsis.
-    drawn.add_column(first, overflow="fold")
-    for column in others:
-        drawn.add_column(column, justify="right", overflow="fold")
-    for line in table.lines:
-        drawn.add_row(*line)
+    for number, column in enumerate(texts.columns):
+        drawn.add_column(escape(column), justify="right" if number else "left", overflow="fold")
+    for line in texts.to_numpy().tolist():
+        drawn.add_row(*(escape(re.sub(r" ± [\d.]+", "", text) if wide else text) for text in line))
     return drawn
 
 
-def to_markdown(tables: Sequence[PrintedTable]) -> str:
-    """Each table with its title above and its caption below."""
+def to_markdown(tables: Sequence[Table]) -> str:
+    """Return each table with its title above and its caption below."""
     parts = []
     for table in tables:
-        lines = [table.header, ("---", *["---:"] * (len(table.header) - 1)), *table.lines]
-        body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        parts.append(f"**{table.title}**\n\n{body}\n\n{table.caption}\n")
+        texts = table.texts.map(_cell_text).rename(columns=_cell_text)
+        align = ["left"] + ["right"] * (len(texts.columns) - 1)
+        body = texts.to_markdown(index=False, disable_numparse=True, colalign=align)
+        parts.append(f"**{printable(table.title)}**\n\n{body}\n\n{printable(table.caption)}\n")
     return "\n".join(parts)
 
 
-def to_csv(tables: Sequence[ResultTable]) -> str:
-    """One line a cell, at full precision, under the names of the first line."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["task", "figure", "choice", "subject", "method", "kind", "column", "mean", "standard_deviation", "seeds"]
-    )
+def _cell_text(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def to_csv(tables: Sequence[Table]) -> str:
+    """Return one line a cell, at full precision, under the names of the first line."""
+    frames = []
     for table in tables:
-        for row in table.rows:
-            for column, cell in zip(table.columns, row.cells, strict=True):
-                about = [table.task, table.figure, table.choice, table.subject, row.label, row.kind, column]
-                writer.writerow([*about, cell.mean, cell.spread, cell.seeds])
-    return text.getvalue()
+        about = {name: value for name, value in table.about.items() if name in _CSV_ABOUT}
+        cells = table.cells.drop(columns="source", errors="ignore")
+        frames.append(pd.DataFrame(about, index=cells.index).join(cells))
+    frame = pd.concat(frames, ignore_index=True).rename(columns={"label": "method", "spread": "standard_deviation"})
+    texts = frame.select_dtypes(["str", "object"]).columns
+    return frame.assign(**{name: frame[name].map(_for_spreadsheets) for name in texts}).to_csv(index=False)
 
 
-def to_json(tables: Sequence[ResultTable]) -> str:
-    """A list with the fields of each table."""
-    return json.dumps([asdict(table) for table in tables], indent=2, ensure_ascii=False) + "\n"
+_CSV_ABOUT = ("task", "figure", "choice", "subject", "quantity", "runs")
+
+
+def _for_spreadsheets(text: Hashable) -> str:
+    """A spreadsheet takes a text that begins so for a formula, and runs it."""
+    shown = printable(text)
+    return f"'{shown}" if shown.startswith(("=", "+", "-", "@")) else shown
+
+
+def to_json(tables: Sequence[Table]) -> str:
+    """Return a list with the fields of each table, its cells by row."""
+    stored = []
+    for table in tables:
+        rows = []
+        for row, cells in table.rows:
+            numbers = cells.drop(columns=[*table.ROW, "column"])
+            known = numbers.astype(object).where(numbers.notna(), None)
+            rows.append({**dict(zip(table.ROW, row)), "cells": known.to_dict("records")})
+        stored.append({**table.about, "columns": table.columns, "rows": rows})
+    return json.dumps(stored, indent=2, ensure_ascii=False) + "\n"

@@ -6,7 +6,7 @@ import hashlib
 import re
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import torch
 
@@ -126,7 +126,7 @@ def read_checkpoint(file: Path, device: torch.device | str = "cpu") -> dict[str,
 class _HashingWriter:
     """A binary file that hashes what is written to it."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self.file, self.sha256 = file, hashlib.sha256()
         self._error: OSError | None = None
 

@@ -15,13 +15,16 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from functools import partial
+from typing import Annotated, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from msgspec import Meta
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
@@ -35,6 +38,8 @@ _SHARED = (UsageError, TrainingError, Stopped)
 _SIGN_EVERY = 5.0
 """Seconds between two signs of life of a process that others wait for; less where they give up sooner."""
 
+_ANSWER_WITHIN = 5.0
+"""Seconds for the store to answer where nothing but a line of text depends on it."""
 _LONGEST_PAUSE = 1.0
 """Seconds between two looks at whether all ranks are done."""
 
@@ -50,7 +55,7 @@ class DistributedSettings:
     """Multiply the learning rates by the number of processes."""
     sync_batchnorm: bool = False
     """BatchNorm statistics over the batches of all processes (GPUs only); otherwise each normalizes its own batch."""
-    timeout: int = 600
+    timeout: Annotated[int, Meta(ge=1)] = 600
     """Seconds after which a process that waits for another one gives up."""
 
 
@@ -88,6 +93,20 @@ class Ranks:
         total = tensor.detach().clone()
         dist.all_reduce(total)
         return total / self.world_size
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """Return the rows of all ranks, (n, ...) -> (world_size * n, ...), in rank order, on every rank.
+
+        A function of the result has the value of the whole batch. Each rank's gradient is that of its own rows, times
+        the number of ranks: the mean over ranks of the parameters' gradients is exactly the whole batch's.
+
+        Args:
+            rows: (n, ...), as many on every rank.
+        """
+        if not self.several:
+            return rows
+        gathered: Tensor = _GatheredRows.apply(rows, self)
+        return gathered
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, detached."""
@@ -163,21 +182,6 @@ class Ranks:
         # Sample i is row i // world_size of rank i % world_size.
         return torch.stack(parts, dim=1).flatten(0, 1)[:count]
 
-    def exchange(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """Gives each rank its part of `rows` and returns what all ranks give to this one.
-
-        Args:
-            rows: (sum(send), ...), those for rank 0 first. send: rows for each rank. receive: rows from each rank.
-
-        Returns:
-            (sum(receive), ...), those of rank 0 first.
-        """
-        if not self.several:
-            return rows
-        received = rows.new_empty((sum(receive), *rows.shape[1:]))
-        dist.all_to_all_single(received, rows.contiguous(), receive, send)
-        return received
-
     def gather_objects(self, value: T) -> list[T]:
         """The value of every rank, on every rank."""
         if not self.several:
@@ -186,13 +190,13 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
-    def from_first(self, make: Callable[[], T]) -> T:
+    def on_rank_zero(self, make: Callable[[], T]) -> T:
         """What `make` returns on the first rank, the only one that calls it; it may take longer than the timeout.
 
         Raises:
             UsageError, TrainingError, Stopped: raised by `make`; every rank raises it, the first one tells of it.
         """
-        made = self.together(lambda: make() if self.first else None)
+        made = self.on_all_ranks(lambda: make() if self.first else None)
         if not self.several:
             return cast(T, made)
         result: list[Any] = [made]
@@ -200,7 +204,7 @@ class Ranks:
         value: T = result[0]
         return value
 
-    def together(self, make: Callable[[], T]) -> T:
+    def on_all_ranks(self, make: Callable[[], T]) -> T:
         """What `make` returns here, if no rank fails: a mistake that one rank finds ends all of them, told once.
 
         It may take longer than the timeout, on any of them.
@@ -243,7 +247,7 @@ class Ranks:
             yield
         finally:
             done.set()
-            thread.join()
+            thread.join(_ANSWER_WITHIN)  # for ever, where the process that holds the store is stopped
 
     def _wait_until_all_are_done(self) -> None:
         """Returns once every rank has called this as often as this one: a collective after it waits for nobody's work.
@@ -252,19 +256,20 @@ class Ranks:
         no rank at work has given a sign of life.
         """
         store = dist.distributed_c10d._get_default_store()
+        add = partial(_add, store, within=self.timeout)
         # Nobody begins another round before all have ended this one.
-        rounds = -(-store.add("done", 1) // self.world_size)
+        rounds = -(-add("done", 1) // self.world_size)
         signs, heard, pause = -1, time.monotonic(), 0.001
-        while store.add("done", 0) < rounds * self.world_size:
+        while add("done", 0) < rounds * self.world_size:
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
-            latest = store.add("signs of life", 0)
+            latest = add("signs of life", 0)
             if latest != signs:
                 signs, heard = latest, time.monotonic()
             elif time.monotonic() - heard > self.timeout:
                 raise dist.DistStoreError("no sign of life")
 
-    def one_after_another(self, make: Callable[[], object]) -> None:
+    def once_per_machine(self, make: Callable[[], object]) -> None:
         """Calls `make` on one rank of each machine, on the first machine before all others; every rank waits for it.
 
         For what lands in a cache: on a disk that all machines share it is found there after the first call, on disks
@@ -274,7 +279,7 @@ class Ranks:
             UsageError: raised by `make`; every rank raises it, the first one tells of it.
         """
         for mine in (self.first, self.local_rank == 0 and not self.first):
-            self.together(lambda mine=mine: make() if mine else None)  # type: ignore[misc]
+            self.on_all_ranks(lambda mine=mine: make() if mine else None)  # type: ignore[misc]
 
     def require_equal(self, values: Mapping[str, Any]) -> None:
         """Checks that all ranks train the same thing.
@@ -301,6 +306,20 @@ class Ranks:
     def _told(self, error: Shared) -> Shared:
         error.told = not self.first
         return error
+
+
+class _GatheredRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks, ctx.count = ranks, len(rows)
+        parts = [torch.empty_like(rows) for _ in range(ranks.world_size)]
+        dist.all_gather(parts, rows.detach().contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        start = ctx.ranks.rank * ctx.count
+        return ctx.ranks.world_size * gradients[0][start : start + ctx.count], None
 
 
 @contextmanager
@@ -354,7 +373,7 @@ def join(device_type: str, timeout: int) -> Iterator[Ranks]:
             f"process {rank} of {world_size} lost another one, which ended or did not answer for {timeout} s "
             f"({_first_line(error)}); the same command goes on from the last checkpoint"
         )
-        lost.told = not _first_to_fail()
+        lost.told = not _first_to_fail(rank)
         raise lost from error
     # Not after a failure: taking a group apart waits for all of its processes.
     dist.destroy_process_group()
@@ -406,10 +425,34 @@ def _in_memory_order(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
-def _first_to_fail() -> bool:
-    """Whether no other process has asked this before: one error is enough for the user."""
+def _add(store: dist.Store, key: str, amount: int, within: float) -> int:
+    """Add to a counter of the store and return it. A store whose process is stopped would never answer.
+
+    Raises:
+        DistStoreError: no answer within so many seconds. RuntimeError: the store has gone with its process.
+    """
+    answer: Future[int] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(store.add(key, amount))
+        except RuntimeError as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, name="store", daemon=True).start()
     try:
-        return bool(dist.distributed_c10d._get_default_store().add("failed", 1) == 1)
+        return answer.result(within)
+    except TimeoutError as error:
+        raise dist.DistStoreError(f"the store did not answer for {within:g} s") from error
+
+
+def _first_to_fail(rank: int) -> bool:
+    """Return whether no other process has asked this before: one error is enough for the user."""
+    try:
+        return _add(dist.distributed_c10d._get_default_store(), "failed", 1, _ANSWER_WITHIN) == 1
+    except dist.DistStoreError:
+        # The first process holds the store and does not answer. The second one speaks.
+        return rank == 1
     except (RuntimeError, ValueError):
         # The store has gone with its process, or the group never came to be.
         return True

@@ -37,13 +37,13 @@ class Guard:
         self._step = torch.full((), -1, dtype=torch.int64, device=device)
         self._bad: Tensor | None = None
         self._names: list[str] = []
-        self._moves: list[Tensor] = []
+        self._updates: list[Tensor] = []
         self._copy: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     def begin(self) -> None:
         """Starts a step."""
         self._skipped = self._stopped
-        self._names, self._moves = [], []
+        self._names, self._updates = [], []
 
     def ask_to_stop(self) -> None:
         """Tells the other ranks in the next step; within ten steps, `stop` is set on all of them at once."""
@@ -63,7 +63,7 @@ class Guard:
         *,
         scaled: bool,
     ) -> Tensor:
-        """Looks at one move of the step, after its gradients have been averaged.
+        """Look at one update of the step, after its gradients have been averaged.
 
         Args:
             player: who moves, for the message. terms: names of the loss terms.
@@ -80,7 +80,7 @@ class Guard:
         bad = torch.cat([(indicators[:-1] > 0).float(), bad_gradient])
         self._skipped = torch.maximum(self._skipped, bad.amax())
         self._names += [f"objective of the {player}", *terms, f"gradient norm of the {player}"]
-        self._moves.append(bad if not scaled else torch.cat([bad[:-1], torch.zeros_like(bad_gradient)]))
+        self._updates.append(bad if not scaled else torch.cat([bad[:-1], torch.zeros_like(bad_gradient)]))
         return self._skipped
 
     def end(self, step: int) -> None:
@@ -89,9 +89,9 @@ class Guard:
         Raises:
             TrainingError: a number was not finite, now or up to ten steps ago.
         """
-        bad = torch.cat(self._moves)
+        bad = torch.cat(self._updates)
         before = self._stopped > 0
-        # The moves of a step change between segments alone, and each segment ends with `require_finite`.
+        # The updates of a step change at evaluations alone, and the steps before one end with `require_finite`.
         known = self._bad if self._bad is not None and self._bad.shape == bad.shape else bad
         self._bad = torch.where(before, known, bad)
         self._step = torch.where(before, self._step, step)
@@ -117,7 +117,7 @@ class Guard:
         # The terms say more than the sums and gradients that follow from them.
         terms = [name for name in names if " " not in name] or names
         raise TrainingError(
-            f"step {int(self._step) + 1}: {', '.join(terms)} not finite; nothing has moved since the step before, and "
+            f"step {int(self._step) + 1}: {', '.join(terms)} not finite; nothing moves from there on, and "
             "the last checkpoint is good; a lower --learning-rate, or --precision fp32, may help"
         )
 

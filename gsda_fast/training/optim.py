@@ -3,43 +3,50 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
 import torch
+from msgspec import Meta
 from torch import Tensor, nn
 
 from gsda_fast.errors import UsageError
-from gsda_fast.model import AdaptationModel
+from gsda_fast.methods import Player
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """SGD with Nesterov momentum, decayed as (1 + 10 p)^-0.75 over training progress p."""
+    """One optimizer for each player, its rates decayed over training progress p."""
 
-    optimizer: Literal["auto", "sgd", "apex"] = "auto"
-    """PyTorch's SGD (auto, sgd) or NVIDIA Apex's FusedSGD, which is the same update."""
-    learning_rate: float = 1e-2
+    optimizer: Literal["auto", "sgd", "adam", "apex"] = "auto"
+    """PyTorch's SGD (auto, sgd), its Adam, or NVIDIA Apex's FusedSGD, which is the same update as SGD."""
+    learning_rate: Annotated[float, Meta(ge=0)] = 1e-2
     """Initial learning rate of new layers and discriminators."""
-    backbone_learning_rate: float = 1e-3
+    backbone_learning_rate: Annotated[float, Meta(ge=0)] = 1e-3
     """Initial learning rate of the backbone."""
-    momentum: float = 0.9
-    """Nesterov momentum."""
-    weight_decay: float = 1e-3
+    decay: Literal["inverse", "constant", "cosine"] = "inverse"
+    """Factor on the rates: (1 + 10 p)^-0.75, 1, or (1 + cos(pi p)) / 2."""
+    momentum: Annotated[float, Meta(ge=0, le=1)] = 0.9
+    """Nesterov momentum of SGD; Adam's first beta."""
+    weight_decay: Annotated[float, Meta(ge=0)] = 1e-3
     """Weight decay."""
 
 
-def build_optimizers(players: dict[str, nn.Module], settings: OptimizerSettings) -> dict[str, torch.optim.Optimizer]:
-    """An optimizer for each player; a backbone within it learns at its own rate.
+def build_optimizers(
+    players: Mapping[str, Player], settings: OptimizerSettings, backbone: nn.Module
+) -> dict[str, torch.optim.Optimizer]:
+    """Build an optimizer for each player.
 
     Args:
-        players: modules by name, on their device. settings: which optimizer, and its rates.
+        players: by name, on their device. settings: which optimizer, and its rates.
+        backbone: whose parameters learn at their own rate, whichever player they belong to.
 
     Raises:
         UsageError: Apex is asked for and not there, or cannot update these parameters.
     """
-    return {name: _build(_parameter_groups(module, settings), settings) for name, module in players.items()}
+    slow = {id(parameter) for parameter in backbone.parameters()}
+    return {name: _build(player, settings, slow) for name, player in players.items()}
 
 
 def set_learning_rate(optimizers: dict[str, torch.optim.Optimizer], factor: float) -> None:
@@ -50,15 +57,24 @@ def set_learning_rate(optimizers: dict[str, torch.optim.Optimizer], factor: floa
 
 
 def momentum_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What an optimizer has gathered; its settings (rates, decay, implementation) are the run's, and not here."""
+    """Return what an optimizer has gathered. Its settings (rates, decay, implementation) are the run's."""
     state = optimizer.state_dict()["state"]
-    return {"state": {number: each for number, each in state.items() if each.get("momentum_buffer") is not None}}
+    return {"state": {number: each for number, each in state.items() if any(x is not None for x in each.values())}}
 
 
 def load_momentum(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
-    """The inverse of `momentum_of`. The settings stay: a run that goes on with others means them."""
+    """Load what `momentum_of` returned. The settings stay: a run that goes on with others means them."""
     own = optimizer.state_dict()
     optimizer.load_state_dict({"state": {**own["state"], **stored["state"]}, "param_groups": own["param_groups"]})
+
+
+@torch.no_grad()
+def forget_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Set everything that an optimizer has gathered back to what it begins with, in place."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                value.zero_()
 
 
 def takes_skip_flag(optimizer: torch.optim.Optimizer, flag: Tensor) -> bool:
@@ -99,27 +115,30 @@ def require_apex() -> Any:
     return FusedSGD
 
 
-def _parameter_groups(module: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
-    if not isinstance(module, AdaptationModel):
-        return [{"params": list(module.parameters()), "lr": settings.learning_rate}]
-    new_layers = [*module.bottleneck.parameters(), *module.classifier.parameters()]
-    return [
-        {"params": list(module.backbone.parameters()), "lr": settings.backbone_learning_rate},
-        {"params": new_layers, "lr": settings.learning_rate},
+def _build(player: Player, settings: OptimizerSettings, slow: Container[int]) -> torch.optim.Optimizer:
+    parameters = [parameter for module in player.modules for parameter in module.parameters()]
+    groups = [
+        {"params": [each for each in parameters if (id(each) in slow) == is_slow], "lr": player.lr_scale * rate}
+        for is_slow, rate in ((True, settings.backbone_learning_rate), (False, settings.learning_rate))
     ]
-
-
-def _build(groups: list[dict[str, Any]], settings: OptimizerSettings) -> torch.optim.Optimizer:
+    groups = [group for group in groups if group["params"]]
     for group in groups:
         group["initial_lr"] = group["lr"]
-    optimizer = _apex(groups, settings) if settings.optimizer == "apex" else _sgd(groups, settings)
-    if settings.momentum:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                # A first step that is skipped would leave a buffer made by the optimizer uninitialised; from 0 it
-                # comes to the same momentum as from none.
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    if player.momentum is not None:
+        settings = replace(settings, momentum=player.momentum)
+    make = {"adam": _adam, "apex": _apex}.get(settings.optimizer, _sgd)
+    optimizer = make(groups, settings)
+    if settings.momentum and settings.optimizer != "adam":
+        for parameter in parameters:
+            # A first step that is skipped would leave a buffer made by the optimizer uninitialised; from 0 it
+            # comes to the same momentum as from none.
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def _adam(groups: list[dict[str, Any]], settings: OptimizerSettings) -> torch.optim.Optimizer:
+    betas = (settings.momentum, 0.999)
+    return torch.optim.Adam(groups, betas=betas, weight_decay=settings.weight_decay, fused=True)
 
 
 def _sgd(groups: list[dict[str, Any]], settings: OptimizerSettings) -> torch.optim.Optimizer:

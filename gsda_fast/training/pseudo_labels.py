@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from msgspec import Meta
 from torch import Tensor
 
 
@@ -12,10 +14,10 @@ from torch import Tensor
 class PseudoLabelSettings:
     """Which target samples train, and how often that is decided anew."""
 
-    confidence_threshold: float = 0.8
+    confidence_threshold: Annotated[float, Meta(ge=0, le=1)] = 0.8
     """Target samples whose largest class probability reaches this train."""
-    refresh_every: int = 0
-    """Steps between two scorings of the target; 0: once per pass over it."""
+    refresh_every: Annotated[int, Meta(ge=0)] = 0
+    """Steps between two evaluations of the target; 0: once per pass over it."""
     balance_target: bool = True
     """Draw confident target samples equally often from every pseudo-class. Unwanted where classes may be absent."""
 

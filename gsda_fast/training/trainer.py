@@ -1,4 +1,4 @@
-"""The training loop: steps between two scorings of the target, the scoring, the checkpoint, and again."""
+"""The training loop: steps between two evaluations of the target, the evaluation, the checkpoint, and again."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from gsda_fast.data.batches import Batch, Crops, Loader, Role
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.sampling import SamplingPlan
 from gsda_fast.errors import Stopped
-from gsda_fast.methods import Method, StepInputs
+from gsda_fast.methods import Method, Step
 from gsda_fast.model import ModelOutput
 from gsda_fast.results.metrics import AccuracyHistory, EvaluationFigures, evaluation_figures
 from gsda_fast.training.distributed import Ranks, mean_of_buffers
-from gsda_fast.training.figures import Floors, peak_memory
 from gsda_fast.training.generators import generator_states, set_generator_states
 from gsda_fast.training.optim import OptimizerSettings, build_optimizers, set_learning_rate
 from gsda_fast.training.pseudo_labels import confident_labels
+from gsda_fast.training.rooflines import Floors, peak_memory
 from gsda_fast.training.schedules import Schedule
-from gsda_fast.training.update import Updater
+from gsda_fast.training.update import StepOutcome, Updater
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the trainer tells after some steps.
+    """What the trainer reports after some steps.
 
     Attributes:
-        step: steps done. values: figures by their names in metrics.jsonl, over all ranks.
+        step: steps done. values: metrics by their names in metrics.jsonl, over all ranks.
         peak_memory: bytes, the most that any rank has needed so far, on its GPU or else of its host's memory.
-        figures: the evaluation of the target, where it was scored after this step.
+        evaluation: of the target, where one was made after this step.
     """
 
     step: int
     values: dict[str, float | None]
     peak_memory: float
-    figures: EvaluationFigures | None = None
+    evaluation: EvaluationFigures | None = None
 
 
 class Trainer:
@@ -49,21 +49,21 @@ class Trainer:
     Args:
         method: what to minimize. loader, plan: images and their order. target: for its labels, which serve evaluation
             alone. schedule: what changes over the steps. optimizer: which, and its rates.
-        confidence_threshold: of pseudo-labels.
+        confidence_threshold: of pseudo-labels; None: all target samples train, or none.
         device: where the method's modules and the batches are.
         log_every: steps between two reports.
         ranks: the processes of the run. Its calls are made by all of them, at the same steps: nearly every method of
             this class is one for all ranks together.
         scale_losses: for fp16.
-        test_crops: crops of a target image over which the figures average its probabilities. Nothing that trains
-            depends on it: pseudo-labels and what the method refreshes come from the centre crop.
+        test_crops: crops of a target image over which the metrics average its probabilities. Nothing that trains
+            depends on it: pseudo-labels and what the method learns come from the centre crop.
         stop: whether this process has been asked to stop, looked at in each step.
         cuda_graphs: whether compiled parts are replayed as CUDA graphs.
-        floors: what the network costs at least here, for figures; None where that is not known.
+        floors: what the network costs at least here, for the rooflines; None where that is not known.
+        on_step: called after each step.
 
     Attributes:
-        profiler: told of each step, if there is one.
-        unscored: the figures of the last step, which wait for those of the target's scoring that follows.
+        pending: the metrics of the last step, which wait for those of the evaluation that follows.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Trainer:
         schedule: Schedule,
         optimizer: OptimizerSettings,
         *,
-        confidence_threshold: float,
+        confidence_threshold: float | None,
         device: torch.device,
         log_every: int,
         ranks: Ranks | None = None,
@@ -84,17 +84,18 @@ class Trainer:
         stop: Callable[[], bool] = lambda: False,
         cuda_graphs: bool = False,
         floors: Floors | None = None,
+        on_step: Callable[[], None] = lambda: None,
     ) -> None:
         self.method, self.loader, self.plan, self.schedule = method, loader, plan, schedule
         self.target_labels, self.classes = torch.from_numpy(target.labels), target.classes
         self.confidence_threshold, self.device, self.log_every = confidence_threshold, device, log_every
         self.test_crops: Crops = test_crops
-        self.optimizers = build_optimizers(method.players(), optimizer)
+        self.on_step = on_step
+        self.optimizers = build_optimizers(method.players(), optimizer, method.trained.backbone)
         self.ranks, self.floors, self.cuda_graphs = ranks or Ranks(), floors, cuda_graphs
         self.updater = Updater(method.players(), self.optimizers, self.ranks, device, scale_losses)
         self._stop = stop
-        self.profiler: torch.profiler.profile | None = None
-        self.unscored: dict[str, float | None] | None = None
+        self.pending: dict[str, float | None] | None = None
         self.history = AccuracyHistory()
         self.step = 0
         self.probabilities: Tensor | None = None
@@ -108,45 +109,45 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done and the target has been scored after the last one."""
-        return self.step >= self.schedule.steps and self.unscored is None
+        """Whether all steps are done and the target has been evaluated after the last one."""
+        return self.step >= self.schedule.steps and self.pending is None
 
-    def run(self, on_scored: Callable[[], None]) -> Iterator[Report]:
-        """Trains to the last step, yielding a report at each log step and each scoring.
+    def run(self, on_evaluation: Callable[[], None]) -> Iterator[Report]:
+        """Train to the last step, yielding a report at each log step and each evaluation.
 
-        It ends before, on all ranks after the same step, if one of them is asked to stop; `finished` tells. Then, too,
+        It ends before, on all ranks after the same step, if one of them is asked to stop; see `finished`. Then, too,
         the state is whole: a run that goes on from it reports what it would have reported without the interruption.
 
         Args:
-            on_scored: called after the report of each scoring has been taken, with the plan renewed: the moment at
-                which a checkpoint is due.
+            on_evaluation: called after the report of each evaluation has been taken, with the plan renewed: the moment
+                at which a checkpoint is due.
         """
         while not self.finished:
-            if self.unscored is None:
-                segment = range(self.step, self.schedule.segment_end(self.step))
+            if self.pending is None:
+                segment = range(self.step, self.schedule.next_evaluation(self.step))
                 for values in self._steps(segment):
                     if self.step == segment.stop:
-                        self.unscored = values
+                        self.pending = values
                     else:
                         yield self._report(values)
                 if self.updater.stop:
                     return
-            assert self.unscored is not None
+            assert self.pending is not None
             try:
-                figures = self._score_target()
+                evaluation = self._evaluate_target()
             except Stopped:
                 return
-            values, self.unscored = self.unscored, None
-            values |= {"accuracy": figures.accuracy, "mean_per_class": figures.mean_per_class}
-            values["mutual_information"] = figures.mutual_information
-            yield self._report(values, figures)
-            on_scored()
+            values, self.pending = self.pending, None
+            values |= {"accuracy": evaluation.accuracy, "mean_per_class": evaluation.mean_per_class}
+            values["mutual_information"] = evaluation.mutual_information
+            yield self._report(values, evaluation)
+            on_evaluation()
 
-    def _report(self, values: dict[str, float | None], figures: EvaluationFigures | None = None) -> Report:
-        return Report(self.step, values, self.ranks.max(peak_memory(self.device), self.device), figures)
+    def _report(self, values: dict[str, float | None], evaluation: EvaluationFigures | None = None) -> Report:
+        return Report(self.step, values, self.ranks.max(peak_memory(self.device), self.device), evaluation)
 
     def _steps(self, segment: range) -> Iterator[dict[str, float | None]]:
-        """The training steps of a segment, unless a rank wants to stop; figures at log steps and after the last one."""
+        """Take the steps before an evaluation, unless a rank wants to stop; yield metrics at log steps and the last."""
         self.method.train()
         batches = self.loader.train(self.plan, segment, self.ranks.rank)
         clock = _Clock()
@@ -156,15 +157,14 @@ class Trainer:
             before = time.perf_counter()
             batch = next(batches)
             clock.waiting += time.perf_counter() - before
-            terms = self._train_step(step, batch)
+            outcome = self._train_step(step, batch)
             clock.images += len(batch.source_images) + len(batch.target_images)
-            clock.computed += len(batch.source_images) * (1 if self._source_alone(step) else 2)
+            clock.computed += outcome.images
             self.step = step + 1
-            if self.profiler is not None:
-                self.profiler.step()
+            self.on_step()
             if self.step == segment.stop or self.step % self.log_every == 0:
                 self.updater.require_finite()
-                yield {**self._mean_terms(terms), **self._rates(step, clock)}
+                yield {**self._mean_terms(outcome.terms), **self._rates(step, clock)}
                 clock = _Clock()
             if self.updater.stop:
                 self._note(clock)
@@ -172,6 +172,8 @@ class Trainer:
 
     def _mean_terms(self, terms: dict[str, Tensor]) -> dict[str, float | None]:
         """Means over the ranks, in one transfer to the host."""
+        if not terms:
+            return {}
         values = self.ranks.mean(torch.stack([term.float() for term in terms.values()])).tolist()
         return dict(zip(terms, values))
 
@@ -193,10 +195,7 @@ class Trainer:
         self.training_seconds += seconds
         return seconds, images
 
-    def _source_alone(self, step: int) -> bool:
-        return self.schedule.warming_up(step) or self.method.target_samples == "none"
-
-    def _train_step(self, step: int, batch: Batch) -> dict[str, Tensor]:
+    def _train_step(self, step: int, batch: Batch) -> StepOutcome:
         sizes = len(batch.source_images), len(batch.target_images)
         # The mean over ranks of local means is the global mean for equal parts alone.
         assert sizes == (self.plan.batch_size, self.plan.batch_size), f"a batch of {sizes}, {self.plan.batch_size} each"
@@ -205,26 +204,28 @@ class Trainer:
             # pass take over the memory of the features that the encoder's backward pass still needs.
             torch.compiler.cudagraph_mark_step_begin()
         set_learning_rate(self.optimizers, self.schedule.learning_rate_factor(step))
-        inputs = StepInputs(
-            source_images=batch.source_images,
-            source_labels=batch.source_labels,
-            target_images=batch.target_images,
-            warming_up=self.schedule.warming_up(step),
-            adversarial_ramp=torch.full((), self.schedule.adversarial_ramp(step), device=self.device),
-            mean_over_ranks=self.ranks.mean if self.ranks.several else None,
+        ramp, progress = (
+            torch.full((), value, device=self.device)
+            for value in (self.schedule.adversarial_ramp(step), self.schedule.progress(step))
         )
-        return self.updater.step(step, self.method.moves(inputs))
+        known = Step(ramp, progress, self.ranks.mean, self.ranks.gather_rows)
+        if self.schedule.warming_up(step):
+            return self.updater.step(step, self.method.source_updates(batch, known))
+        if step == self.schedule.warmup:
+            for player in self.method.start():
+                self.updater.forget(player)
+        return self.updater.step(step, self.method.updates(batch, known))
 
-    def _score_target(self) -> EvaluationFigures:
-        """Scores the target, notes the figures, and renews the choice of the target samples that train."""
+    def _evaluate_target(self) -> EvaluationFigures:
+        """Evaluate the target, note its accuracy, and renew the choice of the target samples that train."""
         of_centre = self.predict("target", 1, stoppable=True)
         self.probabilities = of_centre
         if self.test_crops != 1:
             self.probabilities = self.predict("target", self.test_crops, stoppable=True)
         figures = evaluation_figures(self.target_labels, self.probabilities)
         self.history.add(self.step, figures)
-        self.method.refresh(of_centre)
-        if self.method.target_samples == "confident":
+        self.method.on_evaluation(_Scores(self, of_centre))
+        if self.confidence_threshold is not None:
             self.plan = self.plan.with_target(confident_labels(of_centre, self.confidence_threshold))
         return figures
 
@@ -242,7 +243,11 @@ class Trainer:
 
     def features(self, domain: Role, index: np.ndarray) -> np.ndarray:
         """(len(index), D) float32 features of the samples `index` of a domain."""
-        return self._evaluate(domain, index, lambda output: output.features.float()).numpy()
+        return self.all_features(domain, index).numpy()
+
+    def all_features(self, domain: Role, index: np.ndarray | None = None) -> Tensor:
+        """Return (n, D) float32 features of a domain, or of its samples `index`, on the CPU."""
+        return self._evaluate(domain, index, lambda output: output.features.float())
 
     @torch.no_grad()
     def _evaluate(
@@ -272,8 +277,12 @@ class Trainer:
         """Everything that must survive a crash; all else is a function of it and the configuration.
 
         All ranks call it and get the same: what belongs to each of them is in a list over the ranks. Buffers do,
-        between two scorings; as part of the method they are what a scoring would make of them.
+        between two evaluations; as part of the method they are what an evaluation would make of them.
+
+        Raises:
+            TrainingError: a number was not finite in a step so far: such a state is none to resume from.
         """
+        self.updater.require_finite()
         table = self.plan.target_table
         own = {"random": generator_states(self.device), "buffers": self._own_buffers()}
         of_ranks = self.ranks.gather_objects(own)
@@ -283,7 +292,7 @@ class Trainer:
             "method": {**self.method.state_dict(), **mean_of_buffers([each["buffers"] for each in of_ranks])},
             **self.updater.state_dict(),
             "target_table": None if table is None else torch.from_numpy(table),
-            "unscored": self.unscored,
+            "pending": self.pending,
             "history": self.history.state_dict(),
             "ranks": of_ranks,
             "images_seen": self.images_seen,
@@ -305,7 +314,7 @@ class Trainer:
         self.updater.load_state_dict(state)
         if state["target_table"] is not None:
             self.plan = self.plan.with_target(state["target_table"].numpy())
-        self.unscored = state["unscored"]
+        self.pending = state["pending"]
         self.history.load_state_dict(state["history"])
         if len(state["ranks"]) != self.ranks.world_size:
             self.method.load_state_dict(state["method"])
@@ -315,6 +324,18 @@ class Trainer:
             set_generator_states(own["random"], self.device)
         self.images_seen, self.training_seconds = state["images_seen"], state["training_seconds"]
         self._earlier_seconds, self._started = state["seconds"], time.perf_counter()
+
+
+class _Scores:
+    """See `gsda_fast.methods.base.Scores`."""
+
+    def __init__(self, trainer: Trainer, probabilities: Tensor) -> None:
+        self.probabilities = probabilities
+        self.source_labels = torch.from_numpy(trainer.plan.source_labels)
+        self._trainer = trainer
+
+    def features(self, domain: Role) -> Tensor:
+        return self._trainer.all_features(domain)
 
 
 class _Clock:

@@ -1,0 +1,243 @@
+"""`python -m gsda_fast.embed TASK|FOLDER`: features of a frozen backbone for every image, once, in files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+from msgspec import Meta
+from rich.console import Console
+from torch import nn
+
+from gsda_fast.commands import parse_command_line, plain_console, run_command
+from gsda_fast.data.benchmarks import BENCHMARKS, EMBEDDED, ImageRecipe
+from gsda_fast.data.domains import ImageDomain, default_root, open_domain, open_folder
+from gsda_fast.data.embeddings import digest_of_table, write_table
+from gsda_fast.data.sampling import stored_augmentation
+from gsda_fast.data.torch_loader import TorchLoader
+from gsda_fast.data.verify import FilesDone, progress_bars, require_readable
+from gsda_fast.errors import UsageError
+from gsda_fast.files import atomic_file
+from gsda_fast.model import (
+    EFFICIENTNET_LITE0,
+    FEATURES,
+    LENET,
+    ModelSettings,
+    build_backbone,
+    fetch_weights,
+    input_format,
+)
+from gsda_fast.training.distributed import digest
+
+_FOLDER_TASK = "folder"
+_VIEW_SEED = 2020
+_SAVED_EVERY = 16  # batches, after which an interrupted call goes on
+
+
+@dataclass(frozen=True)
+class EmbedSettings:
+    """Compute features of a frozen backbone for every image of a task's domains, or of a folder."""
+
+    what: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TASK|FOLDER")]
+    """A task, or a folder: of class folders, or of images without labels."""
+    backbone: str = EFFICIENTNET_LITE0
+    """As for training: efficientnet-lite0, timm:NAME, or a classification model of torchvision."""
+    weights: str = "IMAGENET1K_V1"
+    """Its weights: a name, the path of a file, or none. timm's own are called pretrained."""
+    views: Annotated[int, Meta(ge=0)] = 0
+    """Augmented views of each image, beside its centre; training then takes one at random."""
+    domains: tuple[str, ...] = ()
+    """Domains of the task; all of them if none is given."""
+    output: Path | None = None
+    """Folder for the files; for a task one in the cache, where training looks for them, if not given; for a folder,
+    `embeddings`."""
+    data_root: Path | None = None
+    """Folder of the data set; the environment variable GSDA_DATA if not given."""
+    batch_size: Annotated[int, Meta(ge=1)] = 64
+    """Images in a batch."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto: the GPU if there is one."""
+    workers: Annotated[int, Meta(ge=0)] = 0
+    """Threads that decode images; 0: the usable cores."""
+    threads: Annotated[int, Meta(ge=0)] = 0
+    """CPU threads of PyTorch; 0: PyTorch's choice."""
+
+
+def embed(settings: EmbedSettings, progress: FilesDone | None = None) -> list[Path]:
+    """Compute what is not there yet, and return the files of features, one for each domain.
+
+    Args:
+        settings: see there. progress: called after each batch.
+
+    Raises:
+        UsageError: data, a backbone or weights that are not there or do not fit, or a folder that cannot be written.
+    """
+    if settings.backbone in (LENET, FEATURES):
+        raise UsageError("--backbone", found=settings.backbone, expected="a network for colour images")
+    if min(settings.views, settings.batch_size - 1, settings.workers, settings.threads) < 0:
+        raise UsageError("options", found="a negative number", expected="--views, --workers >= 0, --batch-size >= 1")
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device", found="cuda", expected="cpu or auto: PyTorch finds no CUDA device here")
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    domains, recipe = _domains(settings)
+    model = ModelSettings(settings.backbone, settings.weights)
+    fetch_weights(model)
+    wanted = input_format(settings.backbone)
+    backbone, dim = build_backbone(model)
+    if wanted is not None:
+        recipe = recipe.for_backbone(*wanted)
+    on_gpu = settings.device != "cpu" and torch.cuda.is_available()
+    network = _Network(backbone, dim, torch.device("cuda" if on_gpu else "cpu"))
+    output = settings.output or _default_output(settings)
+    paths = []
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for domain in domains:
+            path = output / f"{domain.name}.npy"
+            _embed_domain(domain, path, network, recipe, settings, progress)
+            paths.append(path)
+    except OSError as error:
+        raise UsageError(
+            str(error.filename or output), found=f"{error.strerror}", expected="a folder that can be written"
+        ) from error
+    return paths
+
+
+def _default_output(settings: EmbedSettings) -> Path:
+    return default_root(settings.what + EMBEDDED) if settings.what in BENCHMARKS else Path("embeddings")
+
+
+def _domains(settings: EmbedSettings) -> tuple[Sequence[ImageDomain], ImageRecipe]:
+    benchmark = BENCHMARKS.get(settings.what)
+    if benchmark is None or not benchmark.domains:
+        folder = Path(settings.what)
+        if not folder.is_dir():
+            expected = f"a folder of images, or one of {', '.join(name for name, b in BENCHMARKS.items() if b.domains)}"
+            raise UsageError("TASK|FOLDER", found=f"'{settings.what}'", expected=expected)
+        return [open_folder(folder.resolve())], BENCHMARKS[_FOLDER_TASK].recipe
+    if benchmark.recipe.channels != 3:
+        raise UsageError("TASK|FOLDER", found=settings.what, expected="a task whose samples are colour images")
+    names = settings.domains or tuple(facts.name for facts in benchmark.domains)
+    domains = [open_domain(benchmark.name, name, settings.data_root) for name in names]
+    for domain in domains:
+        require_readable(benchmark.name, domain, workers=settings.workers)
+    return domains, benchmark.recipe
+
+
+class _Network:
+    """A frozen backbone on its device."""
+
+    def __init__(self, backbone: nn.Module, dim: int, device: torch.device) -> None:
+        self.digest, self.dim, self.device = digest(backbone.state_dict()), dim, device
+        self._backbone = backbone.to(device).to(memory_format=torch.channels_last).eval()
+
+    @torch.inference_mode()
+    def __call__(self, images: torch.Tensor) -> np.ndarray:
+        """(N, C, H, W) -> (N, dim) float32."""
+        return self._backbone(images).flatten(1).float().cpu().numpy()
+
+
+def _embed_domain(
+    domain: ImageDomain,
+    path: Path,
+    network: _Network,
+    recipe: ImageRecipe,
+    settings: EmbedSettings,
+    progress: FilesDone | None,
+) -> None:
+    made_from = _digest(domain, network, recipe, settings.views)
+    if digest_of_table(path) == made_from:
+        return
+    path.with_suffix(".json").unlink(missing_ok=True)  # from now on these are no finished rows
+    partial, journal = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.done")
+    count, views = len(domain), 1 + settings.views
+    done = _done(journal, made_from) if partial.is_file() else 0
+    mode: Literal["r+", "w+"] = "r+" if done else "w+"
+    rows = np.lib.format.open_memmap(partial, mode=mode, dtype=np.float32, shape=(views, count, network.dim))
+    loader = TorchLoader(
+        domain, domain, recipe, batch_size=settings.batch_size, device=network.device, workers=settings.workers
+    )
+    try:
+        if done < count:
+            centres = loader.evaluate("target", np.arange(done, count))
+            for number, (images, index) in enumerate(centres, start=1):
+                first, last = int(index[0]), int(index[-1]) + 1
+                rows[0, first:last] = network(images)
+                if views > 1:
+                    drawn = [
+                        stored_augmentation(_VIEW_SEED, range(view * count + first, view * count + last), recipe)
+                        for view in range(1, views)
+                    ]
+                    crops = loader.augmented("target", np.arange(first, last), drawn)
+                    for view, augmented in enumerate(crops, start=1):
+                        rows[view, first:last] = network(augmented)
+                if progress is not None:
+                    progress(domain.name, last, count)
+                if number % _SAVED_EVERY == 0:
+                    _save(rows, journal, made_from, last)
+    finally:
+        loader.close()
+    _save(rows, journal, made_from, count)
+    del rows
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+    write_table(path, made_from, domain.paths, domain.labels, domain.classes)
+    journal.unlink(missing_ok=True)
+
+
+def _digest(domain: ImageDomain, network: _Network, recipe: ImageRecipe, views: int) -> str:
+    """What the rows are a function of: the files, as far as names, sizes and times tell, weights and settings."""
+    settings = {"recipe": asdict(recipe), "views": views, "classes": domain.classes}
+    found = hashlib.sha256(f"{json.dumps(settings)} {network.digest}".encode())
+    for sample, (name, label) in enumerate(zip(domain.paths, domain.labels.tolist())):
+        state = "" if domain.frames is not None else _state(domain.file(sample))
+        found.update(f"{name}\0{label}\0{state}\0".encode())
+    if domain.frames is not None:
+        found.update(repr([shard.sha256 for shard in domain.frames.shards]).encode())
+    return found.hexdigest()
+
+
+def _state(path: str) -> str:
+    """Size and time of change."""
+    status = os.stat(path)
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def _save(rows: np.memmap, journal: Path, made_from: str, done: int) -> None:
+    rows.flush()
+    with atomic_file(journal) as file:
+        file.write(json.dumps({"digest": made_from, "done": done}).encode())
+
+
+def _done(journal: Path, made_from: str) -> int:
+    try:
+        written = json.loads(journal.read_text(encoding="utf-8"))
+        return int(written["done"]) if written["digest"] == made_from else 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def run(arguments: list[str], console: Console) -> None:
+    """Compute what the command line asks for and say where it lies."""
+    settings = parse_command_line(lambda: tyro.cli(EmbedSettings, args=arguments, prog="python -m gsda_fast.embed"))
+    with progress_bars(console) as progress:
+        paths = embed(settings, progress)
+    for path in paths:
+        console.print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB", soft_wrap=True)
+    if settings.what in BENCHMARKS and settings.output is None:
+        console.print(f"train with: python -m gsda_fast.train {settings.what}{EMBEDDED}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    run_command(lambda: run(sys.argv[1:], plain_console()))

@@ -1,0 +1,101 @@
+"""What a method and the training loop say to each other in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Player(NamedTuple):
+    """What one optimizer moves.
+
+    Attributes:
+        modules: whose parameters it has. The backbone's parameters learn at the backbone's rate, in whichever player.
+        lr_scale: factor on the run's learning rates.
+        momentum: None: the run's.
+    """
+
+    modules: tuple[nn.Module, ...]
+    lr_scale: float = 1.0
+    momentum: float | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where in training a step is, and what the other ranks know.
+
+    Attributes:
+        ramp: 0-d, from 0 to 1 over adaptation: 2 / (1 + exp(-10 q)) - 1. A tensor, since a Python number that changes
+            would recompile each step.
+        progress: 0-d, q itself: a method shapes a ramp of its own from it.
+        mean: averages a tensor over ranks, without gradient; the identity for one process.
+        gather: the rows of all ranks, (n, ...) -> (ranks * n, ...), in rank order. A function of them has the value of
+            the whole batch, and the mean over ranks of its gradients is the whole batch's gradient.
+    """
+
+    ramp: Tensor
+    progress: Tensor
+    mean: Callable[[Tensor], Tensor] = Tensor.detach
+    gather: Callable[[Tensor], Tensor] = lambda rows: rows
+
+
+class Update(NamedTuple):
+    """One optimizer step.
+
+    Attributes:
+        players: names of those that minimize `loss`. terms: loss terms by name, unweighted and detached, for the log.
+        images: how many went through the network for this update, on this rank.
+    """
+
+    players: tuple[str, ...]
+    loss: Tensor
+    terms: Mapping[str, Tensor]
+    images: int = 0
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the network makes of a batch, source rows first.
+
+    Attributes:
+        features: (N, D), in the network's dtype, for kernels that take it. logits: (N, r), float32 or wider.
+        num_source: rows of the source.
+    """
+
+    features: Tensor
+    logits: Tensor
+    num_source: int
+
+    @property
+    def source_features(self) -> Tensor:
+        """(B, D), float32 or wider."""
+        return _at_least_float32(self.features[: self.num_source])
+
+    @property
+    def target_features(self) -> Tensor:
+        """(B', D), float32 or wider."""
+        return _at_least_float32(self.features[self.num_source :])
+
+    @property
+    def source_logits(self) -> Tensor:
+        """(B, r)"""
+        return self.logits[: self.num_source]
+
+    @property
+    def target_logits(self) -> Tensor:
+        """(B', r)"""
+        return self.logits[self.num_source :]
+
+    @property
+    def domain(self) -> Tensor:
+        """(N,) float32: 1 for source rows, 0 for target rows."""
+        rows = torch.arange(len(self.features), device=self.features.device)
+        return (rows < self.num_source).to(torch.float32)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,137 @@
+"""What training left behind: a checkpoint of a run, and the network in it, on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+from gsda_fast.assemble import choose_device, image_recipe
+from gsda_fast.config import Config, config_from_dict
+from gsda_fast.data.benchmarks import ImageRecipe
+from gsda_fast.errors import UsageError
+from gsda_fast.methods import METHODS
+from gsda_fast.model import AdaptationModel, build_model
+from gsda_fast.results.run_folder import RunFolder
+from gsda_fast.training.checkpoint import CheckpointFolder, DamagedCheckpoint
+from gsda_fast.training.distributed import DistributedSettings
+from gsda_fast.training.precision import AUTOCAST_DTYPES, PrecisionSettings, set_arithmetic
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """What every command on a trained run asks for."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of a finished or interrupted run."""
+    _: KW_ONLY
+    checkpoint: int | None = None
+    """Step of the checkpoint; the newest one if not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringOptions(CheckpointOptions):
+    """The same, of those that compute."""
+
+    device: Device = "auto"
+    """Where to compute; auto: the GPU if there is one."""
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """Encoder and classifier of a run, in evaluation mode.
+
+    Attributes:
+        model: on `device`. classes: names in label order. config: of the run, as `for_scoring` changes it.
+        step: of the checkpoint. device: where the model is.
+    """
+
+    model: AdaptationModel
+    classes: tuple[str, ...]
+    config: Config
+    step: int
+    device: torch.device
+
+    @property
+    def recipe(self) -> ImageRecipe:
+        """How an image file becomes what the model was evaluated on."""
+        return image_recipe(self.config)
+
+
+def load_trained(run: Path, checkpoint: int | None = None, device: Device = "cpu") -> TrainedModel:
+    """The network of a finished or interrupted run; neither its data nor pretrained weights are needed.
+
+    Args:
+        run: the run's folder. checkpoint: a step; the newest checkpoint if None. device: where the network is put.
+
+    Raises:
+        UsageError: no run, no such checkpoint, a damaged one, or no such device.
+    """
+    folder = RunFolder.existing(run)
+    step, state = read_checkpoint(folder, checkpoint)
+    config = for_scoring(read_settings(folder), device)
+    head = partial(METHODS[config.run.method].method.classifier, config.method)
+    model = build_model(config.model, len(state["classes"]), head)
+    own = "model."
+    parameters = {name.removeprefix(own): each for name, each in state["method"].items() if name.startswith(own)}
+    model.load_state_dict(parameters)
+    model.autocast_dtype = AUTOCAST_DTYPES[config.precision.precision]
+    place = torch.device(config.run.device)
+    set_arithmetic(place, config.precision.precision)
+    return TrainedModel(model.to(place).eval(), tuple(state["classes"]), config, step, place)
+
+
+def read_settings(folder: RunFolder) -> Config:
+    """The settings that a run was trained with."""
+    return config_from_dict(folder.read_config(), str(folder.config_path))
+
+
+def read_checkpoint(folder: RunFolder, step: int | None = None) -> tuple[int, dict[str, Any]]:
+    """The step and the state of a checkpoint, the newest one if none is named.
+
+    Raises:
+        UsageError: there is none, or not that one, or its file is damaged.
+    """
+    checkpoints = CheckpointFolder(folder.checkpoints)
+    steps = checkpoints.steps()
+    if not steps:
+        raise UsageError(str(folder.path), found="no checkpoint", expected="a run that was scored at least once")
+    chosen = steps[-1] if step is None else step
+    if chosen not in steps:
+        raise UsageError("--checkpoint", found=str(chosen), expected=f"one of {', '.join(map(str, steps))}")
+    try:
+        return chosen, checkpoints.load(chosen)
+    except DamagedCheckpoint as error:
+        raise UsageError("--checkpoint", found=str(error), expected="an undamaged file") from error
+
+
+def for_scoring(config: Config, device: Device) -> Config:
+    """The settings of a run for scoring images with its parameters, perhaps on another kind of machine.
+
+    Nothing is fetched, compiled or optimised. The precision that was chosen for the run's device stays where this one
+    is of the same kind, and is chosen anew where it is not. The torch loader serves everywhere and stays. DALI may be
+    missing here or be given a pack, so in its place comes ``auto``: DALI on a GPU where it can serve, torch otherwise,
+    whose test images are within a level of 255 of those of DALI on a CPU.
+
+    Raises:
+        UsageError: a GPU is asked for and not there.
+    """
+    here = choose_device(replace(config, run=replace(config.run, device=device)))
+    alike = config.run.device == here
+    loader: Literal["auto", "torch"] = "torch" if config.data.loader == "torch" else "auto"
+    precision = PrecisionSettings(config.precision.precision if alike else "auto", "off")
+    return replace(
+        config,
+        run=replace(config.run, device=here),
+        data=replace(config.data, loader=loader, cache_on_device=False),
+        model=replace(config.model, weights="none"),
+        optimizer=replace(config.optimizer, optimizer="auto"),
+        precision=precision.resolved(here),
+        distributed=DistributedSettings(),
+    )
