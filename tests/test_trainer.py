@@ -550,7 +550,9 @@ def test_a_run_is_the_two_steps_in_a_loop() -> None:
     method, loader, plan = mine.method, loader_of(mine), mine.plan
     assert isinstance(method, GSDA)
     model, discriminators = method.model, method.discriminators
-    optimizers = build_optimizers({"all": Player((model,)), "discriminators": Player((discriminators,))}, OPTIMIZER, model.backbone)
+    optimizers = build_optimizers(
+        {"all": Player((model,)), "discriminators": Player((discriminators,))}, OPTIMIZER, model.backbone
+    )
     domain = torch.tensor([1.0] * BATCH_SIZE + [0.0] * BATCH_SIZE)
     for step in range(schedule.steps):
         set_learning_rate(optimizers, schedule.learning_rate_factor(step))
