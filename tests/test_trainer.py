@@ -339,7 +339,7 @@ def test_no_state_after_a_bad_number_is_given_away(asked_at: int | None) -> None
     bad_from(trainer, 8)
     states: list[dict[str, Any]] = []
     trainer.updater._guard.stop = False
-    with pytest.raises(TrainingError, match="^step 9: objective of the discriminators.* not finite"):
+    with pytest.raises(TrainingError, match=r"^step 9: objective of the discriminators.* not finite"):
         run_and_save(trainer, states)
     assert [state["step"] for state in states] == [4, 7]
 
@@ -357,7 +357,7 @@ def test_a_stop_in_the_step_of_the_bad_number_gives_no_state_away() -> None:
 
     trainer.updater.step = stopped  # type: ignore[method-assign]
     states: list[dict[str, Any]] = []
-    with pytest.raises(TrainingError, match="^step 9: objective of the discriminators.* not finite"):
+    with pytest.raises(TrainingError, match=r"^step 9: objective of the discriminators.* not finite"):
         run_and_save(trainer, states)
     assert (trainer.step, [state["step"] for state in states]) == (9, [4, 7])
 

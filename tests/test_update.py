@@ -166,7 +166,7 @@ def test_what_was_not_finite_is_named_by_a_host_that_looks_later(scale_losses: b
         setup.updater.step(step, updates)
         if step == 1:
             before = setup.state()
-    with pytest.raises(TrainingError, match="^step 2: objective of the encoder and classifier.* not finite"):
+    with pytest.raises(TrainingError, match=r"^step 2: objective of the encoder and classifier.* not finite"):
         setup.updater.require_finite()
     assert differences(setup.state(), before) == []  # nothing has moved since
 
