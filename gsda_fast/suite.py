@@ -51,6 +51,9 @@ PROGRAM = "python -m gsda_fast.suite"
 ABLATION = ("source-only", "entropy", "glb", "glb-cls", "glb-cls-grp", "gsda")
 """The four rows of the paper's Table 1, and before them what they start from: each adds one part to the one before."""
 
+BASELINES = tuple(name for name in METHODS if name not in ABLATION or name == "source-only")
+"""Source-only and every method that others published."""
+
 _OF_ONE_RUN = {"--method": "--methods", "--seed": "--seeds", "--source": "--tasks", "--target": "--tasks"}
 """Options of a single run, and the suite's in their place."""
 
@@ -66,7 +69,8 @@ class SuiteSettings:
     task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="|".join(TASKS))]
     """Benchmark."""
     methods: tuple[str, ...] = ()
-    """Methods to run. If none is given: those of --ablation and dann; with --sweep gsda alone; with --paired those of
+    """Methods to run; all: every one; baselines: source-only and those that others published. If none is given: those
+    of --ablation and dann; with --sweep gsda alone; with --paired those of
     --ablation."""
     ablation: bool = False
     """Run the rows of the paper's Table 1, glb, glb-cls, glb-cls-grp and gsda, after source-only and entropy."""
@@ -90,6 +94,8 @@ class SuiteSettings:
     def __post_init__(self) -> None:
         if self.ablation and self.methods:
             raise UsageError("--ablation", found="--methods beside it", expected="one of the two")
+        if len(self.methods) > 1 and {"all", "baselines"} & set(self.methods):
+            raise UsageError("--methods", found=" ".join(self.methods), expected="names, or all or baselines alone")
         if not self.seeds:
             raise UsageError("--seeds", found="none", expected="one or more")
         if self.paired and len(self.chosen_methods) < 2 and not self.sweep:
@@ -99,6 +105,8 @@ class SuiteSettings:
 
     @property
     def chosen_methods(self) -> tuple[str, ...]:
+        if self.methods in (("all",), ("baselines",)):
+            return tuple(METHODS) if self.methods == ("all",) else BASELINES
         if self.methods:
             return tuple(ALIASES.get(name, name) for name in self.methods)
         if self.sweep and not self.ablation:
@@ -142,6 +150,9 @@ def run_suite(settings: SuiteSettings, variants: Mapping[str, Mapping[str, Confi
     if repeated:
         raise UsageError("--methods, --seeds, --tasks, --sweep", found=f"{repeated[0]} twice", expected="each run once")
 
+    made_of = f"{len(variants)} settings x " if len(variants) > 1 else ""
+    made_of += f"{len(pairs)} transfer tasks x {len(settings.chosen_methods)} methods x {len(settings.seeds)} seeds"
+    console.print(f"{len(everything)} runs: {made_of}")
     started = time.perf_counter()
     in_order = iter(_run_all(everything, settings.jobs, console))
     outcomes = {name: list(itertools.islice(in_order, len(of_variant))) for name, of_variant in configs.items()}

@@ -20,8 +20,9 @@ from table_cells import squeezed
 
 from gsda_fast import suite as command
 from gsda_fast.commands import run_command
-from gsda_fast.config import PRESETS, Config, parse_config
+from gsda_fast.config import Config, parse_config, preset
 from gsda_fast.errors import TrainingError, UsageError
+from gsda_fast.methods import METHODS
 from gsda_fast.results.records import RunResult
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.suite import ABLATION, SuiteSettings, run_suite, sweep_variants, visible_gpus
@@ -31,9 +32,18 @@ from gsda_fast.training.checkpoint import CheckpointFolder
 pytestmark = pytest.mark.filterwarnings("ignore:domain .* found .* images")
 
 
-def base(few_digits: Path) -> Config:
+def base(few_digits: Path, *options: str) -> dict[str, Config]:
+    """The settings of a short run of each method of these tests."""
     steps = ("--steps", "4", "--warmup", "2", "--batch-size", "8")
-    return parse_config(["digits", "--data-root", str(few_digits), *steps], "suite")
+    arguments = ["digits", "--data-root", str(few_digits), *steps]
+    return {
+        method: parse_config([*arguments, "--method", method, *(options if method == "gsda" else ())], "suite")
+        for method in ("source-only", "dann", "gsda")
+    }
+
+
+def presets(task: str, methods: Sequence[str]) -> dict[str, Config]:
+    return {method: preset(task, method) for method in methods}
 
 
 def in_this_process(configs: list[Config], jobs: int, console: Console) -> list[RunResult | TrainingError]:
@@ -84,7 +94,7 @@ def test_a_suite_trains_each_run_and_writes_tables_and_goes_on(
 
 
 def test_a_mistake_that_a_run_finds_comes_out_of_its_process(few_digits: Path, tmp_path: Path) -> None:
-    config = parse_config(["digits", "--data-root", str(few_digits), "--groups", "11"], "suite")
+    config = base(few_digits, "--groups", "11")
     with pytest.raises(UsageError, match="--groups: found 11; expected 1 to 10"):
         run_suite(with_output(TWO_METHODS, tmp_path / "suite"), {"": config}, Console(file=io.StringIO()))
     assert not (tmp_path / "suite").exists()
@@ -105,8 +115,8 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
 
 
 def test_a_suite_is_every_task_method_and_seed(planned: list[Config]) -> None:
-    base_config = PRESETS["digits"]
-    run_suite(SuiteSettings("digits"), {"": base_config}, Console(file=io.StringIO()))
+    configs = presets("digits", SuiteSettings("digits").chosen_methods)
+    run_suite(SuiteSettings("digits"), {"": configs}, Console(file=io.StringIO()))
     assert len(planned) == 6 * 7 * 3
     assert len({config.run.output for config in planned}) == len(planned)
     first = planned[0]
@@ -117,7 +127,7 @@ def test_a_suite_is_every_task_method_and_seed(planned: list[Config]) -> None:
         0,
     )
     assert first.run.output == Path("runs/suite-digits/digits-mnist-optdigits-source-only-seed0")
-    assert {config.adversarial for config in planned} == {base_config.adversarial}
+    assert {config.run.method: config.method for config in planned} == {m: c.method for m, c in configs.items()}
 
 
 @pytest.mark.parametrize(
@@ -142,7 +152,7 @@ def test_workers_take_the_gpus_that_the_suite_was_given(
 
 def test_transfer_tasks_of_ones_own_folders(planned: list[Config]) -> None:
     settings = SuiteSettings("folder", methods=("gsda",), seeds=(0,), tasks=("photos -> sketches",))
-    run_suite(settings, {"": PRESETS["folder"]}, Console(file=io.StringIO()))
+    run_suite(settings, {"": presets("folder", settings.chosen_methods)}, Console(file=io.StringIO()))
     assert [(config.data.source, config.data.target) for config in planned] == [("photos", "sketches")]
 
 
@@ -205,7 +215,7 @@ def test_bad_input_is_one_line_before_anything_runs(
 
 def test_the_ablation_is_table_1_and_what_it_starts_from() -> None:
     assert SuiteSettings("office31", ablation=True).chosen_methods == ABLATION
-    assert ABLATION == ("source-only", "entropy", "domain", "class", "group", "gsda")
+    assert ABLATION == ("source-only", "entropy", "glb", "glb-cls", "glb-cls-grp", "gsda")
     assert SuiteSettings("office31", paired=True).chosen_methods == ABLATION
     assert SuiteSettings("office31", sweep=("alpha=1,2",)).chosen_methods == ("gsda",)
     # Pairs of settings, then, and not of methods.
@@ -219,39 +229,57 @@ def test_the_ablation_is_table_1_and_what_it_starts_from() -> None:
 
 
 def test_a_sweep_is_every_combination() -> None:
-    variants = sweep_variants(("alpha=0.02,0.1", "beta=0,1,10"), ["digits", "--steps", "400"])
+    variants = sweep_variants(("alpha=0.02,0.1", "beta=0,1,10"), ["digits", "--steps", "400"], ("gsda",))
     assert list(variants) == [f"alpha={alpha},beta={beta}" for alpha in ("0.02", "0.1") for beta in ("0", "1", "10")]
-    preset = PRESETS["digits"]
-    for name, config in variants.items():
+    default = preset("digits", "gsda")
+    for name, configs in variants.items():
         alpha, beta = (float(part.partition("=")[2]) for part in name.split(","))
-        assert config == replace(
-            preset,
-            run=replace(preset.run, steps=400),
-            adversarial=replace(preset.adversarial, alpha=alpha, beta=beta),
-        )
+        method: Any = replace(default.method, **{"alpha": alpha, "beta": beta})
+        assert configs == {"gsda": replace(default, run=replace(default.run, steps=400), method=method)}
+
+
+def test_an_option_goes_to_the_methods_that_have_it() -> None:
+    arguments = ["digits", "--beta", "3", "--no-sync-ramp", "--hidden-dim", "64", "--steps", "400"]
+    (configs,) = sweep_variants((), arguments, ("source-only", "dann", "gsda")).values()
+    assert configs["source-only"] == replace(preset("digits", "source-only"), run=configs["source-only"].run)
+    assert vars(configs["dann"].method)["hidden_dim"] == 64
+    assert vars(configs["gsda"].method) | {"beta": 3.0, "sync_ramp": False} == vars(configs["gsda"].method)
+    assert {config.run.steps for config in configs.values()} == {400}
+    with pytest.raises(SystemExit):
+        sweep_variants((), ["digits", "--beta", "3"], ("source-only", "dann"))
+
+
+def test_all_and_baselines_stand_for_methods() -> None:
+    assert SuiteSettings("digits", methods=("all",)).chosen_methods == tuple(METHODS)
+    baselines = SuiteSettings("digits", methods=("baselines",)).chosen_methods
+    assert {"source-only", "dann", "cdan", "tca"} <= set(baselines)
+    assert not {"gsda", "glb", "entropy"} & set(baselines)
+    assert SuiteSettings("digits", methods=("group",)).chosen_methods == ("glb-cls-grp",)
+    with pytest.raises(UsageError, match="--methods: found all gsda; expected names, or all or baselines alone"):
+        SuiteSettings("digits", methods=("all", "gsda"))
 
 
 def test_a_sweep_can_be_written_as_one_word() -> None:
-    assert sweep_variants(("alpha=0.02,0.1,beta=0,1,groups=2",), ["digits"]) == sweep_variants(
-        ("alpha=0.02,0.1", "beta=0,1", "groups=2"), ["digits"]
+    assert sweep_variants(("alpha=0.02,0.1,beta=0,1,groups=2",), ["digits"], ("gsda",)) == sweep_variants(
+        ("alpha=0.02,0.1", "beta=0,1", "groups=2"), ["digits"], ("gsda",)
     )
 
 
 def test_no_sweep_is_one_nameless_setting() -> None:
-    assert sweep_variants((), ["digits"]) == {"": PRESETS["digits"]}
+    assert sweep_variants((), ["digits"], ("gsda",)) == {"": {"gsda": preset("digits", "gsda")}}
 
 
 def test_settings_of_a_sweep_have_folders_of_their_own_whatever_their_values(planned: list[Config]) -> None:
-    variants = sweep_variants(("weights=/data/a.pth,/data/b.pth",), ["office31"])
+    variants = sweep_variants(("weights=/data/a.pth,/data/b.pth",), ["office31"], ("gsda",))
     assert list(variants) == ["weights=_data_a.pth", "weights=_data_b.pth"]
-    assert [config.model.weights for config in variants.values()] == ["/data/a.pth", "/data/b.pth"]
+    assert [configs["gsda"].model.weights for configs in variants.values()] == ["/data/a.pth", "/data/b.pth"]
     settings = SuiteSettings("office31", seeds=(0,), tasks=("A->W",), sweep=("weights",), output=Path("suite"))
     run_suite(settings, variants, Console(file=io.StringIO()))
     assert [config.run.output for config in planned] == [
         Path("suite") / name / "office31-amazon-webcam-gsda-seed0" for name in variants
     ]
     # One option has one folder, with a hyphen or an underscore.
-    assert list(sweep_variants(("learning_rate=0.1",), ["digits"])) == ["learning-rate=0.1"]
+    assert list(sweep_variants(("learning_rate=0.1",), ["digits"], ("gsda",))) == ["learning-rate=0.1"]
 
 
 def test_a_sweep_trains_each_setting_and_draws_it(
@@ -290,7 +318,7 @@ def test_a_sweep_trains_each_setting_and_draws_it(
 # ----------------------------------------------------------------------------------------------------------- paired
 
 
-SHARED_WARMUP = ("source-only", "entropy", "dann", "domain", "class", "group", "gsda")
+SHARED_WARMUP = ("source-only", "entropy", "dann", "glb", "glb-cls", "glb-cls-grp", "gsda")
 
 
 def test_methods_share_the_warm_up_bit_by_bit(few_digits: Path, tmp_path: Path) -> None:
@@ -382,7 +410,7 @@ def test_every_run_of_a_worker_is_compiled(few_digits: Path, monkeypatch: pytest
         layer(torch.zeros(1, config.run.seed + 1))
 
     monkeypatch.setattr(command, "train", train_compiled)
-    config = base(few_digits)
+    config = base(few_digits)["gsda"]
     runs = torch._dynamo.config.recompile_limit + 2
     for seed in range(runs):
         command._run_one(replace(config, run=replace(config.run, seed=seed)))
