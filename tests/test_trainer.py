@@ -331,15 +331,11 @@ def bad_from(trainer: Trainer, first: int) -> None:
     trainer.method.updates = poisoned  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("asked_at", [None, 8, 9])
-def test_no_state_after_a_bad_number_is_given_away(asked_at: int | None) -> None:
-    """Not at an evaluation, and not when a run is asked to stop before the host has seen the number."""
-    stop = (lambda: False) if asked_at is None else (lambda: trainer.step >= asked_at)
-    trainer = build(stop=stop, log_every=100)
+def test_no_state_after_a_bad_number_is_given_away() -> None:
+    trainer = build(log_every=100)
     bad_from(trainer, 8)
     states: list[dict[str, Any]] = []
-    trainer.updater._guard.stop = False
-    with pytest.raises(TrainingError, match="^step 9: objective of the discriminators.* not finite"):
+    with pytest.raises(TrainingError, match=r"^step 9: objective of the discriminators.* not finite"):
         run_and_save(trainer, states)
     assert [state["step"] for state in states] == [4, 7]
 
@@ -357,7 +353,7 @@ def test_a_stop_in_the_step_of_the_bad_number_gives_no_state_away() -> None:
 
     trainer.updater.step = stopped  # type: ignore[method-assign]
     states: list[dict[str, Any]] = []
-    with pytest.raises(TrainingError, match="^step 9: objective of the discriminators.* not finite"):
+    with pytest.raises(TrainingError, match=r"^step 9: objective of the discriminators.* not finite"):
         run_and_save(trainer, states)
     assert (trainer.step, [state["step"] for state in states]) == (9, [4, 7])
 
@@ -550,7 +546,9 @@ def test_a_run_is_the_two_steps_in_a_loop() -> None:
     method, loader, plan = mine.method, loader_of(mine), mine.plan
     assert isinstance(method, GSDA)
     model, discriminators = method.model, method.discriminators
-    optimizers = build_optimizers({"all": Player((model,)), "discriminators": Player((discriminators,))}, OPTIMIZER, model.backbone)
+    optimizers = build_optimizers(
+        {"all": Player((model,)), "discriminators": Player((discriminators,))}, OPTIMIZER, model.backbone
+    )
     domain = torch.tensor([1.0] * BATCH_SIZE + [0.0] * BATCH_SIZE)
     for step in range(schedule.steps):
         set_learning_rate(optimizers, schedule.learning_rate_factor(step))

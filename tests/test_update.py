@@ -11,8 +11,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gsda_fast.errors import TrainingError
 from gsda_fast.data.batches import Batch
+from gsda_fast.errors import TrainingError
 from gsda_fast.methods import AdaptationSettings, Method, Player, Step, TaskFacts, Update, build_method
 from gsda_fast.methods.gsda import GSDASettings
 from gsda_fast.model import AdaptationModel, ModelSettings
@@ -25,9 +25,7 @@ OPTIMIZER = OptimizerSettings(learning_rate=0.1, backbone_learning_rate=0.1)
 
 
 class Setup:
-    def __init__(
-        self, *, scale_losses: bool = False, update: Any = "alternating", class_weights: Any = "none"
-    ) -> None:
+    def __init__(self, *, scale_losses: bool = False, update: Any = "alternating", class_weights: Any = "none") -> None:
         torch.manual_seed(0)
         model = AdaptationModel(nn.Sequential(nn.Linear(5, 9), nn.ReLU()), 9, 4, ModelSettings(bottleneck_dim=8))
         settings = GSDASettings(groups=2, hidden_dim=7, backend="torch", update=update)
@@ -162,11 +160,13 @@ def test_what_was_not_finite_is_named_by_a_host_that_looks_later(scale_losses: b
     for step in range(4):
         updates = setup.updates()
         if step == 1:
-            updates = (each._replace(loss=each.loss * torch.nan) if "encoder" in each.players else each for each in updates)
+            updates = (
+                each._replace(loss=each.loss * torch.nan) if "encoder" in each.players else each for each in updates
+            )
         setup.updater.step(step, updates)
         if step == 1:
             before = setup.state()
-    with pytest.raises(TrainingError, match="^step 2: objective of the encoder and classifier.* not finite"):
+    with pytest.raises(TrainingError, match=r"^step 2: objective of the encoder and classifier.* not finite"):
         setup.updater.require_finite()
     assert differences(setup.state(), before) == []  # nothing has moved since
 
@@ -183,9 +183,7 @@ class NeverRead(TorchDispatchMode):
 
 @pytest.mark.parametrize("update", ["alternating", "reversal"])
 @pytest.mark.parametrize("class_weights", ["none", "pada"])
-def test_a_step_on_a_gpu_reads_nothing_back(
-    update: str, class_weights: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_on_a_gpu_reads_nothing_back(update: str, class_weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Values that are looked at on a CPU alone: labels, weights.
     monkeypatch.setattr(F, "one_hot", lambda labels, count: (labels.unsqueeze(1) == torch.arange(count)).long())
     monkeypatch.setattr("gsda_kernels.functional._check_values", lambda *_: None)
