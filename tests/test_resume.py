@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 from same_state import differences
 
-from gsda_fast.assemble import build_trainer, resolve
 from gsda_fast import resume
+from gsda_fast.assemble import build_trainer, resolve
 from gsda_fast.config import Config, parse_config
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.pack import pack

@@ -20,20 +20,22 @@ from table_cells import squeezed
 
 from gsda_fast import suite as command
 from gsda_fast.commands import run_command
-from gsda_fast.config import PRESETS, Config, parse_config
+from gsda_fast.config import Config, parse_config, preset
 from gsda_fast.errors import TrainingError, UsageError
 from gsda_fast.results.records import RunResult
 from gsda_fast.results.run_folder import RunFolder
-from gsda_fast.suite import ABLATION, SuiteSettings, run_suite, sweep_variants, visible_gpus
+from gsda_fast.suite import ABLATION, SuiteSettings, parse_suite, run_suite, sweep_variants, visible_gpus
 from gsda_fast.train import train
 from gsda_fast.training.checkpoint import CheckpointFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore:domain .* found .* images")
 
 
-def base(few_digits: Path) -> Config:
+def base(few_digits: Path, *methods: str) -> dict[str, dict[str, Config]]:
+    """Without a sweep, what applies to the runs of each method."""
     steps = ("--steps", "4", "--warmup", "2", "--batch-size", "8")
-    return parse_config(["digits", "--data-root", str(few_digits), *steps], "suite")
+    arguments = ["digits", "--data-root", str(few_digits), *steps]
+    return sweep_variants((), arguments, methods or ("source-only", "gsda"))
 
 
 def in_this_process(configs: list[Config], jobs: int, console: Console) -> list[RunResult | TrainingError]:
@@ -52,7 +54,7 @@ def test_a_suite_trains_each_run_and_writes_tables_and_goes_on(
     few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told, output = io.StringIO(), tmp_path / "suite"
-    folder = run_suite(with_output(TWO_METHODS, output), {"": base(few_digits)}, Console(file=told, width=200))
+    folder = run_suite(with_output(TWO_METHODS, output), base(few_digits), Console(file=told, width=200))
     assert folder == output
     assert {path.name for path in output.iterdir()} == {
         *RUNS,
@@ -78,15 +80,15 @@ def test_a_suite_trains_each_run_and_writes_tables_and_goes_on(
     finished = {name: (output / name / "result.json").read_bytes() for name in RUNS}
     monkeypatch.setattr(command, "_run_all", in_this_process)
     wider = with_output(TWO_METHODS, output, methods=("source-only", "dann", "gsda"))
-    run_suite(wider, {"": base(few_digits)}, Console(file=io.StringIO()))
+    run_suite(wider, base(few_digits, *wider.methods), Console(file=io.StringIO()))
     assert {name: (output / name / "result.json").read_bytes() for name in RUNS} == finished
     assert "dann" in (output / "table.md").read_text()
 
 
 def test_a_mistake_that_a_run_finds_comes_out_of_its_process(few_digits: Path, tmp_path: Path) -> None:
-    config = parse_config(["digits", "--data-root", str(few_digits), "--groups", "11"], "suite")
+    variants = sweep_variants((), ["digits", "--data-root", str(few_digits), "--groups", "11"], ("source-only", "gsda"))
     with pytest.raises(UsageError, match="--groups: found 11; expected 1 to 10"):
-        run_suite(with_output(TWO_METHODS, tmp_path / "suite"), {"": config}, Console(file=io.StringIO()))
+        run_suite(with_output(TWO_METHODS, tmp_path / "suite"), variants, Console(file=io.StringIO()))
     assert not (tmp_path / "suite").exists()
 
 
@@ -105,8 +107,9 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
 
 
 def test_a_suite_is_every_task_method_and_seed(planned: list[Config]) -> None:
-    base_config = PRESETS["digits"]
-    run_suite(SuiteSettings("digits"), {"": base_config}, Console(file=io.StringIO()))
+    settings = SuiteSettings("digits")
+    variants = sweep_variants((), ["digits"], settings.chosen_methods)
+    run_suite(settings, variants, Console(file=io.StringIO()))
     assert len(planned) == 6 * 7 * 3
     assert len({config.run.output for config in planned}) == len(planned)
     first = planned[0]
@@ -117,7 +120,24 @@ def test_a_suite_is_every_task_method_and_seed(planned: list[Config]) -> None:
         0,
     )
     assert first.run.output == Path("runs/suite-digits/digits-mnist-optdigits-source-only-seed0")
-    assert {config.adversarial for config in planned} == {base_config.adversarial}
+    for config in planned:
+        of_preset = preset("digits", config.run.method)
+        assert (config.method, config.adaptation) == (of_preset.method, of_preset.adaptation)
+
+
+def test_an_option_of_some_methods_goes_to_those(planned: list[Config]) -> None:
+    arguments = ["digits", "--methods", "source-only", "dann", "gsda", "--seeds", "0", "--tasks", "F->O"]
+    settings, variants = parse_suite(
+        [*arguments, "--beta", "3", "--no-sync-ramp", "--hidden-dim", "5", "--steps", "400"]
+    )
+    run_suite(settings, variants, Console(file=io.StringIO()))
+    found = {config.run.method: config for config in planned}
+    assert {config.run.steps for config in planned} == {400}
+    own = [getattr(found[method].method, "hidden_dim", None) for method in ("source-only", "dann", "gsda")]
+    assert own == [None, 5, 5]
+    assert getattr(found["gsda"].method, "beta", None) == 3
+    assert not getattr(found["gsda"].method, "sync_ramp", True)
+    assert found["source-only"].method == preset("digits", "source-only").method
 
 
 @pytest.mark.parametrize(
@@ -142,7 +162,7 @@ def test_workers_take_the_gpus_that_the_suite_was_given(
 
 def test_transfer_tasks_of_ones_own_folders(planned: list[Config]) -> None:
     settings = SuiteSettings("folder", methods=("gsda",), seeds=(0,), tasks=("photos -> sketches",))
-    run_suite(settings, {"": PRESETS["folder"]}, Console(file=io.StringIO()))
+    run_suite(settings, {"": {"gsda": preset("folder")}}, Console(file=io.StringIO()))
     assert [(config.data.source, config.data.target) for config in planned] == [("photos", "sketches")]
 
 
@@ -153,7 +173,7 @@ def test_transfer_tasks_of_ones_own_folders(planned: list[Config]) -> None:
         (["digits", "--tasks", "F-O"], ["--tasks", "'F-O'", "SOURCE->TARGET"]),
         (["digits", "--tasks", "F->usps"], ["usps", "optdigits"]),
         (["digits", "--tasks", "F->O", "fonts->optdigits"], ["--tasks", "twice"]),
-        (["digits", "--methods", "gsda", "gdsa"], ["--method", "'gdsa'"]),
+        (["digits", "--methods", "gsda", "gdsa"], ["--methods", "'gdsa'"]),
         (["digits", "--methods", "gsda", "gsda"], ["--methods", "twice"]),
         (["digits", "--methods"], ["--methods"]),
         (["digits", "--seeds", "-1"], ["--seed", "found -1"]),
@@ -205,13 +225,14 @@ def test_bad_input_is_one_line_before_anything_runs(
 
 def test_the_ablation_is_table_1_and_what_it_starts_from() -> None:
     assert SuiteSettings("office31", ablation=True).chosen_methods == ABLATION
-    assert ABLATION == ("source-only", "entropy", "domain", "class", "group", "gsda")
+    assert ABLATION == ("source-only", "entropy", "glb", "glb-cls", "glb-cls-grp", "gsda")
     assert SuiteSettings("office31", paired=True).chosen_methods == ABLATION
     assert SuiteSettings("office31", sweep=("alpha=1,2",)).chosen_methods == ("gsda",)
     # Pairs of settings, then, and not of methods.
     assert SuiteSettings("office31", sweep=("alpha=1,2",), paired=True).chosen_methods == ("gsda",)
     assert SuiteSettings("office31", sweep=("alpha=1,2",), ablation=True).chosen_methods == ABLATION
     assert SuiteSettings("office31", sweep=("alpha=1,2",), methods=("dann",)).chosen_methods == ("dann",)
+    assert SuiteSettings("office31", methods=("group", "dann")).chosen_methods == ("glb-cls-grp", "dann")
     assert len(SuiteSettings("office31").chosen_methods) == 7
 
 
@@ -219,39 +240,42 @@ def test_the_ablation_is_table_1_and_what_it_starts_from() -> None:
 
 
 def test_a_sweep_is_every_combination() -> None:
-    variants = sweep_variants(("alpha=0.02,0.1", "beta=0,1,10"), ["digits", "--steps", "400"])
+    variants = sweep_variants(("alpha=0.02,0.1", "beta=0,1,10"), ["digits", "--steps", "400"], ("gsda",))
     assert list(variants) == [f"alpha={alpha},beta={beta}" for alpha in ("0.02", "0.1") for beta in ("0", "1", "10")]
-    preset = PRESETS["digits"]
-    for name, config in variants.items():
+    default = preset("digits")
+    for name, configs in variants.items():
         alpha, beta = (float(part.partition("=")[2]) for part in name.split(","))
-        assert config == replace(
-            preset,
-            run=replace(preset.run, steps=400),
-            adversarial=replace(preset.adversarial, alpha=alpha, beta=beta),
+        expected = replace(
+            default,
+            run=replace(default.run, steps=400),
+            method=replace(default.method, alpha=alpha, beta=beta),  # type: ignore[call-arg]
         )
+        assert configs == {"gsda": expected}
 
 
 def test_a_sweep_can_be_written_as_one_word() -> None:
-    assert sweep_variants(("alpha=0.02,0.1,beta=0,1,groups=2",), ["digits"]) == sweep_variants(
-        ("alpha=0.02,0.1", "beta=0,1", "groups=2"), ["digits"]
+    assert sweep_variants(("alpha=0.02,0.1,beta=0,1,groups=2",), ["digits"], ("gsda",)) == sweep_variants(
+        ("alpha=0.02,0.1", "beta=0,1", "groups=2"), ["digits"], ("gsda",)
     )
 
 
 def test_no_sweep_is_one_nameless_setting() -> None:
-    assert sweep_variants((), ["digits"]) == {"": PRESETS["digits"]}
+    assert sweep_variants((), ["digits"], ("gsda", "dann")) == {
+        "": {"gsda": preset("digits"), "dann": preset("digits", "dann")}
+    }
 
 
 def test_settings_of_a_sweep_have_folders_of_their_own_whatever_their_values(planned: list[Config]) -> None:
-    variants = sweep_variants(("weights=/data/a.pth,/data/b.pth",), ["office31"])
+    variants = sweep_variants(("weights=/data/a.pth,/data/b.pth",), ["office31"], ("gsda",))
     assert list(variants) == ["weights=_data_a.pth", "weights=_data_b.pth"]
-    assert [config.model.weights for config in variants.values()] == ["/data/a.pth", "/data/b.pth"]
+    assert [configs["gsda"].model.weights for configs in variants.values()] == ["/data/a.pth", "/data/b.pth"]
     settings = SuiteSettings("office31", seeds=(0,), tasks=("A->W",), sweep=("weights",), output=Path("suite"))
     run_suite(settings, variants, Console(file=io.StringIO()))
     assert [config.run.output for config in planned] == [
         Path("suite") / name / "office31-amazon-webcam-gsda-seed0" for name in variants
     ]
     # One option has one folder, with a hyphen or an underscore.
-    assert list(sweep_variants(("learning_rate=0.1",), ["digits"])) == ["learning-rate=0.1"]
+    assert list(sweep_variants(("learning_rate=0.1",), ["digits"], ("gsda",))) == ["learning-rate=0.1"]
 
 
 def test_a_sweep_trains_each_setting_and_draws_it(
@@ -290,7 +314,7 @@ def test_a_sweep_trains_each_setting_and_draws_it(
 # ----------------------------------------------------------------------------------------------------------- paired
 
 
-SHARED_WARMUP = ("source-only", "entropy", "dann", "domain", "class", "group", "gsda")
+SHARED_WARMUP = ("source-only", "entropy", "dann", "glb", "glb-cls", "glb-cls-grp", "gsda")
 
 
 def test_methods_share_the_warm_up_bit_by_bit(few_digits: Path, tmp_path: Path) -> None:
@@ -320,7 +344,7 @@ def test_paired_differences_are_written_beside_the_tables(
     monkeypatch.setattr(command, "_run_all", in_this_process)
     told = io.StringIO()
     settings = with_output(TWO_METHODS, tmp_path / "suite", paired=True)
-    run_suite(settings, {"": base(few_digits)}, Console(file=told, width=200))
+    run_suite(settings, base(few_digits), Console(file=told, width=200))
     first, last = (RunFolder(tmp_path / "suite" / name).read_result() for name in RUNS)
     assert first is not None
     assert last is not None
@@ -366,7 +390,7 @@ def end_the_process(config: Config) -> RunResult:
 def test_a_killed_process_is_one_line(few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "_run_one", end_the_process)
     with pytest.raises(TrainingError, match=r"the process of a run was killed .* after 0 of 2 runs; the same command"):
-        run_suite(with_output(TWO_METHODS, tmp_path / "suite"), {"": base(few_digits)}, Console(file=io.StringIO()))
+        run_suite(with_output(TWO_METHODS, tmp_path / "suite"), base(few_digits), Console(file=io.StringIO()))
 
 
 def test_every_run_of_a_worker_is_compiled(few_digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,7 +406,7 @@ def test_every_run_of_a_worker_is_compiled(few_digits: Path, monkeypatch: pytest
         layer(torch.zeros(1, config.run.seed + 1))
 
     monkeypatch.setattr(command, "train", train_compiled)
-    config = base(few_digits)
+    config = base(few_digits)[""]["gsda"]
     runs = torch._dynamo.config.recompile_limit + 2
     for seed in range(runs):
         command._run_one(replace(config, run=replace(config.run, seed=seed)))
