@@ -123,7 +123,7 @@ def options_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]
 
 def expected_options(own: str) -> list[str]:
     methods = f"--method {'|'.join(METHODS)}"
-    listed = OPTIONS.replace("--method {METHODS}", methods[: 80 - 4]).replace("{OWN}", own.strip())
+    listed = OPTIONS.replace("--method {METHODS}", methods[:76]).replace("{OWN}", own.strip())
     return [line for line in listed.splitlines() if line]
 
 
@@ -377,11 +377,11 @@ def test_a_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
         (("digits", "--weight-decay", "inf"), "--weight-decay: found inf; expected a finite number >= 0"),
         (
             ("digits", "--confidence-threshold", "nan"),
-            "--confidence-threshold: found nan; expected a finite number from 0 to",
+            "--confidence-threshold: found nan; expected a finite number from",
         ),
         (
             ("digits", "--confidence-threshold", "80"),
-            "--confidence-threshold: found 80.0; expected a finite number from 0 to",
+            "--confidence-threshold: found 80.0; expected a finite number from",
         ),
         (("digits", "--recipe", "nosuch"), "--recipe: found 'nosuch'; expected common or paper"),
         (("digits", "--add", "nosuch=1"), "--add: found 'nosuch'; expected entropy, mcc"),

@@ -402,7 +402,7 @@ def test_groups_are_of_about_five_classes_unless_asked_otherwise() -> None:
 
 def test_a_backend_is_chosen_or_refused() -> None:
     assert GSDA.resolve(SETTINGS, NUM_CLASSES, "cpu").backend in available_backends("cpu")
-    with pytest.raises(UsageError, match="^--backend: found nosuch; expected one that can run here"):
+    with pytest.raises(UsageError, match=r"^--backend: found nosuch; expected one that can run here"):
         GSDA.resolve(replace(SETTINGS, backend="nosuch"), NUM_CLASSES, "cpu")
 
 

@@ -3,11 +3,13 @@
 import os
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import torch
+from msgspec import Meta
 from rich.console import Console
 from same_state import differences
 from test_distributed import free_port
@@ -19,13 +21,17 @@ from torch.testing import assert_close
 from gsda_fast.assemble import build_trainer, resolve
 from gsda_fast.config import parse_config, preset
 from gsda_fast.data.batches import Batch
-from gsda_fast.errors import Stopped
+from gsda_fast.errors import Stopped, UsageError
+from gsda_fast.evaluate import EvaluateSettings, evaluate
 from gsda_fast.export import ExportSettings, export
-from gsda_fast.methods import METHODS, Method, Step, TaskFacts, Update, build_method
+from gsda_fast.methods import METHODS, Entry, Method, MethodSettings, Player, Step, TaskFacts, Update, build_method
+from gsda_fast.methods.base import ENCODER, Scores
 from gsda_fast.model import AdaptationModel, ModelSettings
+from gsda_fast.results.page import write_page
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.train import train
 from gsda_fast.trained import load_trained, read_settings
+from gsda_fast.training.checkpoint import CheckpointFolder
 from gsda_fast.training.distributed import Ranks, join
 from gsda_fast.training.optim import OptimizerSettings, build_optimizers
 from gsda_fast.training.trainer import Trainer
@@ -217,3 +223,60 @@ def test_a_run_resumes_bit_by_bit_and_what_it_leaves_scores_as_it_did(
     _, program = export(ExportSettings(whole))
     exported = torch.export.load(program).module()(images[:3])
     assert_close(exported[1], logits[:3], rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------- a method of one's own
+
+
+@dataclass(frozen=True)
+class ToySettings(MethodSettings):
+    """Of a method that only this test knows."""
+
+    pull: Annotated[float, Meta(ge=0)] = 0.5
+    """How much the domains' means are drawn together."""
+
+
+class Toy(Method):
+    """The least that a method has to say, and a player, a buffer and a term of its own."""
+
+    def __init__(self, model: Any, settings: ToySettings, task: Any, adaptation: Any = None) -> None:
+        super().__init__(model, settings, task, adaptation)
+        self.settings = settings
+        self.scale = nn.Linear(model.feature_dim, model.feature_dim)
+        self.register_buffer("evaluations", torch.zeros(()))
+
+    def players(self) -> dict[str, Player]:
+        return {**super().players(), "scale": Player((self.scale,), lr_scale=0.5)}
+
+    def on_evaluation(self, scores: Scores) -> None:
+        super().on_evaluation(scores)
+        self.evaluations += 1
+
+    def updates(self, batch: Batch, step: Step) -> Iterator[Update]:
+        outputs = self.outputs(batch)
+        source, target = (self.scale(step.gather(rows)) for rows in (outputs.source_features, outputs.target_features))
+        distance = (source.mean(0) - target.mean(0)).square().sum()
+        yield self.encoder_update(
+            outputs, batch, step, self.settings.pull * distance, {"distance": distance}, (*ENCODER, "scale")
+        )
+
+
+def test_a_method_is_one_file_and_an_entry_in_the_table(
+    few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "toy", Entry(Toy, ToySettings(), presets={"digits": {"method": {"pull": 0.25}}}))
+    test_a_run_resumes_bit_by_bit_and_what_it_leaves_scores_as_it_did("toy", few_digits, tmp_path, monkeypatch)
+    folder = RunFolder(tmp_path / "whole")
+    assert folder.read_config()["method"] == {"pull": 0.25}
+    assert [line["step"] for line in folder.read_metrics() if "distance" in line] == [4, 5, 6, 7]
+    state, _ = CheckpointFolder(folder.checkpoints).load_newest()
+    assert state is not None
+    assert state["method"]["evaluations"] == 3
+    _, evaluation, _ = evaluate(EvaluateSettings(folder.path, device="cpu"))
+    result = folder.read_result()
+    assert result is not None
+    assert evaluation.accuracy == result.accuracy.last
+    assert "toy" in write_page([folder], tmp_path, points=50).read_text()
+    with pytest.raises(UsageError, match="--pull: found -1"):
+        parse_config(["digits", "--method", "toy", "--pull", "-1"], "train")
+    assert parse_config(["digits", "--method", "toy", "--pull", "2"], "train").method == ToySettings(2.0)

@@ -133,8 +133,8 @@ def test_an_option_of_some_methods_goes_to_those(planned: list[Config]) -> None:
     run_suite(settings, variants, Console(file=io.StringIO()))
     found = {config.run.method: config for config in planned}
     assert {config.run.steps for config in planned} == {400}
-    own = [getattr(found[method].method, "hidden_dim", None) for method in ("source-only", "dann", "gsda")]
-    assert own == [None, 5, 5]
+    widths = [getattr(found[method].method, "hidden_dim", None) for method in ("source-only", "dann", "gsda")]
+    assert widths == [None, 5, 5]
     assert getattr(found["gsda"].method, "beta", None) == 3
     assert not getattr(found["gsda"].method, "sync_ramp", True)
     assert found["source-only"].method == preset("digits", "source-only").method
