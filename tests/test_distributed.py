@@ -14,7 +14,8 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -30,10 +31,11 @@ from torch.testing import assert_close
 
 from gsda_fast.assemble import build_trainer, resolve
 from gsda_fast.config import parse_config
+from gsda_fast.data.batches import Batch
 from gsda_fast.errors import Stopped, TrainingError, UsageError
-from gsda_fast.methods import Move, StepInputs, build_method
-from gsda_fast.methods.gsda import AdversarialSettings
-from gsda_fast.methods.objective import Objective, target_class_weights
+from gsda_fast.methods import AdaptationSettings, Step, TaskFacts, Update, build_method
+from gsda_fast.methods.gsda import GSDASettings
+from gsda_fast.methods.objective import target_class_weights
 from gsda_fast.model import AdaptationModel, ModelSettings, fetch_weights
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.training import distributed
@@ -55,52 +57,83 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+# -------------------------------------------------------------------------------------- rows of all ranks as one batch
+
+
+def of_whole_batch(parts: slice, world_size: int, gather: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """Value and gradients of a loss that is no mean over samples, of source and target rows gathered apart."""
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(DIM, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+    images = torch.randn((world_size, 2, BATCH, DIM), dtype=torch.float64, generator=generator)
+    source, target = (images[parts, domain].flatten(0, 1) @ weight for domain in (0, 1))
+    rows = torch.cat([gather(source), gather(target)])
+    # The kernel between every two rows, and the nuclear norm of one domain's.
+    value = (-torch.cdist(rows, rows).square()).exp().sum() + torch.linalg.matrix_norm(gather(target).softmax(1), "nuc")
+    (gradient,) = torch.autograd.grad(value, weight)
+    return {"value": value.detach(), "gradient": gradient, "rows": rows.detach()}
+
+
+def without_factor(ranks: Ranks, rows: Tensor) -> Tensor:
+    """The trap of a gather that gives each rank the gradient of its own rows and no more."""
+    everywhere = list(ranks.gather_rows(rows.detach()).split(len(rows)))
+    everywhere[ranks.rank] = rows
+    return torch.cat(everywhere)
+
+
 # ----------------------------------------------------------------------------------------- the step, alone and in parts
+
+
+class Inputs(NamedTuple):
+    batch: Batch
+    step: Step
 
 
 class Setup:
     """A method in float64 with frozen BatchNorm, and a batch of `world_size` equal parts."""
 
-    def __init__(self, world_size: int, update: str = "alternating", class_weights: str = "none") -> None:
+    def __init__(self, world_size: int, update: Any = "alternating", class_weights: Any = "none") -> None:
         torch.manual_seed(0)
         backbone = nn.Sequential(nn.Linear(DIM, 9), nn.BatchNorm1d(9), nn.ReLU())
         # In channels_last, a parameter's elements do not lie in the order of its shape.
         backbone.append(nn.Unflatten(1, (9, 1, 1))).append(nn.Conv2d(9, 7, 3, padding=1)).append(nn.Flatten())
         model = AdaptationModel(backbone, 7, NUM_CLASSES, ModelSettings(bottleneck_dim=8))
-        settings = AdversarialSettings(alpha=0.3, beta=5.0, groups=2, hidden_dim=7)
-        settings = replace(settings, update=update, class_weights=class_weights)  # type: ignore[arg-type]
-        self.method = build_method("gsda", model, settings, NUM_CLASSES, seed=0).double()
-        self.method.refresh(torch.tensor([[0.9, 0.1, 0.0, 0.0], [0.1, 0.3, 0.6, 0.0]]))
+        settings = GSDASettings(alpha=0.3, beta=5.0, groups=2, hidden_dim=7, update=update)
+        adaptation = AdaptationSettings(class_weights=class_weights)
+        self.method = build_method("gsda", model, settings, TaskFacts(NUM_CLASSES), adaptation).double()
+        probabilities = torch.tensor([[0.9, 0.1, 0.0, 0.0], [0.1, 0.3, 0.6, 0.0]])
+        self.method.on_evaluation(SimpleNamespace(probabilities=probabilities))  # type: ignore[arg-type]
         self.method.to(memory_format=torch.channels_last).eval()
         generator = torch.Generator().manual_seed(DATA_SEED)
         shape = (world_size, 2, BATCH, DIM)
         self.images = torch.randn(shape, dtype=torch.float64, generator=generator)
         self.labels = torch.randint(NUM_CLASSES, (world_size, BATCH), generator=generator)
 
-    def inputs(self, parts: slice, mean: Callable[[Tensor], Tensor] | None) -> StepInputs:
-        return StepInputs(
+    def inputs(self, parts: slice, mean: Callable[[Tensor], Tensor]) -> Inputs:
+        batch = Batch(
             source_images=self.images[parts, 0].flatten(0, 1),
             source_labels=self.labels[parts].flatten(),
             target_images=self.images[parts, 1].flatten(0, 1),
-            warming_up=False,
-            adversarial_ramp=torch.tensor(0.6, dtype=torch.float64),
-            mean_over_ranks=mean,
+            source_index=torch.arange(self.labels[parts].numel()),
+            target_index=torch.arange(self.labels[parts].numel()),
         )
+        ramp, progress = (torch.tensor(each, dtype=torch.float64) for each in (0.6, 0.1))
+        return Inputs(batch, Step(ramp, progress, mean))
 
     def updater(self, ranks: Ranks) -> Updater:
         players = self.method.players()
-        return Updater(players, build_optimizers(players, OPTIMIZER), ranks, torch.device("cpu"))
+        optimizers = build_optimizers(players, OPTIMIZER, self.method.model.backbone)
+        return Updater(players, optimizers, ranks, torch.device("cpu"))
 
     def state(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.method.named_parameters()}
 
-    def step(self, ranks: Ranks, inputs: StepInputs) -> dict[str, Any]:
-        """The gradients of both moves, and the parameters after two steps."""
+    def step(self, ranks: Ranks, inputs: Inputs) -> dict[str, Any]:
+        """The gradients of both updates, and the parameters after two steps."""
         updater = self.updater(ranks)
-        updater.step(0, self.method.moves(inputs))
+        updater.step(0, self.method.updates(*inputs))
         gradients = {name: parameter.grad for name, parameter in self.method.named_parameters()}
         gradients = {name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}
-        terms = updater.step(1, self.method.moves(inputs))
+        terms = updater.step(1, self.method.updates(*inputs)).terms
         return {"gradients": gradients, "parameters": self.state(), "terms": terms}
 
 
@@ -129,39 +162,36 @@ class PlainAllReduce(torch.autograd.Function):
         return gradients[0] / ctx.world_size, None
 
 
-def with_plain_all_reduce(setup: Setup, ranks: Ranks, inputs: StepInputs) -> dict[str, Any]:
-    from gsda_fast.methods import objective
+def with_plain_all_reduce(setup: Setup, ranks: Ranks, inputs: Inputs) -> dict[str, Any]:
+    from gsda_fast.methods import gsda, objective
 
     original = objective.synchronization_loss
     naive = lambda norm, groups, _: original(PlainAllReduce.apply(norm, ranks.world_size), groups)  # noqa: E731
-    objective.synchronization_loss = naive  # type: ignore[assignment]
-    try:
+    with (
+        mock.patch.object(objective, "synchronization_loss", naive),
+        mock.patch.object(gsda, "synchronization_loss", naive),
+    ):
         return setup.step(ranks, inputs)
-    finally:
-        objective.synchronization_loss = original
 
 
-def poisoned(moves: Iterator[Move], player: str, poison: bool) -> Iterator[Move]:
-    """The moves, one of them with a gradient that is not finite though all of its terms are."""
-    for move in moves:
-        if poison and player in move.players:
-            # The square root's slope at 0 is infinite.
-            nothing = (0 * move.objective.total).sqrt()
-            yield Move(move.players, Objective(move.objective.total + nothing, move.objective.terms), move.provisional)
-        else:
-            yield move
+def poisoned(updates: Iterator[Update], player: str, poison: bool) -> Iterator[Update]:
+    """The updates, one of them with a gradient that is not finite though all of its terms are."""
+    for update in updates:
+        # The square root's slope at 0 is infinite.
+        nothing = (0 * update.loss).sqrt() if poison and player in update.players else 0
+        yield update._replace(loss=update.loss + nothing)
 
 
-def stops(setup: Setup, ranks: Ranks, inputs: StepInputs, player: str | None = None) -> dict[str, Any]:
+def stops(setup: Setup, ranks: Ranks, inputs: Inputs, player: str | None = None) -> dict[str, Any]:
     """What one bad rank does to all: the message, and whether parameters and momentum are as before."""
     updater = setup.updater(ranks)
-    updater.step(0, setup.method.moves(inputs))
+    updater.step(0, setup.method.updates(*inputs))
     before = digest(setup.state()), [digest_of(optimizer) for optimizer in updater.optimizers.values()]
     bad = ranks.rank == ranks.world_size - 1
     if player is None and bad:
-        inputs.source_images[0, 0] = torch.nan
+        inputs.batch.source_images[0, 0] = torch.nan
     try:
-        updater.step(1, poisoned(setup.method.moves(inputs), player or "", bad))
+        updater.step(1, poisoned(setup.method.updates(*inputs), player or "", bad))
     except TrainingError as error:
         message = str(error)
     else:
@@ -206,7 +236,7 @@ def stopped_and_resumed(ranks: Ranks) -> dict[str, Any]:
         trainer = test_trainer.build(ranks=ranks, stop=asked)
         list(trainer.run(lambda: None))
         assert not trainer.finished
-        assert len(set(ranks.gather_objects((trainer.step, trainer.unscored is None)))) == 1
+        assert len(set(ranks.gather_objects((trainer.step, trainer.pending is None)))) == 1
         state = deepcopy(trainer.state_dict())
         incomplete(state)
         resumed = test_trainer.build(seed=1, ranks=ranks)
@@ -239,7 +269,7 @@ def work(rank: int, world_size: int, port: int, folder: str) -> None:
     with join("cpu", timeout=60) as ranks:
         own = slice(rank, rank + 1)
 
-        def fresh(update: str = "alternating") -> tuple[Setup, StepInputs]:
+        def fresh(update: str = "alternating") -> tuple[Setup, Inputs]:
             setup = Setup(world_size, update)
             return setup, setup.inputs(own, ranks.mean)
 
@@ -260,12 +290,17 @@ def work(rank: int, world_size: int, port: int, folder: str) -> None:
         setup, inputs = fresh()
         found["second gradient not averaged"] = setup.step(WithoutSecondMean(rank, world_size, rank), inputs)
         setup, _ = fresh()
-        found["synchronization per rank"] = setup.step(ranks, setup.inputs(own, None))
+        found["synchronization per rank"] = setup.step(ranks, setup.inputs(own, Tensor.detach))
         found["plain all-reduce"] = with_plain_all_reduce(*fresh()[:1], ranks, fresh()[1])
         for player in (None, "encoder", "discriminators"):
             setup, inputs = fresh()
             found[f"stop {player}"] = stops(setup, ranks, inputs, player)
 
+        found["gather"] = of_whole_batch(own, world_size, ranks.gather_rows)
+        found["gather"]["gradient"] = ranks.mean(found["gather"]["gradient"])
+        found["gather without factor"] = ranks.mean(
+            of_whole_batch(own, world_size, partial(without_factor, ranks))["gradient"]
+        )
         found["stopped and resumed"] = stopped_and_resumed(ranks)
 
         count = 4 * world_size + 1
@@ -280,7 +315,7 @@ def work(rank: int, world_size: int, port: int, folder: str) -> None:
         found["from first"] = ranks.on_rank_zero(lambda: f"made by {rank}")
         found["from first fails"] = failure_of(lambda: ranks.on_rank_zero(lambda: raising("first", True)))
         for error in (TrainingError, Stopped):
-            found[f"from first {error.__name__}"] = failure_of(partial(ranks.from_first, partial(fail, error)))
+            found[f"from first {error.__name__}"] = failure_of(partial(ranks.on_rank_zero, partial(fail, error)))
         found["together"] = ranks.on_all_ranks(lambda: f"made by {rank}")
         found["together fails"] = failure_of(
             lambda: ranks.on_all_ranks(lambda: raising("last", rank == world_size - 1))
@@ -300,7 +335,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def alone(world_size: int, update: str = "alternating", class_weights: str = "none") -> dict[str, Any]:
     setup = Setup(world_size, update, class_weights)
-    return setup.step(Ranks(), setup.inputs(slice(None), None))
+    return setup.step(Ranks(), setup.inputs(slice(None), Tensor.detach))
 
 
 def largest_error(found: dict[str, Tensor], expected: dict[str, Tensor], part: str) -> float:
@@ -339,6 +374,21 @@ def test_class_weights_are_those_of_the_whole_batch(world: list[dict[str, Any]],
         assert largest_error(weighted["gradients"], expected["gradients"], part) < 1e-12
         assert largest_error(weighted["parameters"], expected["parameters"], part) < 1e-12
     assert largest_error(plain["gradients"], expected["gradients"], part) > 1e-2
+
+
+def test_gathered_rows_have_the_value_and_the_gradient_of_the_whole_batch(world: list[dict[str, Any]]) -> None:
+    expected = of_whole_batch(slice(None), len(world), lambda rows: rows)
+    for found in world:
+        assert_close(found["gather"]["value"], expected["value"], rtol=1e-12, atol=0)
+        assert largest_error({"": found["gather"]["gradient"]}, {"": expected["gradient"]}, "") < 1e-12
+        # Source rows of all ranks in rank order, then the target's.
+        assert_close(found["gather"]["rows"], expected["rows"], rtol=1e-12, atol=1e-14)
+        assert largest_error({"": found["gather without factor"]}, {"": expected["gradient"]}, "") > 1e-2
+
+
+def test_one_process_gathers_its_own_rows() -> None:
+    expected = of_whole_batch(slice(None), 1, lambda rows: rows)
+    assert differences(of_whole_batch(slice(None), 1, Ranks().gather_rows), expected) == []
 
 
 def test_all_ranks_have_the_class_weights_of_the_whole_target(world: list[dict[str, Any]]) -> None:
@@ -384,10 +434,12 @@ def test_a_bad_number_on_one_rank_stops_all_of_them_untouched(world: list[dict[s
 
 
 @pytest.mark.parametrize("player", ["encoder", "discriminators"])
-def test_a_bad_gradient_of_either_player_moves_neither(world: list[dict[str, Any]], player: str) -> None:
+def test_a_bad_gradient_ends_the_step_on_all_ranks(world: list[dict[str, Any]], player: str) -> None:
+    named = "encoder and classifier" if player == "encoder" else player
     for found in world:
-        assert found[f"stop {player}"]["message"].startswith(f"step 2: gradient norm of the {player} not finite")
-        assert found[f"stop {player}"]["untouched"]
+        assert found[f"stop {player}"]["message"].startswith(f"step 2: gradient norm of the {named} not finite")
+        # Who moved before the bad number has moved, in a run that ends without a state.
+        assert found[f"stop {player}"]["untouched"] == (player == "discriminators")
 
 
 def test_a_run_that_one_rank_is_asked_to_stop_goes_on_bit_for_bit(world: list[dict[str, Any]]) -> None:

@@ -1,39 +1,28 @@
-"""The plan of the house: an import goes down a floor or stays on its own, and no two files import each other."""
+"""The plan of the house: an import goes down a floor or stays in its wing, and no two files import each other."""
 
 import ast
+import dataclasses
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
+from gsda_fast.methods import METHODS
+
 ROOT = Path(__file__).resolve().parents[1]
 
-# From the top. A module stands where the longest prefix of its name is listed.
+# From the top. A module stands where the longest prefix of its name is listed: a place is a file, or a folder and all
+# that is in it.
 FLOORS = [
-    ["gsda_fast.suite"],
-    ["gsda_fast.train", "gsda_fast.evaluate", "gsda_fast.predict", "gsda_fast.export", "gsda_fast.data.__main__"],
-    ["gsda_fast.training", "gsda_fast.methods", "gsda_fast.report", "gsda_fast.config"],
-    [
-        *("gsda_fast.losses", "gsda_fast.data", "gsda_fast.results", "gsda_fast.model"),
-        *("gsda_fast.efficientnet_lite", "gsda_kernels"),
-    ],
-    ["gsda_fast.commands"],
-    ["gsda_fast.files"],
-    ["gsda_fast.errors"],
-]
-# What a wing may import of this project; its own modules always, `errors` in gsda_fast.
-WINGS = {
-    "gsda_kernels": set(),
-    "gsda_fast.data": set(),
-    "gsda_fast.results": {"gsda_fast.data"},
-    "gsda_fast.losses": set(),
-    "gsda_fast.model": {"gsda_fast.efficientnet_lite"},
-    "gsda_fast.efficientnet_lite": set(),
-    "gsda_fast.commands": set(),
-    "gsda_fast.errors": set(),
-    "gsda_fast.files": set(),
-    "gsda_fast.methods": {"gsda_fast.losses", "gsda_fast.model", "gsda_kernels"},
-}
+    ["gsda_fast.train", "gsda_fast.evaluate", "gsda_fast.predict", "gsda_fast.export", "gsda_fast.suite",
+     "gsda_fast.embed", "gsda_fast.data.__main__"],
+    ["gsda_fast.run", "gsda_fast.assemble", "gsda_fast.trained", "gsda_fast.resume", "gsda_fast.monitor",
+     "gsda_fast.config"],
+    ["gsda_fast.training", "gsda_fast.methods", "gsda_fast.report"],
+    ["gsda_fast.losses", "gsda_fast.data", "gsda_fast.results", "gsda_fast.model",
+     "gsda_fast.efficientnet_lite"],
+    ["gsda_fast.files", "gsda_fast.console", "gsda_fast.commands", "gsda_fast.errors", "gsda_kernels"],
+]  # fmt: skip
 
 
 def modules() -> dict[str, Path]:
@@ -70,12 +59,14 @@ def inside(module: str, place: str) -> bool:
     return module == place or module.startswith(place + ".")
 
 
+def place_of(module: str) -> str:
+    """The wing of a module: its longest place in the list."""
+    found = [place for places in FLOORS for place in places if inside(module, place)]
+    return max(found, key=len)
+
+
 def floor(module: str) -> int:
-    return next(number for number, places in enumerate(FLOORS) if any(inside(module, place) for place in places))
-
-
-def wing(module: str) -> str:
-    return next(place for places in FLOORS for place in places if inside(module, place))
+    return next(number for number, places in enumerate(FLOORS) if place_of(module) in places)
 
 
 def test_every_module_has_a_floor() -> None:
@@ -90,15 +81,60 @@ def test_no_import_goes_up(module: str) -> None:
     assert [each for each in IMPORTS[module] if floor(each) < floor(module)] == []
 
 
-@pytest.mark.parametrize("place", WINGS)
-def test_a_wing_imports_only_what_it_may(place: str) -> None:
-    allowed = {place, *WINGS[place]} | ({"gsda_fast.errors", "gsda_fast.files"} if place != "gsda_kernels" else set())
-    members = [name for name in MODULES if name != "gsda_fast" and wing(name) == place]
+@pytest.mark.parametrize("place", ["gsda_fast.training", "gsda_fast.methods", "gsda_fast.losses", "gsda_kernels"])
+def test_the_engine_has_never_heard_of_a_configuration_or_a_command(place: str) -> None:
+    members = [name for name in MODULES if inside(name, place)]
     assert members
-    strangers = {
-        f"{name} -> {each}" for name in members for each in IMPORTS[name] if not any(inside(each, a) for a in allowed)
-    }
+    above = {place for places in FLOORS[:2] for place in places} | {"gsda_fast.commands", "gsda_fast.report"}
+    strangers = {f"{name} -> {each}" for name in members for each in IMPORTS[name] if place_of(each) in above}
     assert strangers == set()
+    assert "Config" not in {
+        node.id
+        for name in members
+        for node in ast.walk(ast.parse(MODULES[name].read_text()))
+        if isinstance(node, ast.Name)
+    }
+
+
+def test_losses_and_kernels_are_for_anyone() -> None:
+    """Pure functions of tensors: they import nothing else of this project."""
+    for place in ("gsda_fast.losses", "gsda_kernels"):
+        strangers = {
+            each for name in MODULES if inside(name, place) for each in IMPORTS[name] if not inside(each, place)
+        }
+        assert strangers - {"gsda_kernels"} == set()
+
+
+def options_named(source: str, options: set[str]) -> set[str]:
+    """Options of methods that a source names: as an attribute of something named `method` or `settings`, or whole as a
+    string. A method of an object that is called, such as `dict.update`, is none."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found |= {node.value} & options
+        elif isinstance(node, ast.Attribute):
+            owner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
+            if owner in ("method", "settings", "adversarial"):
+                found |= {node.attr} & options
+    return found
+
+
+OPTIONS = {field.name for entry in METHODS.values() for field in dataclasses.fields(entry.settings)}
+
+HOMONYMS = {"gsda_fast.predict": {"confidence"}, "gsda_fast.results.records": {"ramp"}}
+"""Columns of predict's table and of the metrics, which are no options."""
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("gsda_fast.")])
+def test_no_file_but_a_methods_own_names_its_options(module: str) -> None:
+    if inside(module, "gsda_fast.methods"):
+        pytest.skip("its own")
+    assert options_named(MODULES[module].read_text(), OPTIONS) - HOMONYMS.get(module, set()) == set()
+
+
+def test_an_option_that_is_named_is_found() -> None:
+    source = "a = config.method.beta; b = settings.alpha; c = 'groups'; d = f(alpha=1); e = {}.update(x); f = 'a beta'"
+    assert options_named(source, OPTIONS) == {"beta", "alpha", "groups"}
 
 
 def test_no_two_files_import_each_other() -> None:
@@ -120,8 +156,5 @@ def late():
 """
     expected = {"gsda_kernels.pairs", "gsda_fast.data.digits", "gsda_fast.data", "gsda_fast.train"}
     assert imports_of(source, known) == expected
-    assert (floor("gsda_fast.suite"), floor("gsda_fast.data.digits"), wing("gsda_fast.train")) == (
-        0,
-        3,
-        "gsda_fast.train",
-    )
+    assert (floor("gsda_fast.suite"), floor("gsda_fast.data.digits"), floor("gsda_fast.data.__main__")) == (0, 3, 0)
+    assert place_of("gsda_fast.training.trainer") == "gsda_fast.training"

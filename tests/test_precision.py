@@ -8,9 +8,10 @@ from torch.testing import assert_close
 
 from gsda_fast.assemble import build_trainer, resolve
 from gsda_fast.config import parse_config
+from gsda_fast.data.batches import Batch
 from gsda_fast.errors import UsageError
-from gsda_fast.methods import Method, StepInputs, build_method
-from gsda_fast.methods.gsda import AdversarialSettings
+from gsda_fast.methods import Method, Step, TaskFacts, build_method
+from gsda_fast.methods.gsda import GSDA, GSDASettings
 from gsda_fast.methods.objective import synchronization_loss
 from gsda_fast.model import ModelSettings, build_model
 from gsda_fast.training.distributed import Ranks
@@ -23,13 +24,16 @@ def build(precision: str = "fp32") -> Method:
     torch.manual_seed(0)
     model = build_model(LENET, 4)
     model.autocast_dtype = AUTOCAST_DTYPES[precision]
-    return build_method("gsda", model, AdversarialSettings(groups=2, hidden_dim=16, backend="torch"), 4, seed=0)
+    return build_method("gsda", model, GSDASettings(groups=2, hidden_dim=16, backend="torch"), TaskFacts(4))
 
 
-def inputs() -> StepInputs:
+def inputs() -> Batch:
     generator = torch.Generator().manual_seed(1)
     source, target = torch.randn(2, 8, 1, 16, 16, generator=generator)
-    return StepInputs(source, torch.arange(8) % 4, target, warming_up=False, adversarial_ramp=torch.tensor(0.5))
+    return Batch(source, torch.arange(8) % 4, target, torch.arange(8), torch.arange(8))
+
+
+KNOWN = Step(ramp=torch.tensor(0.5), progress=torch.tensor(0.1))
 
 
 def test_automatic_choices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,10 +51,10 @@ def test_the_network_runs_in_half_precision_and_losses_in_float32(precision: str
     features, logits = method.model(inputs().source_images)
     assert features.dtype == dtype
     assert logits.dtype == torch.float32
-    for move, same in zip(method.moves(inputs()), exact.moves(inputs())):
-        assert {term.dtype for term in move.objective.terms.values()} == {torch.float32}
-        assert_close(dict(move.objective.terms), dict(same.objective.terms), rtol=0.05, atol=2e-3)
-        move.objective.total.backward()
+    for update, same in zip(method.updates(inputs(), KNOWN), exact.updates(inputs(), KNOWN), strict=True):
+        assert {term.dtype for term in update.terms.values()} == {torch.float32}
+        assert_close(dict(update.terms), dict(same.terms), rtol=0.05, atol=2e-3)
+        update.loss.backward()
     assert {parameter.grad.dtype for parameter in method.parameters() if parameter.grad is not None} == {torch.float32}
 
 
@@ -113,7 +117,9 @@ def test_the_mean_over_ranks_breaks_no_graph() -> None:
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
         torch._dynamo.reset()
-        groups = build().players()["discriminators"].groups
+        method = build()
+        assert isinstance(method, GSDA)
+        groups = method.discriminators.groups
         norm = torch.rand(7, requires_grad=True)
         compiled = torch.compile(synchronization_loss, backend="aot_eager", fullgraph=True)
         compiled(norm, groups, Ranks(0, 2).mean).backward()
@@ -127,7 +133,8 @@ def test_compiling_the_parts_keeps_their_names_and_their_numbers(monkeypatch: py
     compiled: list[Any] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.append((module, options)))
     method.compile_parts()
-    assert [module for module, _ in compiled] == list(method.players().values())
+    assert isinstance(method, GSDA)
+    assert [module for module, _ in compiled] == [method.model, method.discriminators]
     assert all(options == {"dynamic": False, "mode": None} for _, options in compiled)
     assert list(method.state_dict()) == list(plain.state_dict())
 

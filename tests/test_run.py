@@ -1,19 +1,24 @@
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 from test_trainer import SCORED, build
 
-from gsda_fast.results.run_folder import RunFolder
-from gsda_fast.training import saver
+from gsda_fast import run as of_run
+from gsda_fast.config import preset
+from gsda_fast.data.domains import ImageDomain
+from gsda_fast.run import Run
 from gsda_fast.training.checkpoint import CheckpointFolder
-from gsda_fast.training.saver import Saver
+from gsda_fast.training.distributed import Ranks
+from gsda_fast.training.stopping import StopRequest
 
 
 class Clock:
-    """Seconds that pass where they are told to."""
+    """Seconds that pass where a test says so."""
 
     now = 0.0
 
@@ -44,16 +49,21 @@ def saved(
     between: float,
     fails: tuple[int, ...] = (),
 ) -> list[int]:
-    """The steps at which a run asked for a checkpoint, its scorings `between` seconds apart."""
+    """The steps at which a run asked for a checkpoint, its evaluations `between` seconds apart."""
     clock = Clock()
-    monkeypatch.setattr(saver, "time", clock)
+    monkeypatch.setattr(of_run, "time", clock)
+    monkeypatch.setattr(of_run, "run_identity", lambda *_: {})
     trainer, checkpoints = build(), Folder(folder / "checkpoints", clock, fails)
-    run = RunFolder(folder)
-    run.prepare()
-    written = Saver(run, checkpoints, trainer, {}, Console(file=io.StringIO()), seconds)
-    for report in trainer.run(written.save_if_due):
-        clock.now += between if report.figures else 0
-    run.release()
+    config = preset("digits")
+    settings = replace(config.run, output=folder, checkpoint_seconds=seconds, warmup=0)
+    domain = ImageDomain("none", folder, [], np.zeros(0, np.int64), ())
+    console = Console(file=io.StringIO())
+    with Run(replace(config, run=settings), domain, domain, Ranks(), StopRequest(), console) as run:
+        run.folder.prepare()
+        run._trainer, run._checkpoints = trainer, checkpoints
+        for report in trainer.run(run.checkpoint_if_due):
+            run.append(report)
+            clock.now += between if report.evaluation else 0
     return checkpoints.asked
 
 

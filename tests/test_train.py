@@ -19,10 +19,11 @@ import pytest
 from image_trees import class_tree, save
 from rich.console import Console
 
+from gsda_fast import run as of_run
 from gsda_fast import train as command
 from gsda_fast.assemble import resolve
 from gsda_fast.commands import run_command
-from gsda_fast.config import PRESETS, parse_config
+from gsda_fast.config import parse_config, preset
 from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.errors import Stopped, UsageError
 from gsda_fast.report import suite_layout
@@ -285,7 +286,7 @@ def test_a_run_from_before_a_setting_was_added_had_its_default(task: str, quick:
     data = {"digits": (), "folder": ("--data-root", str(own_folders(tmp_path / "data", True)), *OWN[:4])}[task]
     folder = tmp_path / "run"
     folder.mkdir()
-    added = [name for name in flat_settings(PRESETS[task].to_dict()) if name not in NAMES_THE_DATA]
+    added = [name for name in flat_settings(preset(task).to_dict()) if name not in NAMES_THE_DATA]
     added = [name for name in added if name != "data.data_root" or task == "digits"]
     assert len(added) > 35
     for name in added:
@@ -298,10 +299,10 @@ def test_a_run_from_before_a_setting_was_added_had_its_default(task: str, quick:
 @pytest.mark.parametrize(
     ("lacking", "option", "told"),
     [
-        ("adversarial.beta", ("--beta", "2"), "adversarial.beta = 1.0 there and 2.0 here"),
+        ("method.beta", ("--beta", "2"), "method.beta = 1.0 there and 2.0 here"),
         ("run.steps", ("--steps", "700"), "run.steps = 800 there and 700 here"),
         ("pseudo_labels.balance_target", ("--no-balance-target",), "balance_target = True there and False here"),
-        ("adversarial.backend", ("--backend", "reference"), r"adversarial.backend = \w+ there and reference here"),
+        ("method.backend", ("--backend", "reference"), r"method.backend = \w+ there and reference here"),
         ("data.data_root", ("--data-root", "{few_digits}"), "data.data_root = None there and .*digits here"),
         ("data.quarantine", ("--quarantine", "{list}"), "data.quarantine = None there and .*list.txt here"),
         ("run.resume", ("--resume", "{quick}"), "run.resume = auto there and .*quick here"),
@@ -380,7 +381,7 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(quick: Quick) -> 
     with pytest.raises(UsageError) as error:
         run(*quick.settings, "--output", str(quick.folder), "--beta", "2", "--seed", "5")
     assert error.value.what == "--output"
-    assert "adversarial.beta = 1.0 there and 2.0 here" in error.value.found
+    assert "method.beta = 1.0 there and 2.0 here" in error.value.found
     assert "run.seed = 0 there and 5 here" in error.value.found
     assert "steps" not in error.value.found
     assert "--resume never" in error.value.remedy
@@ -469,14 +470,14 @@ def test_a_folder_that_another_process_took_while_this_one_made_ready_is_refused
     quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, other = tmp_path / "run", RunFolder(tmp_path / "run")
-    original = command.build_trainer
+    original = of_run.build_trainer
 
     def build_while_another_begins(*arguments: Any) -> Any:
         other.prepare()
         other.hold()
         return original(*arguments)
 
-    monkeypatch.setattr(command, "build_trainer", build_while_another_begins)
+    monkeypatch.setattr(of_run, "build_trainer", build_while_another_begins)
     with pytest.raises(UsageError, match=r"--output: found .*, in use by process"):
         run(*quick.settings, "--output", str(output))
     other.release()
@@ -532,7 +533,7 @@ def test_a_signal_before_the_first_step_leaves_nothing(
         signal.raise_signal(signal.SIGTERM)
         raise AssertionError("it ends at once")
 
-    monkeypatch.setattr(command, moment, signalled)
+    monkeypatch.setattr(of_run, moment, signalled)
     with pytest.raises(Stopped, match="stopped before a step was taken; the same command goes on"):
         run(*quick.settings, "--output", str(tmp_path / "run"))
     assert list(tmp_path.iterdir()) == []
@@ -692,6 +693,13 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatc
         (["office31", "--data-root", "{empty}"], ["--data-root", "{empty}", "empty"]),
         (["office31", "--data-root", "{data}"], ["--data-root", "{data}", "amazon"]),
         (["digits", "--data-root", "{strange}"], ["fonts", "eleven"]),
+        (["digits", "--method", "dann", "--beta", "3"], ["--beta"]),
+        (["digits", "--recipe", "nosuch"], ["--recipe", "'nosuch'", "common or paper"]),
+        (["digits", "--add", "nosuch=1"], ["--add", "'nosuch'", "entropy"]),
+        (["digits", "--beta", "-1"], ["--beta", "found -1"]),
+        (["--config", "{old}"], ["{old}", "[adversarial]", "version 0.1", "[method]"]),
+        (["--config", "{lacking}"], ["{lacking}", "'beta' in [method]"]),
+        (["--config", "{bounds}"], ["{bounds}", "beta = -1.0", ">= 0"]),
         (["--config", "{missing}/config.toml"], ["--config", "{missing}/config.toml"]),
     ],
 )
@@ -703,6 +711,14 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     places = {name: str(tmp_path / name) for name in ("data", "missing", "empty", "strange")}
+    stored = {
+        "old": 'task = "digits"\n[adversarial]\nbeta = 1.0\n',
+        "lacking": 'task = "digits"\n[run]\nmethod = "dann"\n[method]\nbeta = 1.0\n',
+        "bounds": 'task = "digits"\n[method]\nbeta = -1.0\n',
+    }
+    for name, text in stored.items():
+        places[name] = str(tmp_path / f"{name}.toml")
+        (tmp_path / f"{name}.toml").write_text(text)
     own_folders(tmp_path / "data", labelled=True)
     (tmp_path / "empty").mkdir()
     class_tree(tmp_path / "strange" / "fonts", ["0", "1", "eleven"], per_class=1)
