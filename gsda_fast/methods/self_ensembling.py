@@ -9,6 +9,7 @@ from typing import Annotated
 
 import torch
 from msgspec import Meta
+from torch import Tensor
 
 from gsda_fast.data.batches import Batch
 from gsda_fast.losses import class_balance, confident_rows, consistency
@@ -103,7 +104,8 @@ class SelfEnsembling(Method):
 
     @torch.no_grad()
     def _average(self) -> None:
-        teacher, student = list(self.model.parameters()), list(self.student.parameters())
+        teacher: list[Tensor] = list(self.model.parameters())
+        student: list[Tensor] = list(self.student.parameters())
         torch._foreach_lerp_(teacher, student, 1 - self.settings.average)
 
     @torch.no_grad()
