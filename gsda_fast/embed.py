@@ -228,6 +228,38 @@ def _done(journal: Path, made_from: str) -> int:
         return 0
 
 
+def with_features(arguments: list[str], console: Console) -> list[str]:
+    """Replace `TASK ... --features` by the task of that name on features, once these are computed.
+
+    Args:
+        arguments: a command line of training or of a suite, the task first. Its data root is that of the images.
+        console: where progress is shown.
+
+    Raises:
+        UsageError: a task without one on features, several processes, or what `embed` raises.
+    """
+    if "--features" not in arguments:
+        return arguments
+    task, rest = arguments[0], [argument for argument in arguments[1:] if argument != "--features"]
+    if task + EMBEDDED not in BENCHMARKS:
+        known = [name.removesuffix(EMBEDDED) for name in BENCHMARKS if name.endswith(EMBEDDED)]
+        raise UsageError("--features", found=f"the task {task}", expected=" or ".join(known))
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise UsageError(
+            "--features",
+            found=f"{processes} processes",
+            expected=f"the task {task}{EMBEDDED}, after `python -m gsda_fast.embed {task}`",
+        )
+    data_root = None
+    if "--data-root" in rest[:-1]:
+        place = rest.index("--data-root")
+        data_root, rest = Path(rest[place + 1]), rest[:place] + rest[place + 2 :]
+    with progress_bars(console) as progress:
+        embed(EmbedSettings(task, data_root=data_root), progress)
+    return [task + EMBEDDED, *rest]
+
+
 def run(arguments: list[str], console: Console) -> None:
     """Compute what the command line asks for and say where it lies."""
     settings = parse_command_line(lambda: tyro.cli(EmbedSettings, args=arguments, prog="python -m gsda_fast.embed"))

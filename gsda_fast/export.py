@@ -14,7 +14,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from gsda_fast.commands import parse_command_line, run_command
+from gsda_fast.commands import echo, parse_command_line, run_command
 from gsda_fast.errors import UsageError
 from gsda_fast.files import atomic_file
 from gsda_fast.model import FEATURES, AdaptationModel, output_layer
@@ -72,6 +72,9 @@ def export(settings: ExportSettings) -> list[Path]:
     return [weights, program]
 
 
+_OF_ROWS = ("input_dim", "feature_norm", "hidden")
+
+
 def facts(trained: TrainedModel) -> dict[str, Any]:
     """All that one has to know to use the network: what it was trained as, its layers, its images, its classes."""
     config, model, recipe = trained.config, trained.config.model, trained.recipe
@@ -84,8 +87,7 @@ def facts(trained: TrainedModel) -> dict[str, Any]:
         "step": trained.step,
         "backbone": model.backbone,
         "output_layer": output_layer(model.backbone),
-        **({"input_dim": model.input_dim, "feature_norm": model.feature_norm} if model.backbone == FEATURES else {}),
-        "hidden": model.hidden,
+        **({name: getattr(model, name) for name in _OF_ROWS} if model.backbone == FEATURES else {}),
         "bottleneck_dim": model.bottleneck_dim,
         "bottleneck_activation": model.bottleneck_activation,
         **{name: dataclasses.asdict(recipe)[name] for name in ("resize", "crop", "channels", "mean", "std")},
@@ -108,7 +110,7 @@ def main() -> None:
         lambda: tyro.cli(ExportSettings, args=sys.argv[1:], prog="python -m gsda_fast.export")
     )
     for path in export(settings):
-        print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
+        echo(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
 
 
 if __name__ == "__main__":
