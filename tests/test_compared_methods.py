@@ -421,9 +421,11 @@ def test_both_ways_of_playing_have_the_same_gradients(name: str) -> None:
         assert not other.any(), f"{where} has a gradient in the other player's update"
 
 
-def test_cdan_moves_the_classifier_by_the_source_alone() -> None:
-    method = build("cdan")
-    (update,) = method.updates(batch(), step())
+@pytest.mark.parametrize("name", ["cdan", "mada"])
+def test_probabilities_that_condition_are_constants(name: str) -> None:
+    """The classifier moves by the source alone."""
+    method = build(name)
+    *_, update = method.updates(batch(), step())
     supervised = method.classification(method.outputs(batch()).source_logits, batch(), step())
     for found, right in zip(*(gradient(x, *method.model.classifier.parameters()) for x in (update.loss, supervised))):
         assert_close(found, right, **EXACT)

@@ -27,17 +27,12 @@ def _squared_distances(rows: Tensor) -> Tensor:
     return (lengths[:, None] + lengths - 2 * products).clamp_min(0)
 
 
-def _gaussian_kernels(distances: Tensor, rounding: Tensor | None = None) -> Tensor:
-    """Sum of five Gaussian kernels of 1/4 to 4 times the mean squared distance of different rows, held constant.
-
-    Args:
-        distances: (N, N) squared. rounding: 0-d, the size below which they are rounding.
-    """
+def _gaussian_kernels(distances: Tensor) -> Tensor:
+    """Sum of five Gaussian kernels of 1/4 to 4 times the mean squared distance of different rows, held constant."""
     n = len(distances)
     mean = distances.detach().sum() / max(n * (n - 1), 1)
-    # Rows that are all alike have no distance to measure by: the bounds keep values and gradients finite.
-    bandwidth = mean if rounding is None else torch.maximum(mean, rounding)
-    bandwidth = bandwidth.clamp_min(torch.finfo(torch.float32).tiny)
+    # Rows that are all alike have no distance to measure by: the bound keeps values and gradients finite.
+    bandwidth = mean.clamp_min(torch.finfo(torch.float32).tiny)
     kernel = (-distances / (4 * bandwidth)).exp()
     total = kernel
     for _ in range(4):  # exp(-d / (b / 2)) is the square of exp(-d / b)
@@ -169,8 +164,7 @@ def fused_mmd(source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], esti
     products = (wide_features @ wide_features.T) * (wide_logits @ wide_logits.T)
     lengths = products.diagonal()
     distances = (lengths[:, None] + lengths - 2 * products).clamp_min(0)
-    rounding = 8 * torch.finfo(products.dtype).eps * lengths.detach().mean()
-    return _discrepancy(_gaussian_kernels(distances, rounding), len(source[0]), estimator).to(features.dtype)
+    return _discrepancy(_gaussian_kernels(distances), len(source[0]), estimator).to(features.dtype)
 
 
 def _both(second: str, source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
