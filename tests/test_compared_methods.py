@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +28,8 @@ from gsda_fast.methods.fitted import FittedHead
 from gsda_fast.methods.heads import TwinClassifier, TwoClassifiers
 from gsda_fast.methods.mcd import MCD
 from gsda_fast.methods.rtn import RTN
+from gsda_fast.methods.sdat import ascent
+from gsda_fast.methods.self_ensembling import SelfEnsembling
 from gsda_fast.methods.shallow import gfk, tca
 from gsda_fast.methods.tpn import TPN
 from gsda_fast.model import AdaptationModel, ModelOutput, ModelSettings
@@ -58,6 +61,9 @@ UPDATES: dict[str, list[tuple[str, ...]]] = {
     "tpn": [("encoder",)],
     "mcc": [BOTH],
     "mdd": [(*BOTH, "adversary")],
+    "self-ensembling": [BOTH],
+    "fixmatch": [BOTH],
+    "cdan-mcc-sdat": REVERSED,
 }
 EVERY_METHOD = pytest.mark.parametrize("name", UPDATES)
 FITTED = ("tca", "gfk")
@@ -79,7 +85,8 @@ def build(name: str, norm: Literal["none", "batch"] = "none", **changes: Any) ->
 def batch(rows: int = ROWS, seed: int = 0) -> Batch:
     index = torch.arange(rows)
     images = random(rows, WIDTH, seed=seed), 0.5 + random(rows, WIDTH, seed=seed + 1)
-    return Batch(images[0], index % CLASSES, images[1], index, index)
+    further = (images[1] + 0.1 * random(rows, WIDTH, seed=seed + 2),)
+    return Batch(images[0], index % CLASSES, images[1], index, index, further)
 
 
 def step(ramp: float = 0.6, **changes: Any) -> Step:
@@ -190,45 +197,45 @@ def test_source_labels_are_the_only_labels_and_matter(name: str) -> None:
 
 
 class Peers:
-    """Ranks of one process: each runs by itself, and gets from the others what they gave at the same call."""
+    """Ranks in one process: each gets from the others what they gave, at the same call, in the round before."""
 
     def __init__(self, count: int) -> None:
-        self.given: list[list[Tensor]] = [[] for _ in range(count)]
-        self.means: list[list[Tensor]] = [[] for _ in range(count)]
+        self.count = count
+        self.before: list[dict[str, list[Tensor]]] = []
 
-    def recording(self, rank: int) -> dict[str, Any]:
-        def gather(rows: Tensor) -> Tensor:
-            self.given[rank].append(rows.detach())
-            return rows
+    def round(self, run: Callable[..., Any]) -> list[Any]:
+        """Run all ranks once: `run(rank, gather=..., mean=...)`; alone in the first round."""
+        given: list[dict[str, list[Tensor]]] = [{"gather": [], "mean": []} for _ in range(self.count)]
 
-        def mean(value: Tensor) -> Tensor:
-            self.means[rank].append(value.detach())
-            return value.detach()
+        def others(rank: int, call: str, value: Tensor) -> list[Tensor]:
+            number = len(given[rank][call])
+            given[rank][call].append(value.detach())
+            return [each[call][number] for each in self.before]
 
-        return {"gather": gather, "mean": mean}
-
-    def playing(self, rank: int) -> dict[str, Any]:
-        calls = {"gather": 0, "mean": 0}
-        count = len(self.given)
-
-        def gather(rows: Tensor) -> Tensor:
-            parts = [each[calls["gather"]] for each in self.given]
-            calls["gather"] += 1
-            own = rows if not rows.is_floating_point() else count * rows - (count - 1) * rows.detach()
-            parts[rank] = own
+        def gather(rank: int, rows: Tensor) -> Tensor:
+            parts = others(rank, "gather", rows)
+            if not parts:
+                return rows
+            parts[rank] = rows if not rows.is_floating_point() else rows * self.count - (self.count - 1) * rows.detach()
             return torch.cat(parts)
 
-        def mean(value: Tensor) -> Tensor:
-            found = torch.stack([each[calls["mean"]] for each in self.means]).mean(0)
-            calls["mean"] += 1
-            return found
+        def mean(rank: int, value: Tensor) -> Tensor:
+            parts = others(rank, "mean", value)
+            if not parts:
+                return value.detach()
+            parts[rank] = value.detach()
+            return torch.stack(parts).mean(0)
 
-        return {"gather": gather, "mean": mean}
+        results = [run(rank, gather=partial(gather, rank), mean=partial(mean, rank)) for rank in range(self.count)]
+        self.before = given
+        return results
 
 
 def half(whole: Batch, rank: int) -> Batch:
     rows = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
-    return Batch(*(getattr(whole, name)[rows] for name in whole.__dataclass_fields__))
+    names = ("source_images", "source_labels", "target_images", "source_index", "target_index")
+    further = tuple(view[rows] for view in whole.further_views)
+    return Batch(*(getattr(whole, name)[rows] for name in names), further)
 
 
 @EVERY_METHOD
@@ -247,9 +254,9 @@ def test_two_ranks_are_one(name: str) -> None:
         return found
 
     peers = Peers(2)
-    for rank in range(2):
-        updates(half(whole, rank), **peers.recording(rank))
-    ranks = [updates(half(whole, rank), **peers.playing(rank)) for rank in range(2)]
+    # What is exchanged may depend on what was exchanged before it: SDAT gathers behind a mean of gradients.
+    for _ in range(4):
+        ranks = peers.round(lambda rank, **changes: updates(half(whole, rank), **changes))
     alone = updates(whole)
     assert len(alone) == len(ranks[0])
     for (loss, gradients), first, second in zip(alone, *ranks):
@@ -414,9 +421,11 @@ def test_both_ways_of_playing_have_the_same_gradients(name: str) -> None:
         assert not other.any(), f"{where} has a gradient in the other player's update"
 
 
-def test_cdan_moves_the_classifier_by_the_source_alone() -> None:
-    method = build("cdan")
-    (update,) = method.updates(batch(), step())
+@pytest.mark.parametrize("name", ["cdan", "mada"])
+def test_probabilities_that_condition_are_constants(name: str) -> None:
+    """The classifier moves by the source alone."""
+    method = build(name)
+    *_, update = method.updates(batch(), step())
     supervised = method.classification(method.outputs(batch()).source_logits, batch(), step())
     for found, right in zip(*(gradient(x, *method.model.classifier.parameters()) for x in (update.loss, supervised))):
         assert_close(found, right, **EXACT)
@@ -580,6 +589,102 @@ def test_tpn_predicts_by_distance_to_running_means() -> None:
     few = replace(given, source_labels=given.source_labels % 2)
     updater(unseen).step(0, unseen.updates(few, step()))
     assert torch.equal(unseen.model.classifier.weight[2:], before[2:])  # classes that have not been seen
+
+
+# ------------------------------------------------------------------------------------- two views, and the flat minimum
+
+
+def test_the_teacher_is_the_running_mean_of_the_student() -> None:
+    method, given = build("self-ensembling", norm="batch").train(), batch()
+    assert isinstance(method, SelfEnsembling)
+    made = updater(method)
+    made.step(0, method.source_updates(given, step()))
+    assert_close(method.model.state_dict(), method.student.state_dict(), rtol=0, atol=0)
+    list(method.start())
+    expected = {name: each.clone() for name, each in method.model.named_parameters()}
+    for number in range(3):
+        made.step(number, method.updates(given, step()))
+        for name, each in method.student.named_parameters():
+            expected[name] = 0.99 * expected[name] + 0.01 * each.detach()
+    for name, each in method.model.named_parameters():
+        assert_close(each, expected[name], **EXACT)
+        assert each.grad is None
+        assert not torch.equal(each, dict(method.student.named_parameters())[name])
+    own, students = (network.bottleneck[1].running_mean for network in (method.model, method.student))
+    assert not torch.equal(own, students)  # of the target's second view alone
+    assert not any(name.startswith("model.") for names in of_players(method).values() for name in names)
+
+
+def test_published_digits_of_self_ensembling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Student Z1, teacher CERTAIN: they agree but for .034379, and half is kept at .97."""
+    method, given = build("self-ensembling", confidence=0.97, consistency_weight=2.0, balance=0.1), batch(2)
+    logits = torch.cat([Z2, Z1]).requires_grad_()
+    monkeypatch.setattr(method, "outputs", lambda batch: Outputs(logits, logits, 2))
+    monkeypatch.setattr(method.model, "forward", lambda images: ModelOutput(CERTAIN, CERTAIN))
+    (update,) = method.updates(given, step())
+    gap = losses.consistency(Z1, CERTAIN, 0.97)
+    assert 0 < gap < 0.034379
+    supervised = F.cross_entropy(Z2, given.source_labels)
+    assert_close(update.loss, supervised + 2 * (gap + 0.1 * losses.class_balance(Z1, 0.5)), **EXACT)
+    assert float(update.terms["kept"]) == 0.5
+    assert update.images == 6
+
+
+def test_equal_views_have_nothing_to_teach() -> None:
+    method, given = build("self-ensembling", confidence=0.0).eval(), batch()
+    list(method.start())
+    same = replace(given, further_views=(given.target_images,))
+    (update,) = method.updates(same, step())
+    assert float(update.terms["consistency"]) == 0
+    assert next(iter(method.updates(given, step()))).terms["consistency"] > 0
+
+
+def test_fixmatch_trains_on_the_strong_view() -> None:
+    method, given = build("fixmatch", confidence=0.2), batch()
+    (update,) = method.updates(given, step())
+    weak, strong = (method.model(x).logits for x in (given.target_images, given.further_views[0]))
+    unlabelled = losses.confident_cross_entropy(strong, weak, 0.2)
+    supervised = F.cross_entropy(method.model(given.source_images).logits, given.source_labels)
+    assert unlabelled > 0
+    assert_close(update.loss, supervised + unlabelled, **EXACT)
+    assert type(method).strong_view
+    assert (type(method).target_views, METHODS["self-ensembling"].method.target_views) == (2, 2)
+
+
+def test_published_digits_of_the_ascent() -> None:
+    found = ascent([torch.tensor([3.0, 4.0]), torch.tensor([12.0])], 0.05)
+    assert printed(torch.cat(found)) == pytest.approx([0.011538, 0.015385, 0.046154])
+    assert not torch.cat(ascent([torch.zeros(2), torch.zeros(1)], 0.05)).any()
+
+
+def test_sdat_takes_its_gradients_higher_up() -> None:
+    """Weights moved by hand and moved back: what the update finds, and the weights are where they were."""
+    method, given = build("cdan-mcc-sdat", radius=0.3, dropout=0.0), batch()
+    before = snapshot(method)
+    (update,) = method.updates(given, step())
+    parameters = list(method.parameters())
+    found = gradient(update.loss, *parameters)
+    assert all(torch.equal(each, before[name]) for name, each in method.named_parameters())
+
+    def task(outputs: Outputs) -> Tensor:
+        own = F.cross_entropy(outputs.source_logits, given.source_labels)
+        return own + losses.minimum_class_confusion(outputs.target_logits)
+
+    moving = list(method.model.parameters())
+    gradients = gradient(task(method.outputs(given)), *moving)
+    length = torch.cat([each.flatten() for each in gradients]).norm()
+    for parameter, each in zip(moving, gradients):
+        parameter.data += 0.3 * each / length
+    outputs = method.outputs(given)
+    against = scale_gradient(outputs.features, -step().ramp)
+    adversarial = method.adversarial_loss(against, outputs.logits, given, step(), frozen=False)  # type: ignore[operator]
+    right = task(outputs) + adversarial
+    assert_close(update.loss, right, **EXACT)
+    for mine, theirs in zip(found, gradient(right, *parameters)):
+        assert_close(mine, theirs, **EXACT)
+    plain = build("cdan", dropout=0.0)
+    plain.load_state_dict(before)
+    assert abs(float(next(iter(plain.updates(given, step()))).loss - update.loss)) > 1e-3
 
 
 # ---------------------------------------------------------------------------------------------------------- TCA and GFK

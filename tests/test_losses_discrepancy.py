@@ -133,8 +133,8 @@ def test_invariances(estimator: Estimator) -> None:
     assert_close(mk_mmd(target, source, estimator), value, **EXACT)
     rotation = torch.linalg.qr(random(4, 4, seed=2))[0]
     offset = random(4, seed=3)
-    moved = [7 * x @ rotation + 100 * offset for x in (source, target)]
-    assert_close(mk_mmd(moved[0], moved[1], estimator), value, rtol=1e-8, atol=1e-12)
+    moved = [7 * x @ rotation + 1e6 * offset for x in (source, target)]
+    assert_close(mk_mmd(moved[0], moved[1], estimator), value, rtol=1e-7, atol=1e-9)
     permuted = mk_mmd(source[[3, 1, 0, 4, 2]], target, estimator)
     if estimator == "linear":
         assert abs(float(permuted - value)) > 1e-4
@@ -166,7 +166,7 @@ def test_bandwidth_takes_no_gradient(estimator: Estimator) -> None:
 
 @EVERY_ESTIMATOR
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 1e4, 1e-8])
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e4, 1e-8])
 def test_constant_features_have_a_small_gradient(estimator: Estimator, dtype: torch.dtype, value: float) -> None:
     rows = torch.full((12, 256), value, dtype=dtype, requires_grad=True)
     logits = torch.full((12, 3), 0.3, dtype=dtype, requires_grad=True)

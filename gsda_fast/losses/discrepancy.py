@@ -15,26 +15,24 @@ Estimator = Literal["full", "biased", "linear"]
 PROBABILITY_BANDWIDTH = 1.68
 
 
-def _squared_distances(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distances of all pairs of rows, (N, N) float64, and the size below which they are rounding, 0-d.
+def _squared_distances(rows: Tensor) -> Tensor:
+    """Squared distances of all pairs of rows, (N, N) float64.
 
     Rows are centred: a common offset takes the digits that a Gram matrix has for the differences.
     """
-    wide_rows = rows.double()
-    centred = wide_rows - wide_rows.detach().mean(0)
+    centred = rows.double()
+    centred = centred - centred.detach().mean(0)
     products = centred @ centred.T
     lengths = products.diagonal()
-    distances = (lengths[:, None] + lengths - 2 * products).clamp_min(0)
-    noise = torch.finfo(rows.dtype).eps ** 2 * wide_rows.detach().square().sum(1).mean()
-    return distances, noise
+    return (lengths[:, None] + lengths - 2 * products).clamp_min(0)
 
 
-def _gaussian_kernels(distances: Tensor, noise: Tensor) -> Tensor:
+def _gaussian_kernels(distances: Tensor) -> Tensor:
     """Sum of five Gaussian kernels of 1/4 to 4 times the mean squared distance of different rows, held constant."""
     n = len(distances)
     mean = distances.detach().sum() / max(n * (n - 1), 1)
-    # Rows that are all alike have no distance to measure by: the clamps keep values and gradients finite.
-    bandwidth = torch.maximum(mean, noise).clamp_min(torch.finfo(torch.float32).tiny)
+    # Rows that are all alike have no distance to measure by: the bound keeps values and gradients finite.
+    bandwidth = mean.clamp_min(torch.finfo(torch.float32).tiny)
     kernel = (-distances / (4 * bandwidth)).exp()
     total = kernel
     for _ in range(4):  # exp(-d / (b / 2)) is the square of exp(-d / b)
@@ -97,7 +95,7 @@ def mk_mmd(source: Tensor, target: Tensor, estimator: Estimator = "full") -> Ten
     check_matrix("source", source)
     check_matrix("target", target, columns=source.shape[1])
     rows = torch.cat([source, target])
-    return _discrepancy(_gaussian_kernels(*_squared_distances(rows)), len(source), estimator).to(rows.dtype)
+    return _discrepancy(_gaussian_kernels(_squared_distances(rows)), len(source), estimator).to(rows.dtype)
 
 
 @wide
@@ -129,8 +127,8 @@ def joint_mmd(source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], esti
         tensor(True)
     """
     features, probabilities = _both("probabilities", source, target)
-    by_features = _gaussian_kernels(*_squared_distances(features))
-    by_probabilities = (-_squared_distances(probabilities)[0] / PROBABILITY_BANDWIDTH).exp()
+    by_features = _gaussian_kernels(_squared_distances(features))
+    by_probabilities = (-_squared_distances(probabilities) / PROBABILITY_BANDWIDTH).exp()
     return _discrepancy(by_features * by_probabilities, len(source[0]), estimator).to(features.dtype)
 
 
@@ -166,8 +164,7 @@ def fused_mmd(source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], esti
     products = (wide_features @ wide_features.T) * (wide_logits @ wide_logits.T)
     lengths = products.diagonal()
     distances = (lengths[:, None] + lengths - 2 * products).clamp_min(0)
-    noise = 8 * torch.finfo(products.dtype).eps * lengths.detach().mean()
-    return _discrepancy(_gaussian_kernels(distances, noise), len(source[0]), estimator).to(features.dtype)
+    return _discrepancy(_gaussian_kernels(distances), len(source[0]), estimator).to(features.dtype)
 
 
 def _both(second: str, source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

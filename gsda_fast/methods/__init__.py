@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gsda_fast.methods import adda, cdan, dan, gsda, jan, mada, mcd, mdd, rtn, symnets
+from gsda_fast.methods import adda, cdan, dan, gsda, jan, mada, mcd, mdd, rtn, sdat, self_ensembling, symnets
 from gsda_fast.methods.adversarial import DiscriminatorSettings
 from gsda_fast.methods.base import AdaptationSettings, Method, MethodSettings, TargetSamples, TaskFacts
 from gsda_fast.methods.fitted import GeodesicFlow, GFKSettings, TCASettings, TransferComponents
+from gsda_fast.methods.fixmatch import FixMatch, FixMatchSettings
 from gsda_fast.methods.gsda import GSDA, SMALL_DISCRIMINATOR, AdversarialSettings, GSDASettings
 from gsda_fast.methods.recipes import on_images
 from gsda_fast.methods.source_only import SourceOnly
@@ -140,10 +141,23 @@ METHODS: dict[str, Entry] = {
     "bsp-dann": Entry(GSDA, AdversarialSettings(), presets=_BSP, variant=_DANN),
     "bsp-cdan": Entry(cdan.CDAN, _CDAN_E, presets=_BSP, recipe=on_images(data={"test_crops": 10})),
     "tpn": Entry(TPN, TPNSettings()),
+    "self-ensembling": Entry(
+        self_ensembling.SelfEnsembling,
+        self_ensembling.SelfEnsemblingSettings(),
+        presets=self_ensembling.PRESETS,
+        recipe=self_ensembling.RECIPE,
+    ),
     "tca": Entry(TransferComponents, TCASettings(), "none"),
     "gfk": Entry(GeodesicFlow, GFKSettings(), "none"),
     "mcc": Entry(SourceOnly, presets={"*": _added(mcc=1.0)}),
     "mdd": Entry(mdd.MDD, mdd.MDDSettings(), presets=mdd.PRESETS, recipe=mdd.RECIPE),
+    "fixmatch": Entry(FixMatch, FixMatchSettings()),
+    "cdan-mcc-sdat": Entry(
+        sdat.SDAT,
+        sdat.SDATSettings(),
+        presets={task: {**tables, **_added(mcc=1.0)} for task, tables in {"*": {}, **SMALL_DISCRIMINATOR}.items()},
+        recipe=sdat.RECIPE,
+    ),
 }
 
 ALIASES = {"domain": "glb", "class": "glb-cls", "group": "glb-cls-grp"}

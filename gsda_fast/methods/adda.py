@@ -31,7 +31,11 @@ class ADDASettings(MethodSettings):
     """Width of the discriminator's two hidden layers."""
 
 
-PRESETS = {**on_images(run={"warmup": 3000}), **SMALL_DISCRIMINATOR}
+PRESETS = {
+    **on_images(run={"warmup": 3000}),
+    **SMALL_DISCRIMINATOR,
+    "pictures": {"run": {"warmup": 500}, **SMALL_DISCRIMINATOR.get("pictures", {})},
+}
 RECIPE = on_images(run={"batch_size": 64, "steps": 20_000})
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gsda_fast.data.batches import Batch
 from gsda_fast.methods.base import ENCODER, AdaptationSettings, Method, MethodSettings, TaskFacts
 from gsda_fast.methods.discriminators import stacked_linear
-from gsda_fast.methods.step import Player, Step, Update
+from gsda_fast.methods.step import Outputs, Player, Step, Update
 from gsda_fast.model import AdaptationModel
 
 
@@ -108,7 +108,10 @@ class DomainAdversarial(Method):
         raise NotImplementedError
 
     def updates(self, batch: Batch, step: Step) -> Iterator[Update]:
-        outputs = self.outputs(batch)
+        yield from self.played(self.outputs(batch), batch, step)
+
+    def played(self, outputs: Outputs, batch: Batch, step: Step) -> Iterator[Update]:
+        """Yield the updates of a step from what the network makes of its batch."""
         features, logits = torch.cat([outputs.source_features, outputs.target_features]), outputs.logits
         against = -self.settings.adversarial_weight * step.ramp
         if self.settings.update == "reversal":

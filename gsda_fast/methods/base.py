@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -13,9 +13,11 @@ from gsda_fast.data.batches import Batch
 from gsda_fast.methods.objective import classification_loss, target_class_weights
 from gsda_fast.methods.step import Outputs, Player, Step, Update
 from gsda_fast.methods.terms import TERMS
-from gsda_fast.model import AdaptationModel
+from gsda_fast.model import AdaptationModel, ModelOutput
 
 TargetSamples = Literal["none", "all", "confident"]
+
+Network = Callable[[Tensor], ModelOutput]
 
 ENCODER = ("encoder", "classifier")
 """The players that every method has, and that most of them move together."""
@@ -175,14 +177,15 @@ class Method(nn.Module):
         """
         raise NotImplementedError
 
-    def outputs(self, batch: Batch) -> Outputs:
-        """Run the trained network on both domains, together or apart."""
+    def outputs(self, batch: Batch, network: Network | None = None) -> Outputs:
+        """Run the trained network, or `network` in its place, on both domains, together or apart."""
+        network = network or self.trained
         num_source = len(batch.source_images)
         if self._apart:
-            source, target = self.trained(batch.source_images), self.trained(batch.target_images)
+            source, target = network(batch.source_images), network(batch.target_images)
             features, logits = (torch.cat(pair) for pair in zip(source, target))
         else:
-            features, logits = self.trained(torch.cat([batch.source_images, batch.target_images]))
+            features, logits = network(torch.cat([batch.source_images, batch.target_images]))
         return Outputs(features, logits, num_source)
 
     def classification(self, source_logits: Tensor, batch: Batch, step: Step) -> Tensor:
