@@ -337,7 +337,7 @@ def _typed(settings: type, table: Mapping[str, Any], origin: str) -> dict[str, A
 def _from_toml(kind: type, value: Any) -> Any:
     if kind is Path and isinstance(value, str):
         return Path(value)
-    raise NotImplementedError
+    raise TypeError("Expected a path in quotes")
 
 
 def _without_default_output(config: Config) -> Config:
