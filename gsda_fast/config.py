@@ -36,8 +36,8 @@ Recipe = Literal["common", "paper"]
 class RunSettings:
     """The run."""
 
-    method: Annotated[str, tyro.conf.arg(metavar="|".join(METHODS))] = "gsda"
-    """Adaptation method. Each has options of its own, in the table [method]: `--method NAME --help`."""
+    method: Annotated[str, tyro.conf.arg(metavar="NAME")] = "gsda"
+    """Adaptation method. Each has options of its own: `--method NAME --help`. A name that does not exist lists them."""
     recipe: Recipe = "common"
     """Settings to start from: those that all methods share, or those of the method's authors."""
     steps: Annotated[int, Meta(ge=1)] = 20_000
@@ -171,7 +171,7 @@ def _require_bounds(settings: Any) -> None:
         least, most = (-math.inf if meta.ge is None else meta.ge), (math.inf if meta.le is None else meta.le)
         if not (least <= value <= most and math.isfinite(value)):
             kind = "a whole number" if isinstance(value, int) else "a finite number"
-            bounds = f"from {least:g} to {most:g}" if math.isfinite(most) else f">= {least:g}"
+            bounds = f"from {least} to {most}" if math.isfinite(most) else f">= {least}"
             raise UsageError(_option(each.name), found=str(value), expected=f"{kind} {bounds}")
 
 
@@ -291,7 +291,7 @@ def config_from_dict(tables: dict[str, Any], origin: str) -> Config:
     Raises:
         UsageError: no task, an unknown setting, or a value of the wrong type.
     """
-    task, run = tables.get("task"), tables.get("run", {})
+    task, run = tables.get("task"), tables.get("run")
     if not isinstance(task, str) or task not in TASKS:
         raise UsageError(origin, found=f"task = {task!r}", expected=f"one of {', '.join(TASKS)}")
     if "adversarial" in tables:
@@ -301,8 +301,12 @@ def config_from_dict(tables: dict[str, Any], origin: str) -> Config:
             expected="[method], as this version writes it",
             remedy="train the run again, or read it with version 0.1",
         )
-    named = {name: run.get(name, default) for name, default in (("method", "gsda"), ("recipe", "common"))}
-    default = preset(task, **{name: value if isinstance(value, str) else repr(value) for name, value in named.items()})
+    named = run if isinstance(run, dict) else {}
+    method, recipe = (str(named.get(name, default)) for name, default in (("method", "gsda"), ("recipe", "common")))
+    try:
+        default = preset(task, method, recipe)
+    except UsageError as error:
+        raise UsageError(origin, found=f"{error.what[2:]} = {error.found}", expected=error.expected) from error
     known, read = _tables(default), {}
     for name, table in tables.items():
         if name == "task":
@@ -337,7 +341,7 @@ def _typed(settings: type, table: Mapping[str, Any], origin: str) -> dict[str, A
 def _from_toml(kind: type, value: Any) -> Any:
     if kind is Path and isinstance(value, str):
         return Path(value)
-    raise TypeError("Expected a path in quotes")
+    raise TypeError(f"Expected `{kind.__name__}`")
 
 
 def _without_default_output(config: Config) -> Config:

@@ -26,7 +26,7 @@ from gsda_fast.data.sampling import stored_augmentation
 from gsda_fast.data.torch_loader import TorchLoader
 from gsda_fast.data.verify import FilesDone, progress_bars, require_readable
 from gsda_fast.errors import UsageError
-from gsda_fast.files import atomic_file, file_state
+from gsda_fast.files import atomic_file
 from gsda_fast.model import (
     EFFICIENTNET_LITE0,
     FEATURES,
@@ -173,11 +173,14 @@ def _embed_domain(
             for number, (images, index) in enumerate(centres, start=1):
                 first, last = int(index[0]), int(index[-1]) + 1
                 rows[0, first:last] = network(images)
-                for view in range(1, views):
-                    samples = np.arange(first, last)
-                    slots = range(view * count + first, view * count + last)
-                    augmentation = stored_augmentation(_VIEW_SEED, slots, recipe)
-                    rows[view, first:last] = network(loader.augmented("target", samples, augmentation))
+                if views > 1:
+                    drawn = [
+                        stored_augmentation(_VIEW_SEED, range(view * count + first, view * count + last), recipe)
+                        for view in range(1, views)
+                    ]
+                    crops = loader.augmented("target", np.arange(first, last), drawn)
+                    for view, augmented in enumerate(crops, start=1):
+                        rows[view, first:last] = network(augmented)
                 if progress is not None:
                     progress(domain.name, last, count)
                 if number % _SAVED_EVERY == 0:
@@ -198,9 +201,17 @@ def _digest(domain: ImageDomain, network: _Network, recipe: ImageRecipe, views: 
     settings = {"recipe": asdict(recipe), "views": views, "classes": domain.classes}
     found = hashlib.sha256(f"{json.dumps(settings)} {network.digest}".encode())
     for sample, (name, label) in enumerate(zip(domain.paths, domain.labels.tolist())):
-        state = domain.frames.files() if domain.frames is not None else file_state(domain.file(sample))
+        state = "" if domain.frames is not None else _state(domain.file(sample))
         found.update(f"{name}\0{label}\0{state}\0".encode())
+    if domain.frames is not None:
+        found.update(repr([shard.sha256 for shard in domain.frames.shards]).encode())
     return found.hexdigest()
+
+
+def _state(path: str) -> str:
+    """Size and time of change."""
+    status = os.stat(path)
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def _save(rows: np.memmap, journal: Path, made_from: str, done: int) -> None:
@@ -215,6 +226,38 @@ def _done(journal: Path, made_from: str) -> int:
         return int(written["done"]) if written["digest"] == made_from else 0
     except (OSError, ValueError, KeyError, TypeError):
         return 0
+
+
+def with_features(arguments: list[str], console: Console) -> list[str]:
+    """Replace `TASK ... --features` by the task of that name on features, once these are computed.
+
+    Args:
+        arguments: a command line of training or of a suite, the task first. Its data root is that of the images.
+        console: where progress is shown.
+
+    Raises:
+        UsageError: a task without one on features, several processes, or what `embed` raises.
+    """
+    if "--features" not in arguments:
+        return arguments
+    task, rest = arguments[0], [argument for argument in arguments[1:] if argument != "--features"]
+    if task + EMBEDDED not in BENCHMARKS:
+        known = [name.removesuffix(EMBEDDED) for name in BENCHMARKS if name.endswith(EMBEDDED)]
+        raise UsageError("--features", found=f"the task {task}", expected=" or ".join(known))
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise UsageError(
+            "--features",
+            found=f"{processes} processes",
+            expected=f"the task {task}{EMBEDDED}, after `python -m gsda_fast.embed {task}`",
+        )
+    data_root = None
+    if "--data-root" in rest[:-1]:
+        place = rest.index("--data-root")
+        data_root, rest = Path(rest[place + 1]), rest[:place] + rest[place + 2 :]
+    with progress_bars(console) as progress:
+        embed(EmbedSettings(task, data_root=data_root), progress)
+    return [task + EMBEDDED, *rest]
 
 
 def run(arguments: list[str], console: Console) -> None:

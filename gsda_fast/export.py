@@ -72,6 +72,9 @@ def export(settings: ExportSettings) -> list[Path]:
     return [weights, program]
 
 
+_OF_ROWS = ("input_dim", "feature_norm", "hidden")
+
+
 def facts(trained: TrainedModel) -> dict[str, Any]:
     """All that one has to know to use the network: what it was trained as, its layers, its images, its classes."""
     config, model, recipe = trained.config, trained.config.model, trained.recipe
@@ -84,8 +87,7 @@ def facts(trained: TrainedModel) -> dict[str, Any]:
         "step": trained.step,
         "backbone": model.backbone,
         "output_layer": output_layer(model.backbone),
-        **({"input_dim": model.input_dim, "feature_norm": model.feature_norm} if model.backbone == FEATURES else {}),
-        "hidden": model.hidden,
+        **({name: getattr(model, name) for name in _OF_ROWS} if model.backbone == FEATURES else {}),
         "bottleneck_dim": model.bottleneck_dim,
         "bottleneck_activation": model.bottleneck_activation,
         **{name: dataclasses.asdict(recipe)[name] for name in ("resize", "crop", "channels", "mean", "std")},

@@ -27,6 +27,7 @@ from gsda_fast.commands import parse_command_line, plain_console, run_command
 from gsda_fast.config import TASKS, Config, method_options, parse_config
 from gsda_fast.data.benchmarks import Benchmark, find_benchmark
 from gsda_fast.data.torch_loader import usable_cores
+from gsda_fast.embed import with_features
 from gsda_fast.errors import Stopped, TrainingError, UsageError
 from gsda_fast.methods import ALIASES, METHODS
 from gsda_fast.report import report_on_suite, suite_layout
@@ -411,7 +412,7 @@ def parse_suite(arguments: list[str]) -> tuple[SuiteSettings, dict[str, dict[str
 
 
 def main() -> None:
-    settings, variants = parse_suite(sys.argv[1:])
+    settings, variants = parse_suite(with_features(sys.argv[1:], plain_console()))
     run_suite(settings, variants, plain_console())
 
 

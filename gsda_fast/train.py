@@ -9,6 +9,7 @@ from rich.console import Console
 from gsda_fast.assemble import choose_device
 from gsda_fast.commands import plain_console, run_command, told_by_first_process
 from gsda_fast.config import Config, parse_config
+from gsda_fast.embed import with_features
 from gsda_fast.monitor import ProgressLines, TensorBoard, profile
 from gsda_fast.results.run_folder import RunResult
 from gsda_fast.run import Run
@@ -52,7 +53,8 @@ def train(config: Config, console: Console | None = None) -> RunResult:
 
 def main() -> None:
     with told_by_first_process():
-        config = parse_config(sys.argv[1:], "python -m gsda_fast.train")
+        arguments = with_features(sys.argv[1:], plain_console())
+        config = parse_config(arguments, "python -m gsda_fast.train")
     train(config, plain_console())
 
 

@@ -41,8 +41,6 @@ def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out == "[raw] photos/:key:.png\n"
 
 
-@pytest.mark.parametrize("utf8", [True, False])
-@pytest.mark.parametrize("colour", [True, False])
 @pytest.mark.parametrize(
     ("arguments", "mentioned"),
     [
@@ -54,30 +52,15 @@ def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> No
         ((), ["Missing", "{digits,visda}"]),
     ],
 )
-def test_mistake_is_one_line(
-    arguments: tuple[str, ...],
-    mentioned: list[str],
-    utf8: bool,
-    colour: bool,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_mistake_is_named_by_tyro(
+    arguments: tuple[str, ...], mentioned: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("tyro._fmtlib._should_use_utf8_drawing_chars", lambda: utf8)
-    if colour:
-        monkeypatch.setenv("FORCE_COLOR", "1")
-        monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-        monkeypatch.setenv("TERM", "xterm")
     with pytest.raises(SystemExit) as end:
         parse_command_line(parse(*arguments))
     assert end.value.code == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    assert captured.err.startswith("error: ")
-    assert captured.err.endswith("; see --help\n")
-    assert not set("╭╮╰╯│─|\x1b") & set(captured.err)
-    assert "  " not in captured.err
-    assert "helptext" not in captured.err
+    assert "Traceback" not in captured.err
     for words in mentioned:
         assert words in captured.err
 

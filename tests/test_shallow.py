@@ -231,7 +231,7 @@ def test_what_cannot_be_fitted() -> None:
         tca(source, target, 55)
     with pytest.raises(ValueError, match="mu: found 0; expected a number above 0"):
         tca(source, target, 2, mu=0)
-    with pytest.raises(ValueError, match="bandwidth: found -1.0; expected a number above 0"):
+    with pytest.raises(ValueError, match=r"bandwidth: found -1\.0; expected a number above 0"):
         tca(source, target, 2, bandwidth=-1.0)
     with pytest.raises(ValueError, match=r"target: found shape \(25, 5\); expected \(rows, 6\)"):
         gfk(source, target[:, :5], 2)

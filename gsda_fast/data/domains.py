@@ -59,10 +59,10 @@ class ImageDomain:
     classes: tuple[str, ...]
     frames: PackedFrames | None = None
     """the images themselves, where they come from a pack; `paths` then says where they once came from"""
-    passed_over: Mapping[str, int] = field(default_factory=dict)
-    """files that were not looked at when the folder was read, and why: an ending, or what stands before them"""
     rows: Rows | None = None
     """features, where these take the place of images; `paths` then names what they were computed from"""
+    passed_over: Mapping[str, int] = field(default_factory=dict)
+    """files that were not looked at when the folder was read, and why: an ending, or what stands before them"""
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -17,8 +17,8 @@ from gsda_fast.errors import UsageError
 class FeatureLoader:
     """Gathers the rows of a plan's samples. What a `Batch` calls images are rows (B, D) here.
 
-    Training takes one of a sample's views at random, a function of the plan's seed and the slot; evaluation takes
-    view 0.
+    Training takes one of a sample's stored views at random, a function of the plan's seed and the slot, for each of the
+    target's views in a batch anew; evaluation takes view 0. Where only one is stored, all are alike.
 
     Args:
         source, target: domains with rows.
@@ -54,6 +54,11 @@ class FeatureLoader:
             self._rows[role] = self._resident(rows) if on_device else rows  # type: ignore[index]
         self._labels = torch.from_numpy(source.labels).to(self._device)
 
+    @property
+    def failed(self) -> list[tuple[str, str]]:
+        """See `Loader.failed`: all rows were read and checked before."""
+        return []
+
     def _resident(self, rows: Tensor) -> Tensor:
         try:
             return rows.to(self._device)
@@ -68,20 +73,24 @@ class FeatureLoader:
         """See `Loader.train`."""
         for step in steps:
             batch = plan.batch(step, rank)
-
-            def gather(role: Role, index: IntArray, number: int = 0, step: int = step) -> Tensor:
-                return self._gather(role, index, view_numbers(plan, step, rank, role, self._views[role], number))
-
-            further = (gather("target", batch.target_index, number) for number in range(1, plan.target_views))
             source_index = torch.from_numpy(batch.source_index).to(self._device, non_blocking=True)
+            views = range(1 + len(batch.further_views))
+            target = [
+                self._gather("target", batch.target_index, self._drawn(plan, step, rank, "target", v)) for v in views
+            ]
             yield Batch(
-                source_images=gather("source", batch.source_index),
+                source_images=self._gather("source", batch.source_index, self._drawn(plan, step, rank, "source")),
                 source_labels=self._labels[source_index],
-                target_images=gather("target", batch.target_index),
+                target_images=target[0],
                 source_index=source_index,
                 target_index=torch.from_numpy(batch.target_index).to(self._device, non_blocking=True),
-                further_views=tuple(further),
+                further_views=tuple(target[1:]),
             )
+
+    def _drawn(self, plan: SamplingPlan, step: int, rank: int, role: Role, further: int = 0) -> IntArray | None:
+        if self._views[role] == 1:
+            return None
+        return view_numbers(plan, step, rank, role, self._views[role], further)
 
     def evaluate(
         self, domain: Role, samples: IntArray | None = None, crops: Crops = 1
@@ -91,11 +100,6 @@ class FeatureLoader:
         for start in range(0, len(chosen), self._batch_size):
             part = chosen[start : start + self._batch_size]
             yield self._gather(domain, part), torch.from_numpy(part).to(self._device)
-
-    @property
-    def failed(self) -> list[tuple[str, str]]:
-        """See `Loader.failed`: no file is read on the way."""
-        return []
 
     def close(self) -> None:
         """See `Loader.close`."""

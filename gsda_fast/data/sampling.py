@@ -31,8 +31,7 @@ IntArray = NDArray[np.int64]
 # Streams of random numbers: each is an independent Philox key.
 _SOURCE_ORDER, _TARGET_ORDER, _SOURCE_AUGMENTATION, _TARGET_AUGMENTATION = range(4)
 _FURTHER_VIEWS = 16  # two for each view of the target after the first: its crop, and its shift and colour
-_STORED_VIEWS, _SOURCE_VIEW = 64, 65
-_TARGET_VIEW = 66  # and on, one for each view of a batch
+_STORED_VIEWS, _SOURCE_VIEW, _TARGET_VIEWS = range(4096, 4099)  # of embeddings; the last one and those after it
 # Inside an order stream, the fourth counter word tells apart what is permuted.
 _WITHIN_CLASS, _CLASSES = range(2)
 
@@ -178,20 +177,20 @@ class SamplingPlan:
 
 
 def view_numbers(
-    plan: SamplingPlan, step: int, rank: int, role: Literal["source", "target"], views: int, number: int = 0
+    plan: SamplingPlan, step: int, rank: int, role: Literal["source", "target"], views: int, further: int = 0
 ) -> IntArray:
     """Choose one of the stored views of each sample of a batch: functions of the plan's seed and the slot.
 
     Args:
         plan, step, rank: as for `SamplingPlan.batch`. role: which domain. views: of each of its samples.
-        number: which of the batch's views of the target they are for.
+        further: number of the target's view in the batch, which is drawn independently; 0: the first.
 
     Returns:
         (B,) from 0 to views - 1.
     """
     slots = plan._slots(step, rank)
     first = slots[0] // 4  # four words a counter
-    stream = _SOURCE_VIEW if role == "source" else _TARGET_VIEW + number
+    stream = _SOURCE_VIEW if role == "source" else _TARGET_VIEWS + further
     raw = _raw(plan.seed, stream, (first, 0, 0, 0), (slots[-1] // 4 - first + 1) * 4)
     draws = _to_unit(raw)[slots[0] - 4 * first :][: len(slots)]
     return (draws * views).astype(np.int64)

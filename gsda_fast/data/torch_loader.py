@@ -181,12 +181,12 @@ class TorchLoader:
         flip = self._to_device(torch.from_numpy(augmentation.flip))
         return self._normalise(crop_frames(frames, window, flip, recipe.crop))
 
-    def augmented(self, domain: Role, samples: IntArray, augmentation: Augmentation) -> Tensor:
-        """(n, C, H, W): training crops of these samples, without a plan."""
-        crops = self._start_crops(domain, samples.copy(), [augmentation], None)
+    def augmented(self, domain: Role, samples: IntArray, views: list[Augmentation]) -> list[Tensor]:
+        """(n, C, H, W) for each view: training crops of these samples, without a plan; each file is decoded once."""
+        crops = self._start_crops(domain, samples.copy(), views, None)
         for future in crops.futures:
             future.result()
-        return self._normalise(crops.pixels[0])
+        return [self._normalise(pixels) for pixels in crops.pixels]
 
     # ---------------------------------------------------------------------------------------------------- evaluation
 

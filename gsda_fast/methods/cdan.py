@@ -25,8 +25,8 @@ class CDANSettings(DiscriminatorSettings):
     update: Literal["alternating", "reversal"] = "reversal"
     """Discriminator first and then the encoder through it, or both at once by gradient reversal."""
     entropy_weight: Literal["none", "official", "held"] = "none"
-    """Weigh samples by 1 + exp(-entropy) of their prediction, over each domain's mean (E): with the gradient through the
-    weights, reversed, as the authors' code has it, or as constants."""
+    """Weigh samples by 1 + exp(-entropy) of their prediction, over each domain's mean (E): with the gradient through
+    the weights, reversed, as the authors' code has it, or as constants."""
     randomised: Annotated[int, Meta(ge=0)] = 0
     """Dimension of a random projection of the map; 0: the whole map, as large as features times classes."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ def perceptron(sizes: Sequence[int], batchnorm: bool = False, dropout: float = 0
         dropout: probability, after each ReLU.
     """
     layers: list[nn.Module] = []
-    for size, following in zip(sizes[:-2], sizes[1:]):
+    for size, following in pairwise(sizes[:-1]):
         norm = [nn.BatchNorm1d(following)] if batchnorm else []
         layers += [nn.Linear(size, following), *norm, nn.ReLU(), nn.Dropout(dropout)]
     return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))

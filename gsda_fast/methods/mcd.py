@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from msgspec import Meta
@@ -35,7 +35,7 @@ class MCDSettings(MethodSettings):
     """How many there are."""
 
 
-PRESETS = {
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "visda": {"method": {"balance": 0.01}},
     **{task: {"method": {"hidden_dim": 64}} for task in ("digits", "digits-partial")},
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from msgspec import Meta
@@ -33,7 +33,7 @@ class MDDSettings(MethodSettings):
 
 
 PRESETS = {task: {"method": {"hidden_dim": 64}} for task in ("digits", "digits-partial")}
-_COMMON = {
+_COMMON: dict[str, dict[str, Any]] = {
     "model": {
         "bottleneck_dim": 1024,
         "bottleneck_norm": "batch",
@@ -43,7 +43,7 @@ _COMMON = {
     "optimizer": {"learning_rate": 0.004, "backbone_learning_rate": 0.0004, "weight_decay": 5e-4},
     "run": {"batch_size": 32},
 }
-RECIPE = {**on_images(**_COMMON), "office-home": {**_COMMON, "method": {"margin": 3.0}}}
+RECIPE: dict[str, Any] = {**on_images(**_COMMON), "office-home": {**_COMMON, "method": {"margin": 3.0}}}
 
 
 class MDD(Method):

@@ -39,7 +39,6 @@ from gsda_fast.results.suite_folder import (
 from gsda_fast.results.tables import AVERAGE, CHOICE_NAMES, FIGURE_NAMES, MEAN_PER_CLASS, OVERALL, ResultTable, Table
 
 MOMENTS = {"warmup": "before adaptation", "final": "after the last step"}
-_IDENTITY = ("task", "source", "target", "method", "seed")
 # What tells the runs of a suite apart.
 _OF_A_RUN = {"run.method", "run.seed", "run.resume", "data.source", "data.target"}
 # What may differ from one transfer task to the next: it is chosen by the size of the target.
@@ -63,8 +62,9 @@ class _Run:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        found = self.result or RunFolder.setting
-        return {name: getattr(found, name) if self.result else self.folder.setting(name) for name in _IDENTITY}
+        """Task, source, target, method and seed; None where the run has not stored one."""
+        names = ("task", "source", "target", "method", "seed")
+        return {name: getattr(self.result, name) if self.result else self.folder.setting(name) for name in names}
 
     @property
     def transfer_task(self) -> tuple[Any, Any]:
@@ -95,6 +95,12 @@ class _Run:
     @property
     def last_step(self) -> int:
         return self.records[-1]["step"] if self.records else 0
+
+    @property
+    def of_steps(self) -> str:
+        """` of N` steps that were asked for, if that is known."""
+        steps = self.folder.setting("steps")
+        return f" of {steps}" if steps else ""
 
     def selection(self, figure: str) -> Selection:
         """Return the result's figure; of an unfinished run the last and the highest so far."""
@@ -159,7 +165,6 @@ def write_page(folders: Sequence[RunFolder], folder: Path, *, points: int = 1000
         groups = _Groups(page, {run.label: [run] for run in runs})
         results = [run.result for run in runs if run.result is not None]
         detailed = runs if len(runs) <= _MOST_DETAILED else [*runs[:2], *runs[-2:]]
-        named = [run.folder.setting("steps") for run in runs]
         _render(
             page,
             kicker=f"{len(runs)} run{'s' if len(runs) > 1 else ''}",
@@ -167,11 +172,11 @@ def write_page(folders: Sequence[RunFolder], folder: Path, *, points: int = 1000
             notices=[
                 (
                     f"{run.label} has not finished.",
-                    f"Its records end at step {run.last_step}{f' of {steps}' if steps else ''}; its figures are those "
+                    f"Its records end at step {run.last_step}{run.of_steps}; its figures are those "
                     "of the evaluations so far and no result. The training command that made it, given again, resumes "
                     "it.",
                 )
-                for run, steps in zip(runs, named)
+                for run in runs
                 if run.result is None
             ],
             runs=runs,
@@ -180,14 +185,14 @@ def write_page(folders: Sequence[RunFolder], folder: Path, *, points: int = 1000
                 _Section("Means over seeds and transfer tasks", tables=_means(results)),
                 _accuracy_section(groups, {"": runs}, ("accuracy", "mean_per_class", "mutual_information")),
                 _classes_section(groups),
-                _detail_section(detailed, "Features of both domains", tuple(MOMENTS), points),
+                _detail_section(detailed, "Predictions and features", tuple(MOMENTS), points),
                 _loss_section(groups),
                 _alignment_section(groups),
             ],
             columns=[run.label for run in runs] if len(runs) > 1 else [],
             how={
-                "Settings": _side_by_side([flat_settings(run.folder.read_config()) for run in runs]),
-                "Environment": _side_by_side([flat_settings(run.folder.read_environment()) for run in runs]),
+                name: [(key, list(values), values.nunique() > 1) for key, values in stored.items()]
+                for name, stored in _stored(folders).items()
             },
         )
     return page.report_path
@@ -212,17 +217,8 @@ def write_suite_page(suite: SuiteFolder, layout: Layout, *, points: int = 1000, 
         if not finished:
             raise UsageError(str(suite.path), found=f"{len(begun)} runs, none finished", expected="finished runs")
         parts = [part for part in (_runs_part(suite, layout, points, samples), _sweep_part(suite, layout)) if part]
-        configs = [flat_settings(run.read_config()) for run in finished]
-        found = {"Settings": _distinct(configs)}
-        found["Environment"] = _distinct([flat_settings(run.read_environment()) for run in finished])
-        swept = {option.replace("-", "_") for name in suite.variants for option in read_settings(name)}
-        mixed = [
-            f"{name} is {' or '.join(values)}"
-            for name, values in found["Settings"].items()
-            if name not in _OF_A_RUN | FREE_TO_CHANGE
-            and name.rpartition(".")[2] not in swept
-            and _differ(name, configs)
-        ]
+        stored = _stored(finished)
+        mixed = _mixed(stored["Settings"], suite)
         notices = []
         if len(finished) < len(begun):
             left = f"{len(begun) - len(finished)} of {len(begun)} runs have not finished"
@@ -238,8 +234,8 @@ def write_suite_page(suite: SuiteFolder, layout: Layout, *, points: int = 1000, 
             notices=notices,
             sections=[section for _, sections in parts for section in sections],
             how={
-                name: [(key, ["; ".join(values)], len(values) > 1) for key, values in settings.items()]
-                for name, settings in found.items()
+                name: [(key, ["; ".join(values.unique())], values.nunique() > 1) for key, values in of.items()]
+                for name, of in stored.items()
             },
         )
     return suite.report_path
@@ -357,26 +353,29 @@ def _tested(runs: Sequence[_Run]) -> list[str]:
     return different if len(different) < 2 else [f"{label}: {note}" for label, note in notes]
 
 
-def _side_by_side(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any], bool]]:
-    """Name, value in each run, and whether the runs differ; None where a run has no such entry."""
-    names = list(dict.fromkeys(name for column in columns for name in column))
-    rows = [(name, [column.get(name) for column in columns]) for name in names]
-    return [(name, values, any(value != values[0] for value in values)) for name, values in rows]
+def _stored(folders: Sequence[RunFolder]) -> dict[str, pd.DataFrame]:
+    """Settings and environment, a row a run, as texts; `-` where a run has no such entry."""
+    stored = {
+        "Settings": [flat_settings(folder.read_config()) for folder in folders],
+        "Environment": [flat_settings(folder.read_environment()) for folder in folders],
+    }
+    return {name: pd.DataFrame(of, dtype=object).fillna("-").map(str) for name, of in stored.items()}
 
 
-def _distinct(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """The values that each name has in the runs, every one once; `-` for none."""
-    names = dict.fromkeys(name for run in runs for name in run)
-    return {name: list(dict.fromkeys(str(run.get(name, "-")) for run in runs)) for name in names}
-
-
-def _differ(name: str, configs: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a setting has several values in runs that it should be the same in."""
-    found: dict[Any, set[str]] = {}
-    for config in configs:
-        transfer_task = (config.get("data.source"), config.get("data.target"))
-        found.setdefault(transfer_task if name in _OF_A_TRANSFER_TASK else None, set()).add(str(config.get(name, "-")))
-    return any(len(values) > 1 for values in found.values())
+def _mixed(settings: pd.DataFrame, suite: SuiteFolder) -> list[str]:
+    """The settings that have several values in runs that should share them, and these values."""
+    swept = {option.replace("-", "_") for name in suite.variants for option in read_settings(name)}
+    mixed = []
+    for name, values in settings.items():
+        if str(name) in _OF_A_RUN | FREE_TO_CHANGE or str(name).rpartition(".")[2] in swept:
+            continue
+        if name in _OF_A_TRANSFER_TASK:
+            different = values.groupby([settings["data.source"], settings["data.target"]]).nunique().max()
+        else:
+            different = values.nunique()
+        if different > 1:
+            mixed.append(f"{name} is {' or '.join(values.unique())}")
+    return mixed
 
 
 # ----------------------------------------------------------------------------------------------------------- sections
@@ -573,6 +572,11 @@ def _add_distances(section: _Section, groups: _Groups) -> None:
 
 # -------------------------------------------------------------------------------------------------------------- suite
 
+_PAIRED = (
+    "Paired differences",
+    "Two runs of one transfer task and seed have much of their noise in common, so that their difference has less of "
+    "it than either of them.",
+)
 _Part = tuple[str, list[_Section]]
 """The title and the sections about the runs of a folder, or about its sweep."""
 
@@ -600,7 +604,7 @@ def _runs_part(suite: SuiteFolder, layout: Layout, points: int, samples: int) ->
     where = next(iter(facets)).replace("->", " → ")
     return title, [
         _Section("Accuracy on the target domain", tables=made),
-        _paired_section(paired_tables(suite.runs, layout) if len(layout.methods) > 1 else []),
+        _Section(*_PAIRED, paired_tables(suite.runs, layout) if len(layout.methods) > 1 else []),
         _Section(
             "Choices without labels",
             "Each score takes one evaluation of a run by the unlabelled predictions alone.",
@@ -612,15 +616,6 @@ def _runs_part(suite: SuiteFolder, layout: Layout, points: int, samples: int) ->
         _alignment_section(groups),
         _detail_section(detailed, f"In detail: {where}, seed {seed}", ("final",), points),
     ]
-
-
-def _paired_section(made: Sequence[Table]) -> _Section:
-    return _Section(
-        "Paired differences",
-        "Two runs of one transfer task and seed have much of their noise in common, so that their difference has less "
-        "of it than either of them.",
-        made,
-    )
 
 
 def _counted(things: Iterable[object], name: str) -> str:
@@ -718,6 +713,6 @@ def _sweep_part(suite: SuiteFolder, layout: Layout) -> _Part | None:
     return f"{layout.task}: sweep over {', '.join(options)}", [
         _Section("Accuracy on the target domain", tables=made),
         # Of several options, neighbours in the list differ now in one and now in another.
-        _paired_section(paired_sweep_tables(variants, layout) if len(options) == 1 else []),
+        _Section(*_PAIRED, paired_sweep_tables(variants, layout) if len(options) == 1 else []),
         sweep_section(suite, made),
     ]

@@ -328,18 +328,11 @@ def sweep(lines: Mapping[str, pd.DataFrame], parameter: str, unit: str, title: s
             known = line.dropna(subset="mean")
             # Side by side, or the spreads of several lines would hide each other.
             shift = 0.06 * (index - (len(lines) - 1) / 2)
+            places = [values.index(value) + shift for value in known.index]
             legend[label] = axes.errorbar(
-                [values.index(value) + shift for value in known.index],
-                known["mean"],
-                yerr=known["spread"].fillna(0.0),
-                label=label,
-                color=style.colour,
-                linestyle=style.dashes,
-                marker="o",
-                markersize=4,
-                linewidth=1.4,
-                capsize=2,
-            )
+                places, known["mean"], yerr=known["spread"].fillna(0.0), label=label, color=style.colour,
+                linestyle=style.dashes, marker="o", markersize=4, linewidth=1.4, capsize=2,
+            )  # fmt: skip
         # Values are evenly spaced: a sweep's are usually multiples of each other, and 0 has no place on a log scale.
         axes.set_xticks(range(len(values)), [_name(value) for value in values])
         axes.set_xlabel(_name(parameter))
