@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import pickle
 import re
 import stat
 import zipfile
@@ -202,7 +203,9 @@ def read_checkpoint(file: Path, device: torch.device | str = "cpu", check: Check
         _require_stored(payload)
         state = torch.load(BytesIO(payload), map_location=device, weights_only=True)
         problem = check(state) if isinstance(state, dict) else f"{type(state).__name__}, no table"
-    except Exception as error:  # a pickle that is none, or asks for code to be run, can end in any of them
+    except pickle.UnpicklingError as error:
+        raise DamagedCheckpoint(f"{file}: no checkpoint (it holds more than tensors and plain values)") from error
+    except Exception as error:  # bytes that are no archive, or none of PyTorch's, can end in any of them
         reason = str(error).partition("\n")[0][:200]
         raise DamagedCheckpoint(f"{file}: no checkpoint ({type(error).__name__}: {reason})") from error
     if problem:
