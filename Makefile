@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 # A process in which Triton interprets its kernels cannot compile any: those tests run apart.
-INTERPRETED_TESTS := $(patsubst %,tests/test_%.py,equivalence triton_interpreter triton_races)
+INTERPRETED_TESTS := $(patsubst %,tests/test_%.py,equivalence fused_update triton_interpreter triton_races)
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED_TESTS)
 OLDEST := .venv-oldest
-KERNEL_TESTS := $(patsubst %,tests/test_%.py,buffers closed_form equivalence functional native ops reference triton_compile triton_configs \
+KERNEL_TESTS := $(patsubst %,tests/test_%.py,buffers closed_form equivalence functional fused_update native ops reference triton_compile triton_configs \
 	tune_triton)
 BUILT_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/gsda_kernels/native/*)
 

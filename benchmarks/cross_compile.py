@@ -24,6 +24,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction, MockTensor
 
 from gsda_kernels import backends
+from gsda_kernels.sgd import Sgd
 from gsda_kernels.triton import head
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -140,6 +141,37 @@ def head_launches(
             assert (gradient is not None) == needed
             assert gradient is None or (gradient.shape, gradient.dtype) == (tensor.shape, tensor.dtype)
         return forward, list(launches)
+
+
+def update_launches(
+    *,
+    num_samples: int,
+    num_discriminators: int,
+    dim: int,
+    hidden: int,
+    dtype: torch.dtype,
+    parameter_dtype: torch.dtype | None = None,
+    max_pairs: int | None = None,
+    capability: int | None = None,
+) -> list[Launch]:
+    """The launches of one update, after its forward, on fake CUDA tensors."""
+    n, k, parameter_dtype = num_samples, num_discriminators, parameter_dtype or dtype
+    shapes = ((k, hidden, dim), (k, hidden), (k, hidden, hidden), (k, hidden), (k, hidden), (k,))
+    backend = backends.get("triton")
+    with fake_device(capability), recorded_launches() as launches:
+        place = torch.device("cuda")
+        parameters, momentum = (
+            [torch.empty(shape, dtype=parameter_dtype, device=place) for shape in shapes] for _ in range(2)
+        )
+        tensors = (torch.empty(n, dim, dtype=dtype, device=place), *parameters)
+        weight, label, flag = (torch.empty(size, device=place) for size in ((n, k), (n,), ()))
+        loss, gradient_norm, saved = backend.forward(
+            tensors, weight, label, max_pairs or n * k, [False] + [True] * len(parameters)
+        )
+        launches.clear()
+        rule = Sgd(torch.empty((), device=place), 0.9, 1e-3, nesterov=True)
+        backend.update(tensors, weight, label, saved, loss, gradient_norm, momentum, rule, flag)
+        return list(launches)
 
 
 class _StandInDriver:

@@ -22,7 +22,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from gsda_fast.assemble import build_trainer, resolve
-from gsda_fast.config import PRESETS, parse_config
+from gsda_fast.config import TASKS, parse_config
 from gsda_fast.data.benchmarks import find_benchmark
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.training.checkpoint import CheckpointFolder
@@ -123,7 +123,7 @@ def steps_between_scorings(config: pytest.Config) -> int:
     benchmark = find_benchmark(task)
     images = benchmark.domain(str(benchmark.default_target)).expected_images
     assert images is not None
-    return PRESETS[task].pseudo_labels.refresh_every or -(-images // config.getoption("--batch-size"))
+    return TASKS[task].pseudo_labels.refresh_every or -(-images // config.getoption("--batch-size"))
 
 
 # ------------------------------------------------------------------------------------------------------ whole commands

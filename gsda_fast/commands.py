@@ -108,6 +108,12 @@ def plain_console(stderr: bool = False) -> Console:
     return VisibleConsole(markup=False, emoji=False, stderr=stderr)
 
 
+def spreadsheet_text(name: str) -> str:
+    """A name for a table: control characters as escapes, and an apostrophe before what would be taken for a formula."""
+    shown = visible(name)
+    return f"'{shown}" if shown.startswith(("=", "+", "-", "@")) else shown
+
+
 def echo(text: str) -> None:
     """Print a line on standard output in which names of files and classes may occur."""
     print(visible(text))

@@ -18,7 +18,7 @@ from gsda_fast.errors import UsageError
 from gsda_fast.results.metrics import EvaluationFigures, evaluation_figures
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.resume import first_difference
-from gsda_fast.trained import ScoringOptions, for_scoring, read_checkpoint, read_settings
+from gsda_fast.trained import ScoringOptions, for_scoring, load_parameters, read_checkpoint, read_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ def evaluate(settings: EvaluateSettings) -> tuple[int, EvaluationFigures, tuple[
     config, source, target = resolve(replace(config, data=replace(config.data, data_root=root, test_crops=crops)))
     _require_classes(source, state["classes"], folder)
     trainer = build_trainer(config, source, target)
-    trainer.method.load_state_dict(state["method"])
+    load_parameters(trainer.method, state["method"], f"{folder.path}, step {step}")
     probabilities = trainer.predict("target", trainer.test_crops)
     figures = evaluation_figures(torch.from_numpy(target.labels), probabilities)
     trainer.loader.close()

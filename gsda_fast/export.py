@@ -14,7 +14,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from gsda_fast.commands import parse_command_line, run_command
+from gsda_fast.commands import echo, parse_command_line, run_command
 from gsda_fast.errors import UsageError
 from gsda_fast.files import atomic_file
 from gsda_fast.model import FEATURES, AdaptationModel, output_layer
@@ -110,7 +110,7 @@ def main() -> None:
         lambda: tyro.cli(ExportSettings, args=sys.argv[1:], prog="python -m gsda_fast.export")
     )
     for path in export(settings):
-        print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
+        echo(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
 
 
 if __name__ == "__main__":

@@ -50,8 +50,11 @@ def new_file(path: Path) -> IO[bytes]:
     Raises:
         OSError: it cannot be made.
     """
-    path.unlink(missing_ok=True)
-    return path.open("x+b")
+    try:
+        return path.open("x+b")
+    except FileExistsError:
+        path.unlink()
+        return path.open("x+b")
 
 
 def sync_folder(path: Path) -> None:

@@ -109,7 +109,7 @@ def _report_line(report: Report) -> str:
         value = report.values.get(name)
         if value is not None:
             parts.append(f"{names.get(name, name)} {value:.4g}" if name != "accuracy" else f"accuracy {value:.2f} %")
-    shares = {name: report.values.get(f"{name}_share") for name in ("matrix", "bandwidth")}
+    shares = {name: report.values.get(key) for name, key in (("matrix", "mfu"), ("bandwidth", "mbu"))}
     parts += [f"{name} {share:.0%} of its peak" for name, share in shares.items() if share is not None]
     parts += [f"data wait {report.values['data_wait']:.0%}", f"memory {report.peak_memory / 2**30:.2f} GiB"]
     return "  ".join(parts)

@@ -15,19 +15,19 @@ import torch
 import tyro
 from torch import Tensor
 
-from gsda_fast.commands import parse_command_line, plain_console, run_command
+from gsda_fast.commands import parse_command_line, plain_console, run_command, spreadsheet_text
 from gsda_fast.data.batches import Loader
 from gsda_fast.data.domains import ImageDomain, open_features, open_images
 from gsda_fast.data.feature_loader import FeatureLoader
 from gsda_fast.data.torch_loader import TorchLoader
 from gsda_fast.data.verify import progress_bars, unreadable_files
-from gsda_fast.errors import UsageError
+from gsda_fast.errors import UsageError, visible
 from gsda_fast.files import atomic_file
 from gsda_fast.model import FEATURES
 from gsda_fast.trained import ScoringOptions, TrainedModel, load_trained
 
 COLUMNS = ("file", "predicted_class", "confidence")
-"""What stands before the probabilities, one column for each class by its name."""
+"""What stands before the probabilities, one column for each class by its name. Names are `spreadsheet_text`."""
 
 
 @dataclass(frozen=True)
@@ -105,19 +105,20 @@ def main() -> int:
     trained = load_trained(settings.run, settings.checkpoint, settings.device)
     images = _open_samples(trained, settings.folder)
     with progress_bars(plain_console(stderr=True)) as progress:
-        unreadable = dict(unreadable_files(images, progress=progress))
+        unreadable = dict(unreadable_files(images, progress=progress, channels=trained.recipe.channels))
         for path, problem in unreadable.items():
-            print(f"warning: {path}: {problem}; left out", file=sys.stderr)
+            print(visible(f"warning: {path}: {problem}; left out"), file=sys.stderr)
         images = images.take([i for i in range(len(images)) if images.file(i) not in unreadable])
         if not len(images):
             raise UsageError("FOLDER", found=f"{settings.folder} without a readable image", expected="images")
         with _open(settings.output) as file:
             table = csv.writer(file, lineterminator="\n")
-            table.writerow([*COLUMNS, *trained.classes])
+            table.writerow([*COLUMNS, *map(spreadsheet_text, trained.classes)])
             for done, (path, probabilities) in enumerate(predict(trained, images, settings.batch_size), start=1):
                 confidence, label = probabilities.max(0)
                 row = [f"{probability:.6g}" for probability in probabilities.tolist()]
-                table.writerow([path, trained.classes[int(label)], f"{float(confidence):.6g}", *row])
+                names = spreadsheet_text(path), spreadsheet_text(trained.classes[int(label)])
+                table.writerow([*names, f"{float(confidence):.6g}", *row])
                 progress("predict", done, len(images))
     return 1 if unreadable else 0
 

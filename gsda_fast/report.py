@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +14,6 @@ from gsda_fast.data.benchmarks import Benchmark, find_benchmark
 from gsda_fast.errors import UsageError
 from gsda_fast.methods import METHODS
 from gsda_fast.results.page import write_page, write_suite_page
-from gsda_fast.results.records import RunResult
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.results.suite_folder import Layout, SuiteFolder
 
@@ -70,20 +68,15 @@ def report_on_suite(suite: SuiteFolder, *, points: int = ReportOptions.points) -
     Raises:
         UsageError: no run has finished, runs of several tasks, or a folder that cannot be written.
     """
-    results = [*suite.results(), *(result for variant in suite.variants.values() for result in variant.results())]
+    results = [result for each in (suite, *suite.variants.values()) for result in each.results()]
     if not results:
         raise UsageError(str(suite.path), found="runs, none of which has finished", expected="finished runs")
-    return write_suite_page(suite, _with_own(suite_layout(find_benchmark(results[0].task)), results), points=points)
-
-
-def _with_own(layout: Layout, results: Sequence[RunResult]) -> Layout:
-    """Add what the runs have beside the benchmark's: the task `folder` has no transfer tasks of its own."""
-    methods, pairs = [result.method for result in results], [result.transfer_task for result in results]
-    return replace(
-        layout,
-        methods=tuple(dict.fromkeys([*layout.methods, *methods])),
-        transfer_tasks=tuple(dict.fromkeys([*layout.transfer_tasks, *pairs])),
-    )
+    layout = suite_layout(find_benchmark(results[0].task))
+    # What the runs have beside the benchmark's: the task `folder` has no transfer tasks of its own.
+    methods = dict.fromkeys([*layout.methods, *(result.method for result in results)])
+    pairs = dict.fromkeys([*layout.transfer_tasks, *(result.transfer_task for result in results)])
+    layout = replace(layout, methods=tuple(methods), transfer_tasks=tuple(pairs))
+    return write_suite_page(suite, layout, points=points)
 
 
 def main() -> None:

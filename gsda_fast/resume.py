@@ -15,7 +15,13 @@ from gsda_fast.config import Config
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.errors import UsageError
 from gsda_fast.results.run_folder import RunFolder
-from gsda_fast.training.checkpoint import CheckpointFolder, DamagedCheckpoint, read_checkpoint
+from gsda_fast.training.checkpoint import (
+    CheckpointFolder,
+    DamagedCheckpoint,
+    network_problem,
+    read_checkpoint,
+    training_problem,
+)
 from gsda_fast.training.trainer import Trainer
 
 
@@ -57,7 +63,15 @@ class Start:
                 found=str(trainer.schedule.steps),
                 expected=f"at least {self.state['step']}, the steps done in {self.origin}",
             )
-        trainer.load_state_dict(self.state)
+        try:
+            trainer.load_state_dict(self.state)
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise UsageError(
+                "--resume",
+                found=f"{self.origin}, which cannot be gone on with ({reason})",
+                expected="a sound checkpoint",
+            ) from error
         whence = "" if self.own_step is not None else f" of {self.origin}"
         changed = _changed_versions(self.state["versions"])
         return [f"resuming after step {trainer.step}{whence}", *([changed] if changed else [])]
@@ -87,14 +101,15 @@ def find_start(config: Config, folder: RunFolder, identity: Mapping[str, Any]) -
     if config.run.resume == "never":
         return Start()
     own = CheckpointFolder(folder.checkpoints)
-    state, damage = own.load_newest()
+    state, damage = own.load_newest(check=training_problem)
     if state is not None:
         origin = str(own.file(state["step"]))
+        require_own(state["identity"], config, origin)
         _require_same(state["identity"], identity, origin)
         return Start(state, origin, own_step=state["step"], warnings=damage)
     if config.run.resume == "auto":
         return Start(warnings=damage)
-    state, origin, of_path = _from_path(Path(config.run.resume))
+    state, origin, of_path = _from_path(Path(config.run.resume), config.run.weights_alone)
     if not config.run.weights_alone:
         _require_same(state["identity"], identity, origin)
     return Start(state, origin, weights_alone=config.run.weights_alone, warnings=damage + of_path)
@@ -103,6 +118,7 @@ def find_start(config: Config, folder: RunFolder, identity: Mapping[str, Any]) -
 def run_identity(config: Config, source: ImageDomain, target: ImageDomain, processes: int) -> dict[str, Any]:
     """What a run cannot change on its way, each by the name under which the user knows it; plain values."""
     return {
+        **_own(config),
         "--nproc_per_node": f"{processes} process{'es' if processes > 1 else ''}",
         "--batch-size": str(config.run.batch_size),
         "--source": summary(source),
@@ -110,6 +126,31 @@ def run_identity(config: Config, source: ImageDomain, target: ImageDomain, proce
         "--loader": config.data.loader,
         "classes": list(source.classes),
     }
+
+
+def _own(config: Config) -> dict[str, str]:
+    """What tells the run of a folder from others with the same data."""
+    return {"--method": config.run.method, "--seed": str(config.run.seed)}
+
+
+def require_own(stored: Mapping[str, Any], config: Config, origin: str) -> None:
+    """Refuse a checkpoint of another run in a run's folder: its figures would be reported under the wrong name.
+
+    Args:
+        stored: the identity in the checkpoint, which says nothing of this where an earlier version wrote it.
+        config: of the folder's run. origin: the checkpoint's file.
+
+    Raises:
+        UsageError: it is of another method or seed.
+    """
+    for name, value in _own(config).items():
+        if stored.get(name, value) != value:
+            raise UsageError(
+                origin,
+                found=f"a checkpoint of a run with {name} {str(stored[name])[:60]}",
+                expected=f"{name} {value}, as the folder's config.toml says",
+                remedy="remove it from the folder",
+            )
 
 
 def summary(domain: ImageDomain) -> str:
@@ -137,11 +178,11 @@ def _changed_versions(stored: Mapping[str, str]) -> str:
     return f"the checkpoint was written with {'; '.join(changed)}: figures may differ" if changed else ""
 
 
-def _from_path(path: Path) -> tuple[dict[str, Any], str, list[str]]:
+def _from_path(path: Path, weights_alone: bool) -> tuple[dict[str, Any], str, list[str]]:
     remedy = "or auto, to go on in --output"
     if path.is_dir():
         checkpoints = CheckpointFolder(RunFolder.existing(path).checkpoints)
-        state, damage = checkpoints.load_newest()
+        state, damage = checkpoints.load_newest(check=network_problem if weights_alone else training_problem)
         if state is None:
             found = (
                 f"{path} with {len(damage) or 'no'} checkpoints, none of them sound"
@@ -151,7 +192,7 @@ def _from_path(path: Path) -> tuple[dict[str, Any], str, list[str]]:
             raise UsageError("--resume", found=found, expected="the folder of a run with a checkpoint", remedy=remedy)
         return state, str(checkpoints.file(state["step"])), damage
     try:
-        return read_checkpoint(path), str(path), []
+        return read_checkpoint(path, check=network_problem if weights_alone else training_problem), str(path), []
     except DamagedCheckpoint as error:
         raise UsageError(
             "--resume", found=str(error), expected="a checkpoint or a run's folder", remedy=remedy
@@ -160,6 +201,9 @@ def _from_path(path: Path) -> tuple[dict[str, Any], str, list[str]]:
 
 def _require_same(stored: Mapping[str, Any], now: Mapping[str, Any], origin: str) -> None:
     for name, value in now.items():
+        # A run may begin with another seed's checkpoint; of its own folder `require_own` has asked.
+        if name == "--seed" or (name == "--method" and name not in stored):
+            continue
         there = stored.get(name)
         if there == value:
             continue

@@ -319,6 +319,7 @@ class Run:
             steps=trainer.step,
             accuracy=trainer.history.accuracy,
             mean_per_class=trainer.history.mean_per_class,
+            label_free_by=trainer.history.label_free_by,
             per_class=evaluation.per_class,
             classes=self.target.classes,
             images_per_second=trainer.images_seen / trainer.training_seconds if trainer.training_seconds else None,

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from torch import Tensor, nn
 
 from gsda_fast.assemble import choose_device, image_recipe
 from gsda_fast.config import Config, config_from_dict
@@ -17,7 +18,8 @@ from gsda_fast.errors import UsageError
 from gsda_fast.methods import METHODS
 from gsda_fast.model import AdaptationModel, build_model
 from gsda_fast.results.run_folder import RunFolder
-from gsda_fast.training.checkpoint import CheckpointFolder, DamagedCheckpoint
+from gsda_fast.resume import require_own
+from gsda_fast.training.checkpoint import CheckpointFolder, DamagedCheckpoint, network_problem
 from gsda_fast.training.distributed import DistributedSettings
 from gsda_fast.training.precision import AUTOCAST_DTYPES, PrecisionSettings, set_arithmetic
 
@@ -80,11 +82,28 @@ def load_trained(run: Path, checkpoint: int | None = None, device: Device = "cpu
     model = build_model(config.model, len(state["classes"]), head)
     own = "model."
     parameters = {name.removeprefix(own): each for name, each in state["method"].items() if name.startswith(own)}
-    model.load_state_dict(parameters)
+    load_parameters(model, parameters, f"{folder.path}, step {step}")
     model.autocast_dtype = AUTOCAST_DTYPES[config.precision.precision]
     place = torch.device(config.run.device)
     set_arithmetic(place, config.precision.precision)
     return TrainedModel(model.to(place).eval(), tuple(state["classes"]), config, step, place)
+
+
+def load_parameters(module: nn.Module, parameters: dict[str, Tensor], origin: str) -> None:
+    """Load parameters that were read from a checkpoint.
+
+    Raises:
+        UsageError: they are another network's.
+    """
+    try:
+        module.load_state_dict(parameters)
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            "--checkpoint",
+            found=f"{origin}, whose parameters do not fit the run's settings ({reason})",
+            expected="the network that its config.toml says",
+        ) from error
 
 
 def read_settings(folder: RunFolder) -> Config:
@@ -106,9 +125,11 @@ def read_checkpoint(folder: RunFolder, step: int | None = None) -> tuple[int, di
     if chosen not in steps:
         raise UsageError("--checkpoint", found=str(chosen), expected=f"one of {', '.join(map(str, steps))}")
     try:
-        return chosen, checkpoints.load(chosen)
+        state = checkpoints.load(chosen, check=network_problem)
     except DamagedCheckpoint as error:
         raise UsageError("--checkpoint", found=str(error), expected="an undamaged file") from error
+    require_own(state.get("identity", {}), read_settings(folder), str(checkpoints.file(chosen)))
+    return chosen, state
 
 
 def for_scoring(config: Config, device: Device) -> Config:

@@ -88,9 +88,9 @@ class Moments:
         original_step = Trainer._train_step
 
         def watched_step(trainer: Trainer, step: int, batch: Any) -> Any:
-            terms = original_step(trainer, step, batch)
+            outcome = original_step(trainer, step, batch)
             self.moment(f"step {step + 1}")
-            return terms
+            return outcome
 
         Trainer._train_step = watched_step  # type: ignore[method-assign]
 

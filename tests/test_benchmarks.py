@@ -94,7 +94,9 @@ def test_unknown_domain_lists_the_known_ones() -> None:
 
 
 def test_unknown_task_lists_the_known_ones() -> None:
-    with pytest.raises(UsageError, match="'office32'; expected one of digits, digits-partial, pictures, pictures-features"):
+    with pytest.raises(
+        UsageError, match="'office32'; expected one of digits, digits-partial, pictures, pictures-features"
+    ):
         find_benchmark("office32")
 
 

@@ -152,7 +152,7 @@ def test_a_file_that_cannot_be_read_is_passed_over(folder: CheckpointFolder) -> 
     folder.file(100).mkdir()
     found, lines = folder.load_newest()
     assert differences(found, state(50)) == []
-    assert lines == [f"{folder.file(100)}: Is a directory"]
+    assert lines == [f"{folder.file(100)}: no regular file"]
 
 
 def test_what_is_damaged_takes_no_place_among_those_kept(folder: CheckpointFolder) -> None:

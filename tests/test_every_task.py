@@ -13,6 +13,7 @@ from benchmark_trees import TASKS
 from rich.console import Console
 from same_state import differences
 
+from gsda_fast import assemble
 from gsda_fast.config import parse_config
 from gsda_fast.data.batches import Batch, Loader
 from gsda_fast.data.benchmarks import BENCHMARKS
@@ -23,7 +24,6 @@ from gsda_fast.errors import UsageError
 from gsda_fast.evaluate import EvaluateSettings, evaluate
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.train import train
-from gsda_fast.training import assemble
 from gsda_fast.training.checkpoint import CheckpointFolder
 
 pytestmark = [

@@ -10,9 +10,10 @@ import tyro
 from rich.console import Console
 
 from gsda_fast import suite as command
-from gsda_fast.config import PRESETS, Config, parse_config
+from gsda_fast.config import Config, parse_config, preset
 from gsda_fast.data.__main__ import PackSettings, VerifySettings
 from gsda_fast.errors import TrainingError
+from gsda_fast.methods.gsda import GSDASettings
 from gsda_fast.report import ReportOptions
 from gsda_fast.results.records import RunResult
 from gsda_fast.suite import parse_suite, run_suite
@@ -87,8 +88,9 @@ def test_settings_of_the_page_are_the_presets() -> None:
     rows = re.findall(r"^\| `([\w-]+)` \| ([\d.]+) \| (\d+) \| (.*?) \| (.*?) \|$", PAGE, flags=re.MULTILINE)
     assert len(rows) == 5
     for task, alpha, beta, groups, origin in rows:
-        adversarial = PRESETS[task].adversarial
-        assert (adversarial.alpha, adversarial.beta) == (float(alpha), float(beta))
-        assert (origin == "ours") == (adversarial.groups == 0)
-        if adversarial.groups:
-            assert adversarial.groups == int(groups)
+        method = preset(task).method
+        assert isinstance(method, GSDASettings)
+        assert (method.alpha, method.beta) == (float(alpha), float(beta))
+        assert (origin == "ours") == (method.groups == 0)
+        if method.groups:
+            assert method.groups == int(groups)

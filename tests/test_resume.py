@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from same_state import differences
 
+from gsda_fast import resume
 from gsda_fast.assemble import build_trainer, resolve
 from gsda_fast.config import Config, parse_config
 from gsda_fast.data.domains import ImageDomain
@@ -20,7 +21,6 @@ from gsda_fast.errors import UsageError
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.resume import find_start, run_identity
 from gsda_fast.train import train
-from gsda_fast.training import resume
 from gsda_fast.training.checkpoint import CheckpointFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore:domain .* found .* images")

@@ -354,7 +354,7 @@ def test_a_run_that_fails_leaves_the_others_alone(
     assert not failed.finished
     result = RunFolder(output / "digits-fonts-optdigits-source-only-seed0").read_result()
     assert result is not None
-    table = (output / "table.md").read_text()
+    table = squeezed((output / "table.md").read_text())
     assert f"| source-only | {result.accuracy.last:.1f} |" in table
     assert "| gsda | - |" in table
 

@@ -3,14 +3,14 @@ import pytest
 import torch
 
 from gsda_fast.assemble import resolve
-from gsda_fast.config import PRESETS, parse_config
+from gsda_fast.config import TASKS, parse_config
 from gsda_fast.data.batches import Role
 from gsda_fast.data.benchmarks import find_benchmark
 from gsda_fast.data.sampling import SamplingPlan
 from gsda_fast.data.synthetic_loader import SyntheticLoader, synthetic_pair
 
 
-@pytest.mark.parametrize("task", PRESETS)
+@pytest.mark.parametrize("task", TASKS)
 def test_it_stands_in_for_every_task(task: str) -> None:
     benchmark = find_benchmark(task)
     source, target = synthetic_pair(benchmark)

@@ -305,6 +305,11 @@ def test_other_methods_are_compared_with_the_baselines() -> None:
         ("dann", "source-only"), ("group", "source-only"), ("gsda", "source-only"), ("group", "dann"), ("gsda", "dann"),
         ("gsda", "group"),
     ]  # fmt: skip
+    assert contrasts(("dann", "gsda", "glb", "glb-cls"))[-3:] == [
+        ("gsda", "glb-cls"),
+        ("glb-cls", "glb"),
+        ("gsda", "glb"),
+    ]
     assert contrasts(("alpha=1", "alpha=2")) == [("alpha=2", "alpha=1")]
 
 

@@ -18,8 +18,9 @@ from gsda_fast.data.batches import Batch, Crops, Role
 from gsda_fast.data.benchmarks import find_benchmark
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.sampling import IntArray, SamplingPlan
-from gsda_fast.methods import build_method
-from gsda_fast.methods.gsda import GSDA, AdversarialSettings
+from gsda_fast.errors import TrainingError
+from gsda_fast.methods import METHODS, AdaptationSettings, Player, TaskFacts, Update, build_method
+from gsda_fast.methods.gsda import GSDA, GSDASettings
 from gsda_fast.methods.objective import class_probabilities, target_class_weights
 from gsda_fast.model import AdaptationModel, ModelSettings
 from gsda_fast.training.distributed import Ranks
@@ -99,8 +100,9 @@ def build(
     backbone = nn.Sequential(nn.Linear(DIM, 10), nn.BatchNorm1d(10), nn.ReLU(), nn.Dropout(dropout))
     model = AdaptationModel(backbone, 10, NUM_CLASSES, ModelSettings(bottleneck_dim=5))
     loader = TensorLoader()
-    settings = AdversarialSettings(alpha=0.1, groups=2, hidden_dim=8, class_weights=class_weights)
-    built = loader.method = build_method(method, model, settings, NUM_CLASSES, seed=0)
+    settings = GSDASettings(alpha=0.1, groups=2, hidden_dim=8)
+    adaptation = AdaptationSettings({"entropy": 0.1} if method == "entropy" else {}, class_weights)
+    built = loader.method = build_method(method, model, settings, TaskFacts(NUM_CLASSES), adaptation)
     paths = [f"{number}.png" for number in range(NUM_TARGET)]
     target = ImageDomain("target", Path("nowhere"), paths, loader.labels["target"].numpy(), tuple("abcd"))
     recipe = find_benchmark("digits").recipe
@@ -115,7 +117,7 @@ def build(
         target,
         schedule,
         OPTIMIZER,
-        confidence_threshold=THRESHOLD,
+        confidence_threshold=THRESHOLD if METHODS[method].target_samples == "confident" else None,
         device=torch.device("cpu"),
         log_every=log_every,
         ranks=ranks,
@@ -146,6 +148,7 @@ COMPONENTS = (
     "method.model",
     "method.discriminators",
     "optimizers.encoder.state",
+    "optimizers.classifier.state",
     "optimizers.discriminators.state",
     "target_table",
     "history",
@@ -157,7 +160,7 @@ COMPONENTS = (
 CONSTANT = (
     "classes",
     "scaler",
-    "unscored",
+    "pending",
 )
 """Of which a new trainer has the same at a scoring."""
 ELSEWHERE = ("ranks.0.random.cuda", "ranks.0.buffers", *TIMES)
@@ -220,7 +223,7 @@ def test_resuming_at_any_scoring_ends_in_the_same_state(scoring: int, uninterrup
     resumed = in_a_new_process()
     resumed.load_state_dict(deepcopy(uninterrupted[scoring]))
     reports, states = run(resumed)
-    assert [report.step for report in reports if report.figures] == SCORED[scoring + 1 :]
+    assert [report.step for report in reports if report.evaluation] == SCORED[scoring + 1 :]
     assert differences(without_times(states[-1]), without_times(uninterrupted[-1])) == []
 
 
@@ -300,7 +303,7 @@ def test_a_wish_to_stop_is_seen_everywhere() -> None:
     for look in range(LOOKS):
         trainer = build(stop=StopAt(look))
         run(trainer)
-        stopped.append((trainer.step, trainer.unscored is not None))
+        stopped.append((trainer.step, trainer.pending is not None))
     assert set(stopped) == {(step, False) for step in range(1, 15) if step not in SCORED} | {
         (step, True) for step in SCORED
     }
@@ -309,10 +312,59 @@ def test_a_wish_to_stop_is_seen_everywhere() -> None:
 def test_leaving_the_waiting_figures_out_changes_the_run(all_reports: list[tuple[int, dict[str, Any]]]) -> None:
     trainer = build(stop=StopAt(4 + 2))  # while the target is scored for the first time
     before, _ = run(trainer)
-    assert trainer.unscored is not None
+    assert trainer.pending is not None
     resumed = in_a_new_process()
-    resumed.load_state_dict({**trainer.state_dict(), "unscored": None})
+    resumed.load_state_dict({**trainer.state_dict(), "pending": None})
     assert told(before) + told(run(resumed)[0]) != all_reports
+
+
+def bad_from(trainer: Trainer, first: int) -> None:
+    """Loss terms that are not finite from a step on, on a device on which that is seen when the host asks for it."""
+    trainer.updater._guard._device = torch.device("cuda")  # reads no flag by itself
+    trainer.updater._guard._start_copy = lambda: None  # type: ignore[method-assign]
+    updates = trainer.method.updates
+
+    def poisoned(batch: Batch, known: Any) -> Iterator[Update]:
+        for update in updates(batch, known):
+            yield update._replace(loss=update.loss * torch.nan) if trainer.step >= first else update
+
+    trainer.method.updates = poisoned  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("asked_at", [None, 8, 9])
+def test_no_state_after_a_bad_number_is_given_away(asked_at: int | None) -> None:
+    """Not at an evaluation, and not when a run is asked to stop before the host has seen the number."""
+    stop = (lambda: False) if asked_at is None else (lambda: trainer.step >= asked_at)
+    trainer = build(stop=stop, log_every=100)
+    bad_from(trainer, 8)
+    states: list[dict[str, Any]] = []
+    trainer.updater._guard.stop = False
+    with pytest.raises(TrainingError, match=r"^step 9: objective of the discriminators.* not finite"):
+        run_and_save(trainer, states)
+    assert [state["step"] for state in states] == [4, 7]
+
+
+def test_a_stop_in_the_step_of_the_bad_number_gives_no_state_away() -> None:
+    """The wish to stop is known, the number is not: the state itself has to ask."""
+    trainer = build(log_every=100)
+    bad_from(trainer, 8)
+    steps = trainer.updater.step
+
+    def stopped(step: int, updates: Iterator[Update]) -> Any:
+        outcome = steps(step, updates)
+        trainer.updater._guard.stop = step == 8
+        return outcome
+
+    trainer.updater.step = stopped  # type: ignore[method-assign]
+    states: list[dict[str, Any]] = []
+    with pytest.raises(TrainingError, match=r"^step 9: objective of the discriminators.* not finite"):
+        run_and_save(trainer, states)
+    assert (trainer.step, [state["step"] for state in states]) == (9, [4, 7])
+
+
+def run_and_save(trainer: Trainer, states: list[dict[str, Any]]) -> None:
+    list(trainer.run(lambda: states.append(trainer.state_dict())))
+    states.append(trainer.state_dict())  # as a run that is asked to stop does
 
 
 # ------------------------------------------------------------------------------------------------------------ state
@@ -361,10 +413,10 @@ def test_reports_come_at_log_steps_and_scorings() -> None:
     trainer = build(log_every=4)
     reports, states = run(trainer)
     assert [report.step for report in reports] == [4, 7, 8, 10, 12, 13, 14]
-    assert [report.step for report in reports if report.figures] == SCORED
+    assert [report.step for report in reports if report.evaluation] == SCORED
     assert [state["step"] for state in states] == SCORED
     for report in reports:
-        scored = report.figures is not None
+        scored = report.evaluation is not None
         assert {"accuracy", "mean_per_class", "mutual_information"} & set(report.values) == (
             {"accuracy", "mean_per_class", "mutual_information"} if scored else set()
         )
@@ -386,8 +438,8 @@ def test_accuracy_is_that_of_the_target() -> None:
     trainer = build()
     *_, last = run(trainer)[0]
     correct = trainer.predict("target").argmax(1) == loader_of(trainer).labels["target"]
-    assert last.figures is not None
-    assert last.values["accuracy"] == last.figures.accuracy == pytest.approx(100 * correct.double().mean().item())
+    assert last.evaluation is not None
+    assert last.values["accuracy"] == last.evaluation.accuracy == pytest.approx(100 * correct.double().mean().item())
     assert trainer.history.accuracy.last == last.values["accuracy"]
     assert trainer.probabilities is not None
     assert torch.equal(trainer.probabilities, trainer.predict("target"))
@@ -418,7 +470,7 @@ def test_the_plan_follows_every_scoring() -> None:
     trainer = build()
     tables = []
     for report in trainer.run(lambda: tables.append(trainer.plan.target_table)):
-        if report.figures is not None:
+        if report.evaluation is not None:
             assert trainer.probabilities is not None
             expected = confident_labels(trainer.probabilities, THRESHOLD)
             assert np.array_equal(trainer.plan.target_table, expected)  # type: ignore[arg-type]
@@ -442,14 +494,13 @@ def test_only_methods_that_want_confident_samples_renew_the_plan(method: str, re
 @pytest.mark.parametrize("method", ["source-only", "gsda"])
 def test_class_weights_follow_every_scoring(method: str) -> None:
     trainer = build(method, class_weights="pada")
-    assert isinstance(trainer.method, GSDA)
     kept = []
     for report in trainer.run(lambda: None):
         weights = trainer.method.source_class_weights
         assert weights is not None
         if report.step < SCHEDULE.warmup:
             assert torch.equal(weights, torch.ones(NUM_CLASSES))
-        elif report.figures is not None:
+        elif report.evaluation is not None:
             assert trainer.probabilities is not None
             assert torch.equal(weights, target_class_weights(trainer.probabilities))
             kept.append(weights.tolist())
@@ -498,9 +549,10 @@ def test_a_run_is_the_two_steps_in_a_loop() -> None:
 
     method, loader, plan = mine.method, loader_of(mine), mine.plan
     assert isinstance(method, GSDA)
-    assert method.discriminators is not None
     model, discriminators = method.model, method.discriminators
-    optimizers = build_optimizers({"encoder": model, "discriminators": discriminators}, OPTIMIZER)
+    optimizers = build_optimizers(
+        {"all": Player((model,)), "discriminators": Player((discriminators,))}, OPTIMIZER, model.backbone
+    )
     domain = torch.tensor([1.0] * BATCH_SIZE + [0.0] * BATCH_SIZE)
     for step in range(schedule.steps):
         set_learning_rate(optimizers, schedule.learning_rate_factor(step))
@@ -516,11 +568,11 @@ def test_a_run_is_the_two_steps_in_a_loop() -> None:
         optimizers["discriminators"].step()
 
         terms = discriminators(features, p, domain, BATCH_SIZE, frozen=True)
-        optimizers["encoder"].zero_grad()
+        optimizers["all"].zero_grad()
         encoder_objective(
             logits, batch.source_labels, terms, discriminators.groups, alpha=0.1, beta=1.0 * ramp, adversarial_ramp=ramp
         ).total.backward()
-        optimizers["encoder"].step()
+        optimizers["all"].step()
 
         if (step + 1) % schedule.refresh_every == 0:
             model.eval()

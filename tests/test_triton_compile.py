@@ -27,6 +27,7 @@ from benchmarks.cross_compile import (
     fake_device,
     head_launches,
     recorded_launches,
+    update_launches,
 )
 
 HALF, SINGLE = torch.bfloat16, torch.float32
@@ -175,6 +176,56 @@ def test_grids_and_buffers_follow_max_pairs() -> None:
     every, _ = head_launches(**shape)
     assert [launch.grid for launch in bounded[1:5]] == [(16 * 29,), (16 * 29,), (16 * 29,), (8 * 29,)]
     assert [launch.grid for launch in every[1:5]] == [(16 * 34,), (16 * 34,), (16 * 34,), (8 * 34,)]
+
+
+UPDATE = [
+    "pair_gradient_kernel",
+    "hidden_backward_kernel",
+    "bad_operands_kernel",
+    "weight_gradient_kernel",
+    "weight_gradient_kernel",
+    "small_update_kernel",
+]
+
+
+def _update(name: str, capability: int) -> list[Launch]:
+    num_samples, dtype, parameter_dtype, tf32 = CASES[name]
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+    try:
+        return update_launches(
+            num_samples=num_samples, dtype=dtype, parameter_dtype=parameter_dtype, capability=capability, **VISDA
+        )
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_launches_of_an_update() -> None:
+    """No gradient of a large matrix is among the tensors, and every one of those is a parameter or its momentum."""
+    launches = _update("mixed, small batch", 90)
+    assert [launch.name for launch in launches] == UPDATE
+    large = {
+        id(arg): arg.shape
+        for launch in launches
+        for arg in launch.args
+        if isinstance(arg, torch.Tensor) and arg.numel() >= 17 * 1024 * 256
+    }
+    assert sorted(large.values()) == 2 * [(17, 1024, 256)] + 2 * [(17, 1024, 1024)]
+
+
+@pytest.mark.parametrize(
+    ("name", "capability"),
+    [("mixed, small batch", 90), ("bf16, medium batch", 80), ("float32", 90)],
+)
+def test_an_update_compiles(name: str, capability: int, tmp_path: Path) -> None:
+    own = [launch for launch in _update(name, capability) if launch.name in (*UPDATE[2:4], UPDATE[5])]
+    _assert_compiles(own, capability, tmp_path, tensor_cores=name != "float32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "capability"), list(itertools.product(CASES, CAPABILITIES)))
+def test_an_update_compiles_everywhere(name: str, capability: int, tmp_path: Path) -> None:
+    _assert_compiles(_update(name, capability), capability, tmp_path, tensor_cores=name != "float32")
 
 
 @pytest.mark.parametrize("layer", ["first_layer_kernel", "second_layer_kernel"])

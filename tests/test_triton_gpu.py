@@ -142,3 +142,62 @@ def test_auto_takes_it() -> None:
     expected, found = (compute(problem, backend) for backend in ("triton", "auto"))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert gk.available_backends()["triton"] is None
+
+
+UPDATE_DTYPES = [(torch.float32, None), (torch.bfloat16, torch.float32), (torch.bfloat16, None)]
+RULE: dict[str, Any] = {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-3}
+
+
+def _updated(problem: Any, steps: int = 2, **options: Any) -> dict[str, torch.Tensor]:
+    """Parameters and momentum after steps in one operation, and what the last one told."""
+    disc = gk.DiscriminatorWeights(*(tensor.clone().requires_grad_() for tensor in problem.disc))
+    momentum = gk.DiscriminatorWeights(*(torch.zeros_like(tensor) for tensor in disc))
+    upstream = (problem.grad_loss, problem.grad_gradient_norm)
+    arguments = (problem.features, disc, momentum, problem.sample_weight, problem.domain, upstream)
+    rate = torch.full((), 0.01, device="cuda")
+    for _ in range(steps):
+        told = gk.adversarial_update_(*arguments, learning_rate=rate, backend="triton", **RULE, **options)
+    found = {name: tensor.detach() for name, tensor in disc._asdict().items()}
+    found |= {f"momentum of {name}": tensor for name, tensor in momentum._asdict().items()}
+    return found | told._asdict()
+
+
+@pytest.mark.parametrize(("dtype", "parameter_dtype"), UPDATE_DTYPES, ids=str)
+def test_an_update_is_a_backward_pass_and_sgd(dtype: torch.dtype, parameter_dtype: torch.dtype | None) -> None:
+    problem = _problem(dtype, parameter_dtype=parameter_dtype, **VISDA)
+    parameters = {name: tensor.clone().requires_grad_() for name, tensor in problem.disc._asdict().items()}
+    optimizer = torch.optim.SGD(list(parameters.values()), lr=0.01, fused=True, **RULE)
+    for _ in range(2):
+        optimizer.zero_grad()
+        disc = gk.DiscriminatorWeights(**parameters)
+        out = gk.adversarial_terms(problem.features, disc, problem.sample_weight, problem.domain, backend="triton")
+        torch.autograd.backward(out, (problem.grad_loss, problem.grad_gradient_norm))
+        optimizer.step()
+    found = _updated(problem)
+    assert float(found["found_inf"]) == 0
+    # The sums are the same ones; gradients in half precision are rounded once less.
+    tolerance = 1e-5 if parameters["w1"].dtype == torch.float32 else 4 * torch.finfo(parameters["w1"].dtype).eps
+    for name, value in parameters.items():
+        moved = optimizer.state[value]["momentum_buffer"]
+        for each, expected in ((found[name], value.detach()), (found[f"momentum of {name}"], moved)):
+            error = torch.linalg.vector_norm((each - expected).double())
+            assert error <= tolerance * torch.linalg.vector_norm(expected.double()), name
+
+
+def test_an_update_never_waits_and_a_flag_holds_it() -> None:
+    problem = _problem(torch.bfloat16, parameter_dtype=torch.float32, **VISDA)
+    expected = _updated(problem)
+    flag = torch.ones((), device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found, held = _updated(problem), _updated(problem, skip=flag)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert float(held["found_inf"]) == 1
+    assert all(torch.equal(held[name], value) for name, value in problem.disc._asdict().items())
+    problem.features[0, 0] = torch.nan
+    bad = _updated(problem)
+    assert float(bad["found_inf"]) == 1
+    assert all(torch.equal(bad[name], value) for name, value in problem.disc._asdict().items())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gsda_kernels import backends
+from gsda_kernels.sgd import Sgd
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1, in a process of its own", allow_module_level=True)
@@ -94,6 +95,41 @@ def test_no_race_no_stray_access_and_the_same_numbers_in_every_order(case: str) 
                 assert torch.equal(found, value), f"order {order}"
     assert not recorder.findings
     assert {"route_kernel", "first_layer_kernel", "terms_kernel"} <= recorder.programs.keys()
+
+
+@pytest.mark.parametrize("skip", [0.0, 1.0], ids=["moves", "skipped"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "two tiles of pairs, several of H and D, nothing aligned",
+        "half precision, aligned",
+        "mixed, first and last empty",
+        "no pair",
+        "one pair",
+    ],
+)
+def test_an_update_in_place_reads_nothing_that_another_program_writes(case: str, skip: float) -> None:
+    """Parameters and momentum move where they are read, W2's own cells for the gradient of w3."""
+    with recorded() as recorder:
+        expected = _update(skip, **CASES[case])
+        recorder.order = "reversed"
+        for found, value in zip(_update(skip, **CASES[case]), expected, strict=True):
+            assert torch.equal(found, value)
+    assert not recorder.findings
+    assert {"bad_operands_kernel", "small_update_kernel"} <= recorder.programs.keys()
+
+
+def _update(skip: float, **case: Any) -> list[Tensor]:
+    """Parameters, momentum and flag after a step."""
+    tensors, weight, label, bound = _inputs(**case)
+    momentum = [torch.full_like(tensor, 0.25) for tensor in tensors[1:]]
+    backend, needs_grad = backends.get("triton"), (False,) + (True,) * 6
+    loss, _, saved = backend.forward(tensors, weight, label, bound, needs_grad)
+    rule = Sgd(torch.tensor(0.1), 0.9, 1e-3, nesterov=True)
+    flag = torch.tensor(skip)
+    found_inf = backend.update(tensors, weight, label, saved, torch.ones_like(loss), -loss, momentum, rule, flag)
+    assert float(found_inf) == skip
+    return [*tensors[1:], *momentum, found_inf]
 
 
 @triton.jit

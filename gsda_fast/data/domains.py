@@ -90,6 +90,8 @@ class ImageDomain:
         if self.frames is not None:
             found.update(repr([(shard.sha256, shard.images) for shard in self.frames.shards]).encode())
             return f"{len(self)} frames of a pack with digest {found.hexdigest()[:12]}"
+        if self.rows is not None:
+            return f"{len(self)} rows of features with digest {found.hexdigest()[:12]}, {self.rows.digest[:12]}"
         found.update(repr([_size(self.file(i)) for i in range(len(self))]).encode())
         return f"{len(self)} files with digest {found.hexdigest()[:12]}"
 
@@ -209,7 +211,9 @@ def open_images(folder: Path, classes: tuple[str, ...]) -> ImageDomain:
     """
     if not folder.is_dir():
         raise UsageError(str(folder), found="a file" if folder.exists() else "nothing", expected="a folder of images")
-    return _unlabelled(str(folder), folder, classes)
+    domain = _unlabelled(str(folder), folder, classes)
+    _warn_of_pictures(domain)
+    return domain
 
 
 def _unlabelled(name: str, folder: Path, classes: tuple[str, ...]) -> ImageDomain:

@@ -95,8 +95,9 @@ class FittedHead(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             embedded = self.embed((features.to(self.rows.dtype) - self.centre) / self.scale)
             each = _squared_distances(embedded, self.rows)
-            nearest = each.new_full((len(each), self.linear.out_features), _FAR)
-            return nearest.scatter_reduce(1, self.labels.expand(len(each), -1), each, "amin")
+            # By shape and not by len(), which would fix the number of rows in an exported program.
+            nearest = each.new_full((each.shape[0], self.linear.out_features), _FAR)
+            return nearest.scatter_reduce(1, self.labels.expand(each.shape[0], -1), each, "amin")
 
     def forward(self, features: Tensor) -> Tensor:
         if self.training or not self.fitted:

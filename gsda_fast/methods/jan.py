@@ -37,7 +37,7 @@ RECIPE = on_images(
 
 
 class JAN(Method):
-    """Minimize the joint maximum mean discrepancy of features and class probabilities, the classifier included."""
+    """Minimize the joint discrepancy of features and class probabilities, which moves the classifier as well."""
 
     def __init__(
         self,

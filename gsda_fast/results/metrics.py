@@ -39,7 +39,7 @@ def mutual_information(probabilities: Tensor) -> Tensor:
 
 
 def soft_neighbourhood_density(
-    rows: Tensor, *, temperature: float = 0.05, max_rows: int = 2000, chunk: int = 256
+    rows: Tensor, *, temperature: float = 0.05, max_rows: int = 1000, chunk: int = 250
 ) -> Tensor:
     """Return the mean entropy of each sample's similarities to the others, large where neighbourhoods are dense.
 

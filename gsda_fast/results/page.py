@@ -572,6 +572,11 @@ def _add_distances(section: _Section, groups: _Groups) -> None:
 
 # -------------------------------------------------------------------------------------------------------------- suite
 
+_PAIRED = (
+    "Paired differences",
+    "Two runs of one transfer task and seed have much of their noise in common, so that their difference has less of "
+    "it than either of them.",
+)
 _Part = tuple[str, list[_Section]]
 """The title and the sections about the runs of a folder, or about its sweep."""
 
@@ -599,7 +604,7 @@ def _runs_part(suite: SuiteFolder, layout: Layout, points: int, samples: int) ->
     where = next(iter(facets)).replace("->", " → ")
     return title, [
         _Section("Accuracy on the target domain", tables=made),
-        _paired_section(paired_tables(suite.runs, layout) if len(layout.methods) > 1 else []),
+        _Section(*_PAIRED, paired_tables(suite.runs, layout) if len(layout.methods) > 1 else []),
         _Section(
             "Choices without labels",
             "Each score takes one evaluation of a run by the unlabelled predictions alone.",
@@ -611,15 +616,6 @@ def _runs_part(suite: SuiteFolder, layout: Layout, points: int, samples: int) ->
         _alignment_section(groups),
         _detail_section(detailed, f"In detail: {where}, seed {seed}", ("final",), points),
     ]
-
-
-def _paired_section(made: Sequence[Table]) -> _Section:
-    return _Section(
-        "Paired differences",
-        "Two runs of one transfer task and seed have much of their noise in common, so that their difference has less "
-        "of it than either of them.",
-        made,
-    )
 
 
 def _counted(things: Iterable[object], name: str) -> str:
@@ -717,6 +713,6 @@ def _sweep_part(suite: SuiteFolder, layout: Layout) -> _Part | None:
     return f"{layout.task}: sweep over {', '.join(options)}", [
         _Section("Accuracy on the target domain", tables=made),
         # Of several options, neighbours in the list differ now in one and now in another.
-        _paired_section(paired_sweep_tables(variants, layout) if len(options) == 1 else []),
+        _Section(*_PAIRED, paired_sweep_tables(variants, layout) if len(options) == 1 else []),
         sweep_section(suite, made),
     ]

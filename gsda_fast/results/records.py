@@ -17,9 +17,19 @@ NORM = "gradient_norm_"
 
 # Whatever else stands in metrics.jsonl is a term of a method's loss, whose names the method chooses.
 _OF_THE_HARNESS = frozenset(
-    ["step", "accuracy", "mean_per_class", "mutual_information", "images_per_second", "data_wait", "progress"]
+    [
+        "step",
+        "accuracy",
+        "mean_per_class",
+        "mutual_information",
+        "images_per_second",
+        "data_wait",
+        "progress",
+        "mfu",
+        "mbu",
+    ]
 )
-_PREFIXES, _SUFFIXES = (NORM, "learning_rate", "score_", "ramp"), ("_ramp", "_share")
+_PREFIXES, _SUFFIXES = (NORM, "learning_rate", "score_", "ramp"), ("_ramp",)
 
 
 def loss_terms(records: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -426,7 +426,7 @@ def contrasts(methods: Sequence[str]) -> list[tuple[str, str]]:
     first (what all of them add). Where other methods stand beside it, first each method minus each baseline.
     """
     baselines = [baseline for baseline in BASELINES if baseline in methods]
-    parts = [method for method in methods if method in ABLATION]
+    parts = [method for method in ABLATION if method in methods]
     against = [(each, baseline) for baseline in baselines for each in methods if each not in (baseline, baselines[0])]
     if not baselines or len(parts) == len(methods):
         parts, against = list(methods), []
@@ -488,7 +488,7 @@ def score_table(results: Sequence[RunResult], final_scores: pd.DataFrame, figure
         counts = {"better": gain > 0, "equal": gain == 0, "worse": gain < 0}
         final = score.merit(1.0) * final_scores[name].to_numpy()
         by_task = pd.DataFrame({"score": final, "accuracy": last, "task": tasks}).dropna().groupby("task")
-        ranks = [of["score"].corr(of["accuracy"], method="spearman") for _, of in by_task if len(of) > 2]
+        ranked = [of[["score", "accuracy"]].rank().corr().iloc[0, 1] for _, of in by_task if len(of) > 2]
         lines.append(
             {
                 "score": name,
@@ -496,7 +496,7 @@ def score_table(results: Sequence[RunResult], final_scores: pd.DataFrame, figure
                 "mean gain": gain.mean(),
                 "standard error": _standard_error(gain) if len(gain) else math.nan,
                 "behind the best": (best - chosen).mean(),
-                "rank correlation": pd.Series(ranks, dtype=float).mean(),
+                "rank correlation": pd.Series(ranked, dtype=float).mean(),
             }
         )
     wide = pd.DataFrame(lines).set_index("score").astype(float)

@@ -35,7 +35,7 @@ class Guard:
         self._stopped = torch.zeros((), device=device)
         self._skipped = torch.zeros((), device=device)
         self._step = torch.full((), -1, dtype=torch.int64, device=device)
-        self._bad: Tensor | None = None
+        self._bad: dict[tuple[str, ...], Tensor] = {}
         self._names: list[str] = []
         self._updates: list[Tensor] = []
         self._copy: tuple[Tensor, torch.cuda.Event | None] | None = None
@@ -91,9 +91,11 @@ class Guard:
         """
         bad = torch.cat(self._updates)
         before = self._stopped > 0
-        # The updates of a step change at evaluations alone, and the steps before one end with `require_finite`.
-        known = self._bad if self._bad is not None and self._bad.shape == bad.shape else bad
-        self._bad = torch.where(before, known, bad)
+        # A step that is skipped may end after its first update: what the first bad one said is kept beside it.
+        own = tuple(self._names)
+        self._bad.setdefault(own, torch.zeros_like(bad))
+        for names, known in self._bad.items():
+            self._bad[names] = torch.where(before, known, bad if names == own else 0.0)
         self._step = torch.where(before, self._step, step)
         self._stopped = torch.maximum(self._stopped, bad.amax())
         if self._device.type != "cuda":
@@ -111,9 +113,7 @@ class Guard:
         self.stop = self.stop or bool(self._wishes)
         if not bool(self._stopped):
             return
-        assert self._bad is not None
-        bad = self._bad.tolist()
-        names = [name for name, each in zip(self._names, bad) if each]
+        names = [name for of_step, bad in self._bad.items() for name, each in zip(of_step, bad.tolist()) if each]
         # The terms say more than the sums and gradients that follow from them.
         terms = [name for name in names if " " not in name] or names
         raise TrainingError(

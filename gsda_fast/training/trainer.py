@@ -140,6 +140,8 @@ class Trainer:
             values, self.pending = self.pending, None
             values |= {"accuracy": evaluation.accuracy, "mean_per_class": evaluation.mean_per_class}
             values["mutual_information"] = evaluation.mutual_information
+            others = {name: score for name, score in evaluation.scores.items() if name != "mutual_information"}
+            values |= {f"score_{name}": score for name, score in others.items()}
             yield self._report(values, evaluation)
             on_evaluation()
 

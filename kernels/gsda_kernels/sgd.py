@@ -30,7 +30,7 @@ def step_where_finite(
     """Moves parameters and momentum in place, all of them or none; a GPU is not waited for.
 
     Returns:
-        0-d, like `skip`: 1 where nothing moved, because `skip` is 1 or a gradient is not finite.
+        0-d, like `skip`: 1 where nothing moved, because `skip` is 1 or an entry of a gradient is not finite.
     """
     # In float32 an entry's size survives, whatever the dtype: only infinities and NaN have no finite largest entry.
     largest = torch.stack([gradient.detach().abs().amax().to(skip.dtype) for gradient in gradients])

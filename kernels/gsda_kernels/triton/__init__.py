@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gsda_kernels.sgd import Sgd
+
 _INSTALLED = importlib.util.find_spec("triton") is not None
 # Triton's own switch, which it reads when it is imported: kernels then run on CPU tensors, for tests.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -67,3 +69,19 @@ class TritonBackend:
         return head.backward(
             tensors, weight, label, saved, grad_loss, grad_gradient_norm, loss_feature_scale, needs_grad
         )
+
+    def update(
+        self,
+        tensors: Sequence[Tensor],
+        weight: Tensor,
+        label: Tensor,
+        saved: Sequence[Tensor],
+        grad_loss: Tensor,
+        grad_gradient_norm: Tensor,
+        momentum: Sequence[Tensor],
+        rule: Sgd,
+        skip: Tensor,
+    ) -> Tensor:
+        from gsda_kernels.triton import head
+
+        return head.update(tensors, weight, label, saved, grad_loss, grad_gradient_norm, momentum, rule, skip)

@@ -1,5 +1,5 @@
 """The launches of the adversarial head: six forward; backward one for the features, and four and a sum for all
-parameters. Nothing here waits for the device or reads a value from it.
+parameters; or six that move the parameters. Nothing here waits for the device or reads a value from it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,16 @@ import torch
 import triton
 from torch import Tensor
 
+from gsda_kernels.sgd import Sgd
 from gsda_kernels.triton.configs import Configuration, Product, configure
 from gsda_kernels.triton.device import on_device
-from gsda_kernels.triton.pointwise import feature_gradient_kernel, pair_gradient_kernel, terms_kernel
+from gsda_kernels.triton.pointwise import (
+    bad_operands_kernel,
+    feature_gradient_kernel,
+    pair_gradient_kernel,
+    small_update_kernel,
+    terms_kernel,
+)
 from gsda_kernels.triton.products import (
     first_layer_kernel,
     hidden_backward_kernel,
@@ -25,6 +32,8 @@ from gsda_kernels.triton.products import (
 from gsda_kernels.triton.routing import Routing, most_tiles, route
 
 _BLOCK_PAIRS = 64  # of the pointwise passes over one discriminator's pairs
+_BLOCK_COLUMNS = 64  # of the search for bad operands
+_BLOCK_UNITS = 128  # of the small parameters that move
 
 
 @dataclass(frozen=True)
@@ -179,11 +188,9 @@ def _parameter_gradients(
     assert active2 is not None
     w1, b1, w2, b2, w3, b3 = parameters
     want_w1, want_b1, want_w2, want_b2, want_w3, _ = wanted
-    (num_samples, dim), (num_discriminators, hidden, _) = features.shape, w1.shape
+    num_discriminators, hidden, dim = w1.shape
     config, routing, pairs = _configuration(features, w1), saved.routing, len(saved.jacobian)
-    if routing.num_tiles != most_tiles(num_samples, num_discriminators, pairs, config.block_pairs):
-        # Tiles of another size than the pairs were sorted into would leave some of them out.
-        raise RuntimeError("torch.backends.cuda.matmul.fp32_precision: changed between the forward and backward pass")
+    _check_tiles(features, w1, saved)
     grad_logit, direction = torch.empty_like(saved.residual), torch.empty_like(saved.norm)
     # A pointer that a kernel does not store through is any tensor: no memory is taken for what is not wanted.
     grad_w1, grad_w2 = (torch.empty_like(w) if want else w for w, want in ((w1, want_w1), (w2, want_w2)))
@@ -191,20 +198,15 @@ def _parameter_gradients(
     grad_w3 = None
 
     first_operand = torch.empty_like(saved.jacobian)
-    block_columns = min(32, triton.next_power_of_2(dim))
-    pair_gradient_kernel[(triton.cdiv(dim, block_columns), num_discriminators)](
-        features, saved.jacobian, saved.residual, saved.norm, weight, label, *upstream,
-        routing.offsets, routing.sample, grad_logit, direction, first_operand, grad_b3,
-        num_samples, num_discriminators, dim, *(grad.stride(0) for grad in upstream),
-        BLOCK_PAIRS=_BLOCK_PAIRS, BLOCK_COLUMNS=block_columns, num_warps=4,
-    )  # fmt: skip
+    _pair_gradients(features, weight, label, saved, upstream, grad_logit, direction, first_operand, grad_b3)
     sums = _options(config.weight, features)
     row_blocks = triton.cdiv(hidden, config.weight.block_rows)
     if want_w1 or want_b1:
         column_blocks = triton.cdiv(dim, config.weight.block_columns) if want_w1 else 1
         weight_gradient_kernel[(column_blocks, row_blocks, num_discriminators)](
-            u1, first_operand, grad_logit, routing.offsets, w2, b2, w3, grad_w1, grad_b1, grad_logit, hidden, dim,
-            SECOND_LAYER=False, WANT_WEIGHT=want_w1, WANT_W3=False, **sums,
+            u1, first_operand, grad_logit, routing.offsets, w2, b2, w3, grad_w1, grad_b1, grad_logit,
+            *_without_update(grad_logit), hidden, dim,
+            SECOND_LAYER=False, WANT_WEIGHT=want_w1, WANT_W3=False, UPDATE=False, NESTEROV=False, **sums,
         )  # fmt: skip
     if want_w2 or want_b2 or want_w3:
         product = want_w2 or want_w3
@@ -212,18 +214,125 @@ def _parameter_gradients(
         second_operand = features.new_empty(pairs, hidden) if product else h1
         w3_part = grad_logit.new_empty(num_discriminators, hidden, column_blocks)
         if product:
-            hidden_backward_kernel[(triton.cdiv(hidden, config.layer.block_columns) * routing.num_tiles,)](
-                saved.jacobian, w1, h1, grad_logit, direction, routing.offsets, routing.tiles, second_operand,
-                dim, hidden, **_options(config.layer, features),
-            )  # fmt: skip
+            _hidden_backward(features, w1, saved, grad_logit, direction, second_operand)
         weight_gradient_kernel[(column_blocks, row_blocks, num_discriminators)](
             active2, second_operand, grad_logit, routing.offsets, w2, b2, w3, grad_w2, grad_b2, w3_part,
-            hidden, hidden, SECOND_LAYER=True, WANT_WEIGHT=want_w2, WANT_W3=want_w3, **sums,
+            *_without_update(grad_logit), hidden, hidden,
+            SECOND_LAYER=True, WANT_WEIGHT=want_w2, WANT_W3=want_w3, UPDATE=False, NESTEROV=False, **sums,
         )  # fmt: skip
         if want_w3:
             grad_w3 = w3_part.sum(-1).to(w3.dtype)
     every = (grad_w1, grad_b1, grad_w2, grad_b2, grad_w3, grad_b3)
     return [gradient if want else None for gradient, want in zip(every, wanted)]
+
+
+def update(
+    tensors: Sequence[Tensor],
+    weight: Tensor,
+    label: Tensor,
+    saved_tensors: Sequence[Tensor],
+    grad_loss: Tensor,
+    grad_gradient_norm: Tensor,
+    momentum: Sequence[Tensor],
+    rule: Sgd,
+    skip: Tensor,
+) -> Tensor:
+    """See `Backend.update`."""
+    features, (w1, b1, w2, b2, w3, b3) = tensors[0].contiguous(), tensors[1:]
+    weight, label = weight.contiguous(), label.contiguous()
+    saved = Saved.of(saved_tensors)
+    h1, u1, active2 = saved.h1, saved.u1, saved.active2
+    assert h1 is not None
+    assert u1 is not None
+    assert active2 is not None
+    (num_samples, dim), (num_discriminators, hidden, _) = features.shape, w1.shape
+    config, offsets = _configuration(features, w1), saved.routing.offsets
+    _check_tiles(features, w1, saved)
+    grad_logit, direction = torch.empty_like(saved.residual), torch.empty_like(saved.norm)
+    grad_b1, grad_b2 = (weight.new_empty(num_discriminators, hidden) for _ in range(2))
+    grad_b3 = weight.new_empty(num_discriminators)
+    first_operand, second_operand = torch.empty_like(saved.jacobian), torch.empty_like(h1)
+    row_blocks = triton.cdiv(hidden, config.weight.block_rows)
+    columns_1, columns_2 = (triton.cdiv(size, config.weight.block_columns) for size in (dim, hidden))
+    w3_part = weight.new_empty(num_discriminators, hidden, columns_2)
+    looked_at = triton.cdiv(max(dim, hidden), _BLOCK_COLUMNS)
+    bad = weight.new_empty(num_discriminators, looked_at)
+    small = triton.cdiv(hidden, _BLOCK_UNITS)
+    bad_w3 = weight.new_empty(num_discriminators, small)
+    largest = (torch.finfo(torch.float32).max / (4 * num_samples)) ** 0.5
+    step = (rule.learning_rate, rule.momentum, rule.weight_decay)
+    sums = {**_options(config.weight, features), "UPDATE": True, "NESTEROV": rule.nesterov, "WANT_WEIGHT": True}
+    with on_device(features.device):
+        _pair_gradients(
+            features, weight, label, saved, (grad_loss, grad_gradient_norm), grad_logit, direction, first_operand,
+            grad_b3,
+        )  # fmt: skip
+        _hidden_backward(features, w1, saved, grad_logit, direction, second_operand)
+        bad_operands_kernel[(looked_at, num_discriminators)](
+            u1, first_operand, second_operand, grad_logit, b2, w3, offsets, bad, largest, dim, hidden,
+            BLOCK_PAIRS=_BLOCK_PAIRS, BLOCK_COLUMNS=_BLOCK_COLUMNS, num_warps=4,
+        )  # fmt: skip
+        found_inf = torch.maximum(skip, bad.amax())
+        rate, decay, weight_decay = step
+        # W2 before W1 and w3 moves on: its gradient's operands are made of them.
+        weight_gradient_kernel[(columns_2, row_blocks, num_discriminators)](
+            active2, second_operand, grad_logit, offsets, w2, b2, w3, w2, grad_b2, w3_part,
+            momentum[2], rate, found_inf, decay, weight_decay, hidden, hidden, SECOND_LAYER=True, WANT_W3=True, **sums,
+        )  # fmt: skip
+        weight_gradient_kernel[(columns_1, row_blocks, num_discriminators)](
+            u1, first_operand, grad_logit, offsets, w2, b2, w3, w1, grad_b1, grad_logit,
+            momentum[0], rate, found_inf, decay, weight_decay, hidden, dim, SECOND_LAYER=False, WANT_W3=False, **sums,
+        )  # fmt: skip
+        small_update_kernel[(small, num_discriminators)](
+            grad_b1, grad_b2, w3_part, grad_b3, b1, b2, w3, b3, momentum[1], momentum[3], momentum[4], momentum[5],
+            rate, found_inf, bad_w3, decay, weight_decay, hidden, columns_2, NESTEROV=rule.nesterov,
+            BLOCK_UNITS=_BLOCK_UNITS, BLOCK_PARTS=triton.next_power_of_2(columns_2), num_warps=4,
+        )  # fmt: skip
+        return torch.maximum(found_inf, bad_w3.amax())
+
+
+def _check_tiles(features: Tensor, w1: Tensor, saved: Saved) -> None:
+    """Tiles of another size than the pairs were sorted into would leave some of them out."""
+    shape = (len(features), len(w1), len(saved.jacobian), _configuration(features, w1).block_pairs)
+    if saved.routing.num_tiles != most_tiles(*shape):
+        raise RuntimeError("torch.backends.cuda.matmul.fp32_precision: changed between the forward and backward pass")
+
+
+def _pair_gradients(
+    features: Tensor,
+    weight: Tensor,
+    label: Tensor,
+    saved: Saved,
+    upstream: tuple[Tensor, Tensor],
+    grad_logit: Tensor,
+    direction: Tensor,
+    first_operand: Tensor,
+    grad_b3: Tensor,
+) -> None:
+    (num_samples, dim), num_discriminators = features.shape, weight.shape[1]
+    block_columns = min(32, triton.next_power_of_2(dim))
+    pair_gradient_kernel[(triton.cdiv(dim, block_columns), num_discriminators)](
+        features, saved.jacobian, saved.residual, saved.norm, weight, label, *upstream,
+        saved.routing.offsets, saved.routing.sample, grad_logit, direction, first_operand, grad_b3,
+        num_samples, num_discriminators, dim, *(grad.stride(0) for grad in upstream),
+        BLOCK_PAIRS=_BLOCK_PAIRS, BLOCK_COLUMNS=block_columns, num_warps=4,
+    )  # fmt: skip
+
+
+def _hidden_backward(
+    features: Tensor, w1: Tensor, saved: Saved, grad_logit: Tensor, direction: Tensor, second_operand: Tensor
+) -> None:
+    _, hidden, dim = w1.shape
+    layer, routing = _configuration(features, w1).layer, saved.routing
+    hidden_backward_kernel[(triton.cdiv(hidden, layer.block_columns) * routing.num_tiles,)](
+        saved.jacobian, w1, saved.h1, grad_logit, direction, routing.offsets, routing.tiles, second_operand,
+        dim, hidden, **_options(layer, features),
+    )  # fmt: skip
+
+
+def _without_update(any_tensor: Tensor) -> tuple[Tensor, Tensor, Tensor, float, float]:
+    """In the places of momentum, learning rate, flag and rates of decay: a pointer that nobody reads is any tensor."""
+    return any_tensor, any_tensor, any_tensor, 0.0, 0.0
 
 
 def _configuration(features: Tensor, w1: Tensor) -> Configuration:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gsda_kernels.triton.products import moved
+
 
 @triton.jit
 def _log1p(x: tl.tensor) -> tl.tensor:
@@ -215,3 +217,140 @@ def feature_gradient_kernel(
         ).to(tl.float32)
         total += tl.sum((dz + dz_norm)[:, None] * j, 0)
     tl.store(out + i * dim + columns, total.to(out.dtype.element_ty), mask=column_mask)
+
+
+@triton.jit
+def _beyond(x: tl.tensor, largest: float) -> tl.tensor:
+    """1 where an entry is larger than `largest` in size, or no number; else 0."""
+    return tl.where(tl.abs(x.to(tl.float32)) <= largest, 0.0, 1.0)
+
+
+@triton.jit
+def bad_operands_kernel(
+    u1: tl.tensor,
+    first_operand: tl.tensor,
+    second_operand: tl.tensor,
+    grad_logit: tl.tensor,
+    b2: tl.tensor,
+    w3: tl.tensor,
+    offsets: tl.tensor,
+    bad: tl.tensor,
+    largest: float,
+    dim: int,
+    hidden: int,
+    BLOCK_PAIRS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+) -> None:
+    """Whether an operand of the gradients is so large, or no number, that a sum of products may not be finite.
+
+    Asked before anything moves, of all operands at once. W2 is an operand too, of the gradient of w3 alone; it is not
+    read here, but see `small_update_kernel`.
+
+    Grid (max(H, D) / BLOCK_COLUMNS, K). u1, second_operand: (max_pairs, H), first_operand: (max_pairs, D), one dtype.
+    grad_logit: (max_pairs,) float32. b2, w3: (K, H). bad: (K, max(H, D) / BLOCK_COLUMNS) float32.
+    """
+    k = tl.program_id(1)
+    begin = tl.load(offsets + k)
+    end = tl.load(offsets + k + 1)
+    columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    is_unit = columns < hidden
+    found = _beyond(tl.load(b2 + k * hidden + columns, mask=is_unit, other=0.0), largest)
+    found += _beyond(tl.load(w3 + k * hidden + columns, mask=is_unit, other=0.0), largest)
+    for first in range(begin, end, BLOCK_PAIRS):
+        pairs = first + tl.arange(0, BLOCK_PAIRS)
+        rows = pairs[:, None].to(tl.int64)
+        is_pair = (pairs < end)[:, None]
+        unit = rows * hidden + columns[None, :]
+        feature = rows * dim + columns[None, :]
+        beyond = _beyond(tl.load(u1 + unit, mask=is_pair & is_unit[None, :], other=0.0), largest)
+        beyond += _beyond(tl.load(second_operand + unit, mask=is_pair & is_unit[None, :], other=0.0), largest)
+        beyond += _beyond(tl.load(first_operand + feature, mask=is_pair & (columns < dim)[None, :], other=0.0), largest)
+        beyond += _beyond(tl.load(grad_logit + pairs, mask=pairs < end, other=0.0), largest)[:, None]
+        found += tl.sum(beyond, 0)
+    tl.store(bad + k * tl.num_programs(0) + tl.program_id(0), tl.where(tl.sum(found, 0) > 0, 1.0, 0.0))
+
+
+@triton.jit
+def small_update_kernel(
+    grad_b1: tl.tensor,
+    grad_b2: tl.tensor,
+    w3_part: tl.tensor,
+    grad_b3: tl.tensor,
+    b1: tl.tensor,
+    b2: tl.tensor,
+    w3: tl.tensor,
+    b3: tl.tensor,
+    momentum_b1: tl.tensor,
+    momentum_b2: tl.tensor,
+    momentum_w3: tl.tensor,
+    momentum_b3: tl.tensor,
+    learning_rate: tl.tensor,
+    found_inf: tl.tensor,
+    bad: tl.tensor,
+    decay: float,
+    weight_decay: float,
+    hidden: int,
+    num_parts: int,
+    NESTEROV: tl.constexpr,
+    BLOCK_UNITS: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+) -> None:
+    """Moves b1, b2, w3 and b3, where found_inf (0-d float32) is 0; the gradient of w3 is the sum of its parts.
+
+    A gradient of w3 that is not finite although no operand was large leaves its w3 where it is, and `bad` is 1.
+
+    Grid (H / BLOCK_UNITS, K). grad_b1, grad_b2: (K, H), grad_b3: (K,), w3_part: (K, H, parts), bad: (K, H /
+    BLOCK_UNITS), all float32. The others are like the parameters.
+    """
+    k = tl.program_id(1)
+    block = k * tl.num_programs(0) + tl.program_id(0)
+    if tl.load(found_inf) != 0:
+        tl.store(bad + block, 1.0)
+        return
+    units = tl.program_id(0) * BLOCK_UNITS + tl.arange(0, BLOCK_UNITS)
+    mask = units < hidden
+    cells = k * hidden + units
+    rate = tl.load(learning_rate)
+    _move_cells(grad_b1, b1, momentum_b1, cells, mask, rate, decay, weight_decay, NESTEROV)
+    _move_cells(grad_b2, b2, momentum_b2, cells, mask, rate, decay, weight_decay, NESTEROV)
+    parts = tl.arange(0, BLOCK_PARTS)
+    gradient = tl.sum(
+        tl.load(
+            w3_part + cells[:, None].to(tl.int64) * num_parts + parts[None, :],
+            mask=mask[:, None] & (parts < num_parts)[None, :],
+            other=0.0,
+        ),
+        1,
+    )
+    overflowed = _beyond(gradient, 3.4028234663852886e38)
+    tl.store(bad + block, tl.max(overflowed, 0))
+    w3_mask = mask & (overflowed == 0)
+    before = tl.load(w3 + cells, mask=w3_mask, other=0.0).to(tl.float32)
+    velocity = tl.load(momentum_w3 + cells, mask=w3_mask, other=0.0).to(tl.float32)
+    after, velocity = moved(gradient, before, velocity, rate, decay, weight_decay, NESTEROV)
+    tl.store(w3 + cells, after.to(w3.dtype.element_ty), mask=w3_mask)
+    tl.store(momentum_w3 + cells, velocity.to(momentum_w3.dtype.element_ty), mask=w3_mask)
+    if tl.program_id(0) == 0:
+        one = k + tl.arange(0, 1)
+        _move_cells(grad_b3, b3, momentum_b3, one, one == k, rate, decay, weight_decay, NESTEROV)
+
+
+@triton.jit
+def _move_cells(
+    gradient: tl.tensor,
+    parameter: tl.tensor,
+    momentum: tl.tensor,
+    cells: tl.tensor,
+    mask: tl.tensor,
+    rate: tl.tensor,
+    decay: float,
+    weight_decay: float,
+    NESTEROV: tl.constexpr,
+) -> None:
+    before = tl.load(parameter + cells, mask=mask, other=0.0).to(tl.float32)
+    velocity = tl.load(momentum + cells, mask=mask, other=0.0).to(tl.float32)
+    after, velocity = moved(
+        tl.load(gradient + cells, mask=mask, other=0.0), before, velocity, rate, decay, weight_decay, NESTEROV
+    )
+    tl.store(parameter + cells, after.to(parameter.dtype.element_ty), mask=mask)
+    tl.store(momentum + cells, velocity.to(momentum.dtype.element_ty), mask=mask)

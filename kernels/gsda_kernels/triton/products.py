@@ -268,6 +268,25 @@ def hidden_backward_kernel(
 
 
 @triton.jit
+def moved(
+    gradient: tl.tensor,
+    parameter: tl.tensor,
+    momentum: tl.tensor,
+    learning_rate: tl.tensor,
+    decay: float,
+    weight_decay: float,
+    NESTEROV: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Parameter and momentum after a step of gsda_kernels.sgd.Sgd, all float32."""
+    gradient += weight_decay * parameter
+    momentum = decay * momentum + gradient
+    step = momentum
+    if NESTEROV:
+        step = gradient + decay * momentum
+    return parameter - learning_rate * step, momentum
+
+
+@triton.jit
 def weight_gradient_kernel(
     left: tl.tensor,
     right: tl.tensor,
@@ -276,14 +295,21 @@ def weight_gradient_kernel(
     w2: tl.tensor,
     b2: tl.tensor,
     w3: tl.tensor,
-    grad_weight: tl.tensor,
+    target: tl.tensor,
     grad_bias: tl.tensor,
     w3_part: tl.tensor,
+    momentum: tl.tensor,
+    learning_rate: tl.tensor,
+    found_inf: tl.tensor,
+    decay: float,
+    weight_decay: float,
     hidden: int,
     num_columns: int,
     SECOND_LAYER: tl.constexpr,
     WANT_WEIGHT: tl.constexpr,
     WANT_W3: tl.constexpr,
+    UPDATE: tl.constexpr,
+    NESTEROV: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
@@ -299,9 +325,16 @@ def weight_gradient_kernel(
 
     Grid (C / BLOCK_COLUMNS, H / BLOCK_ROWS, K); the programs of the first column store what has no columns.
     left: (max_pairs, H), right: (max_pairs, C = num_columns), one dtype. grad_logit (dz): (max_pairs,) float32.
-    w2: (K, H, H), b2, w3: (K, H), read if SECOND_LAYER. grad_weight: (K, H, C), stored if WANT_WEIGHT.
+    w2: (K, H, H), b2, w3: (K, H), read if SECOND_LAYER. target: (K, H, C), where dW is stored if WANT_WEIGHT.
     grad_bias: (K, H). w3_part: (K, H, C / BLOCK_COLUMNS) float32, stored if WANT_W3, to be summed.
+
+    If UPDATE, dW is not stored: target is the layer's weight itself, and it and its momentum (K, H, C) move, where
+    found_inf (0-d float32) is 0. learning_rate: 0-d float32; see `moved`. A cell of W2 is read before it moves, by the
+    one program that reads it.
     """
+    if UPDATE:  # noqa: SIM102  the compiler decides the outer one, the device the inner
+        if tl.load(found_inf) != 0:
+            return
     k = tl.program_id(2)
     begin = tl.load(offsets + k)
     end = tl.load(offsets + k + 1)
@@ -339,5 +372,13 @@ def weight_gradient_kernel(
         if WANT_W3:
             last = tl.sum(total * tl.load(w2 + cell, mask=mask, other=0.0).to(tl.float32), 1)
             tl.store(w3_part + row * tl.num_programs(0) + tl.program_id(0), last + first_part, mask=unit_mask)
-        if WANT_WEIGHT:
-            tl.store(grad_weight + cell, (total * scale[:, None]).to(grad_weight.dtype.element_ty), mask=mask)
+        if UPDATE:
+            before = tl.load(target + cell, mask=mask, other=0.0).to(tl.float32)
+            velocity = tl.load(momentum + cell, mask=mask, other=0.0).to(tl.float32)
+            after, velocity = moved(
+                total * scale[:, None], before, velocity, tl.load(learning_rate), decay, weight_decay, NESTEROV
+            )
+            tl.store(momentum + cell, velocity.to(momentum.dtype.element_ty), mask=mask)
+            tl.store(target + cell, after.to(target.dtype.element_ty), mask=mask)
+        elif WANT_WEIGHT:
+            tl.store(target + cell, (total * scale[:, None]).to(target.dtype.element_ty), mask=mask)
