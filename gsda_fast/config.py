@@ -192,7 +192,7 @@ _DIGITS: dict[str, Any] = {
 
 # Chosen on the pictures by source-only training and by what needs no labels of the target: see docs/embeddings.md.
 _FEATURES: dict[str, Any] = {
-    "run": RunSettings(steps=700, warmup=200, batch_size=48, checkpoint_seconds=10),
+    "run": RunSettings(steps=700, warmup=200, batch_size=48, threads=1, checkpoint_seconds=10),
     "data": DataSettings(cache_on_device=True, verify=False),
     "model": ModelSettings(FEATURES, weights="none", feature_norm="rms", bottleneck_activation="relu"),
     "optimizer": OptimizerSettings(learning_rate=0.02, backbone_learning_rate=0.02),

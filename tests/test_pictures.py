@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
+from gsda_fast.data import __main__ as command
 from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.data.domains import open_domain
 from gsda_fast.data.pictures import build as building
@@ -211,3 +213,35 @@ def test_the_built_folder_is_found_where_it_was_built(tmp_path: Path, monkeypatc
         Image.new("RGB", (SIDE, SIDE)).save(folder / "a.png")
     with pytest.warns(UserWarning, match="published 347"):
         assert len(open_domain("pictures", "P")) == 11
+
+
+def test_the_command_builds_and_compares(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "build", lambda root, **options: tiny.build(root, options["domains"]))
+    console = Console(width=200)
+    assert command.main(["build", "pictures", "--data-root", str(tiny.root)], console) == 0
+    assert f"{tiny.root}: 6 pictures, icon, photo" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="TASK: found 'digits'; expected one that is made: pictures"):
+        command.main(["build", "digits"], console)
+
+
+@pytest.mark.filterwarnings("ignore:domain .* found .* images")
+def test_verify_fails_where_pixels_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    entries = []
+    for facts in BENCHMARKS["pictures"].domains:
+        for name in BENCHMARKS["pictures"].classes or ():
+            path = tmp_path / "root" / facts.name / name / "a.png"
+            path.parent.mkdir(parents=True)
+            Image.new("RGB", (SIDE, SIDE), "red").save(path)
+            file = path.relative_to(tmp_path / "root").as_posix()
+            entries.append(building.Entry(file, "p", "m", "MIT", building.pixel_digest(path)))
+    building.write_manifest(tmp_path / "root", entries)
+    arguments = ["verify", "pictures", "--data-root", str(tmp_path / "root")]
+    assert command.main(arguments, Console(width=200)) == 0
+    Image.new("RGB", (SIDE, SIDE), "blue").save(tmp_path / "root/photo/bug/a.png")
+    assert command.main(arguments, Console(width=200)) == 1
+    assert "photo/bug/a.png: other pixels than were built" in capsys.readouterr().out
