@@ -63,9 +63,10 @@ class Launch:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of one launch; bytes, and registers a thread."""
+    """What the compiler made of one launch: assembly, machine code, bytes, and registers a thread."""
 
     ptx: str
+    sass: str
     registers: int
     stack: int
     local_accesses: int
@@ -203,8 +204,9 @@ def compile_launch(launch: Launch, capability: int, folder: Path) -> Compiled:
     cubin.write_bytes(made.asm["cubin"])
     usage = _run("cuobjdump", "--dump-resource-usage", cubin)
     registers, stack = (int(re.findall(rf"\b{field}:(\d+)", usage)[-1]) for field in ("REG", "STACK"))
-    local_accesses = len(re.findall(r"\b(?:LDL|STL)\b", _run("nvdisasm", "-c", cubin)))
-    return Compiled(made.asm["ptx"], registers, stack, local_accesses, made.metadata.shared)
+    sass = _run("nvdisasm", "-c", cubin)
+    local_accesses = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    return Compiled(made.asm["ptx"], sass, registers, stack, local_accesses, made.metadata.shared)
 
 
 def _run(tool: str, *arguments: str | Path) -> str:

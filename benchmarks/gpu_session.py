@@ -2,6 +2,8 @@
 
     python benchmarks/gpu_session.py --output results/gpu            # about a quarter of an hour
     python benchmarks/gpu_session.py --output results/gpu --only tune      # as long again: the table of configurations
+    python benchmarks/gpu_session.py --output results/gpu --minutes 9      # starts nothing more after nine
+    python benchmarks/gpu_session.py --output results/gpu --rehearse       # needs no GPU: does it hold together?
 
 Needs PyTorch with CUDA, Triton and pytest, nothing installed from this repository and no network; the training step
 needs what gsda_fast imports (pyproject.toml), too. Writes, each part as soon as it is known:
@@ -18,11 +20,14 @@ needs what gsda_fast imports (pyproject.toml), too. Writes, each part as soon as
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import math
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,9 +42,10 @@ import torch
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 # Features, parameters, TF32. Autograd's own contenders take one dtype alone.
+# What training uses comes first: a session may be cut off.
 DTYPES = {
-    "bfloat16": ("bfloat16", "bfloat16", False),
     "bfloat16 features, float32 parameters": ("bfloat16", "float32", False),
+    "bfloat16": ("bfloat16", "bfloat16", False),
     "tf32": ("float32", "float32", True),
     "float32": ("float32", "float32", False),
 }
@@ -48,6 +54,17 @@ PLAYERS = {"discriminator step": (False, True), "encoder step": (True, False), "
 FEW_SHAPES = ("visda",)  # for the loop, which takes seconds to a step, and for compilation, which does, too
 PARTS = ("tests", "head", "step")
 GPU_TESTS = ("-m", "gpu")
+TRAINING_NEEDS = (
+    "tyro",
+    "tomli_w",
+    "safetensors",
+    "torchmetrics",
+    "filelock",
+    "rich",
+    "matplotlib",
+    "jinja2",
+    "sklearn",
+)
 STEP_OPTIONS = (
     "--device=cuda", "--task=visda", "--batch-size=36", "-k", "test_step and bf16 and (source-only or gsda)"
 )  # fmt: skip
@@ -59,26 +76,80 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=[*PARTS, "tune"], default=PARTS, help="default: all but tune")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, choices=SHAPES)
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start nothing new after these")
+    parser.add_argument("--revision", help="of the code, where it was copied here without its history")
+    parser.add_argument("--rehearse", action="store_true", help="everything short of the GPU, in a minute or two")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("error: found no CUDA device; expected one, since nothing here is about a CPU", file=sys.stderr)
+    if not (options.rehearse or torch.cuda.is_available()):
+        print(
+            "error: found no CUDA device; expected one, since nothing here is about a CPU (--rehearse needs none)",
+            file=sys.stderr,
+        )
         return 2
     options.output.mkdir(parents=True, exist_ok=True)
     sys.path.insert(0, str(REPOSITORY))
     import benchmarks  # noqa: F401  puts the checkout's packages on the import path, for what is started here as well
 
+    missing = missing_packages()
+    if missing:
+        print(f"missing: {', '.join(missing)}; training's GPU tests and step.json need them, the kernels do not")
+    if options.rehearse:
+        return rehearse(options.output)
+    clock = Clock(options.minutes)
     failed = run_tests(options.output / "tests.txt", GPU_TESTS) if "tests" in options.only else None
     if "head" in options.only:
         passed = None if failed is None else failed == 0
-        rows = measure(options.output / "head.json", options.shapes, options.dtypes, tests_passed=passed)
+        rows = measure(options.output / "head.json", options.shapes, options.dtypes, passed, clock, options.revision)
         failed = exit_status(rows) or failed
-    if "step" in options.only:
+    if "step" in options.only and not clock.is_over("step: go on with --only step"):
         failed = time_training_steps(options.output, STEP_OPTIONS) or failed
-    if "tune" in options.only:
+    if "tune" in options.only and not clock.is_over("tune: go on with --only tune"):
         from benchmarks import tune_triton
 
         failed = tune_triton.main(["--output", str(options.output / "table.py")]) or failed
     return failed or 0
+
+
+class Clock:
+    """Says when a session that is paid by the minute should start nothing more."""
+
+    def __init__(self, minutes: float = math.inf) -> None:
+        self._end = time.monotonic() + 60 * minutes
+
+    def is_over(self, left: str) -> bool:
+        """Whether the time is over; then what is left undone is printed."""
+        over = time.monotonic() >= self._end
+        if over:
+            print(f"time is over; left: {left}", flush=True)
+        return over
+
+
+def missing_packages() -> list[str]:
+    """What training imports and this environment lacks."""
+    return [name for name in TRAINING_NEEDS if importlib.util.find_spec(name) is None]
+
+
+def rehearse(output: Path) -> int:
+    """Collects the GPU's tests, and measures a small head on the CPU in place of the GPU's: 0 where all of it works."""
+    files = [str(path) for path in gpu_test_files() if not missing_packages() or "tyro" not in path.read_text()]
+    failed = _pytest([*GPU_TESTS, "-q", "--collect-only", *files], output / "tests.txt")
+    rows = list(_rows(["digits"], ["float32"], device="cpu"))
+    (output / "head.json").write_text(json.dumps(rows, indent=1))
+    broken = [
+        f"{row['contender']}, {row['player']}: {row['failed'].splitlines()[-1]}" for row in rows if "failed" in row
+    ]
+    for line in broken:
+        print(f"failed: {line}")
+    from benchmarks.tune_triton import candidates
+
+    few = candidates("layer", "mixed", "small", 232448)
+    print(f"rehearsed: {len(rows)} rows, {len(few)} candidates for a layer's tiles, tests collected: {failed == 0}")
+    return failed or int(bool(broken))
+
+
+def gpu_test_files() -> list[Path]:
+    """Only these: the others' imports may ask for packages that such a machine does not have."""
+    return [path for path in sorted((REPOSITORY / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
 
 
 def run_tests(report: Path, selection: Sequence[str]) -> int:
@@ -87,8 +158,7 @@ def run_tests(report: Path, selection: Sequence[str]) -> int:
     A test that was skipped, as those of training are on a machine without what training needs, is not a passed one:
     the files' names and reasons stand at the end of the report, and the status is 1.
     """
-    # Only these: the others' imports may ask for packages that such a machine does not have.
-    files = [str(path) for path in sorted((REPOSITORY / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
+    files = map(str, gpu_test_files())
     with tempfile.TemporaryDirectory() as folder:
         listed = Path(folder) / "tests.xml"
         status = _pytest(
@@ -130,7 +200,12 @@ def exit_status(rows: Sequence[Mapping[str, Any]]) -> int:
 
 
 def measure(
-    path: Path, shapes: Sequence[str], dtypes: Sequence[str], tests_passed: bool | None
+    path: Path,
+    shapes: Sequence[str],
+    dtypes: Sequence[str],
+    tests_passed: bool | None,
+    clock: Clock,
+    revision: str | None = None,
 ) -> list[dict[str, Any]]:
     """The rows. Writes `path` after every row, so that what was measured survives a session that is cut off."""
     import triton
@@ -146,7 +221,7 @@ def measure(
             "triton": triton.__version__,
             "cuda": torch.version.cuda,
         },
-        "revision": _revision(),
+        "revision": revision or _revision(),
         "gpu_tests_passed": tests_passed,
         "bytes_per_second": _copied_bytes_per_second(),
         "rows": [],
@@ -155,6 +230,9 @@ def measure(
         results["rows"].append(row)
         path.write_text(json.dumps(results, indent=1))
         print({key: value for key, value in row.items() if key != "kernels"}, flush=True)
+        where = f"{row['dtype']}, {row['shape']}, {row['player']}"
+        if clock.is_over(f"head: all after {where}; go on with --only head and --shapes, --dtypes"):
+            break
     rows: list[dict[str, Any]] = results["rows"]
     return rows
 
@@ -190,8 +268,8 @@ def _rows(shapes: Sequence[str], dtypes: Sequence[str], device: str = "cuda") ->
                             for a, b in zip(found, expected)
                         )
                         del found
-                        row |= _timed(run, graph=name != REFERENCE)
-                        if name == "triton":
+                        row |= _timed(run, graph=name != REFERENCE) if device == "cuda" else _on_a_cpu(run)
+                        if name == "triton" and device == "cuda":
                             row["kernels"] = _kernel_times(run)
                             row["host_waits"] = _host_waits(run)
                             if shape in FEW_SHAPES:
@@ -225,6 +303,12 @@ def _timed(run: Callable[[], object], graph: bool) -> dict[str, float]:
             run()
         found["graph_ms"] = _median_ms(captured.replay)
     return found
+
+
+def _on_a_cpu(run: Callable[[], object]) -> dict[str, float]:
+    start = time.perf_counter()
+    run()
+    return {"eager_ms": 1000 * (time.perf_counter() - start)}
 
 
 def _median_ms(run: Callable[[], object]) -> float:

@@ -1,5 +1,6 @@
 """The session on a GPU, rehearsed on a CPU as far as that goes: what is measured, in which files, and how it fails."""
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from benchmarks import gpu_session
 
 
 def test_rows_hold_every_player_and_contender(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_session, "_timed", lambda run, graph: {"eager_ms": float(len(run())), "graph": graph})
+    monkeypatch.setattr(gpu_session, "_on_a_cpu", lambda run: {"eager_ms": float(len(run()))})
     rows = list(gpu_session._rows(["digits"], ["float32"], device="cpu"))
     assert {row["player"]: row["eager_ms"] for row in rows} == {
         "discriminator step": 6.0,
@@ -25,10 +26,10 @@ def test_rows_hold_every_player_and_contender(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_contender_that_fails_is_a_row_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    def out_of_memory(run: object, graph: bool) -> dict[str, float]:
+    def out_of_memory(run: object) -> dict[str, float]:
         raise torch.cuda.OutOfMemoryError("no more")
 
-    monkeypatch.setattr(gpu_session, "_timed", out_of_memory)
+    monkeypatch.setattr(gpu_session, "_on_a_cpu", out_of_memory)
     rows = list(gpu_session._rows(["digits"], ["float32"], device="cpu"))
     assert len(rows) > 5
     assert all("no more" in row["failed"] for row in rows)
@@ -68,6 +69,36 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr(sys, "argv", ["gpu_session.py"])
     assert gpu_session.main() == 2
     assert capsys.readouterr().err.startswith("error: found no CUDA device; expected one")
+
+
+def test_a_rehearsal_without_training_s_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a machine for the kernels alone: it says what is missing, and everything else holds together."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("tyro", "tomli_w") else find(name))
+    monkeypatch.setattr(sys, "argv", ["gpu_session.py", "--rehearse", "--output", str(tmp_path)])
+    assert gpu_session.main() == 0
+    said = capsys.readouterr().out
+    assert "missing: tyro, tomli_w; training's GPU tests and step.json need them, the kernels do not" in said
+    assert "tests collected: True" in said
+    assert "test_triton_gpu.py" in (tmp_path / "tests.txt").read_text()
+    assert len(json.loads((tmp_path / "head.json").read_text())) > 5
+
+
+def test_a_rehearsal_that_fails_is_the_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_session, "_pytest", lambda arguments, report: 0)
+    row = {"contender": "torch", "player": "encoder step"}
+    for rows, status in (([row], 0), ([row, {**row, "failed": "a\nno memory"}], 1)):
+        monkeypatch.setattr(gpu_session, "_rows", lambda shapes, dtypes, device, rows=rows: iter(rows))
+        assert gpu_session.rehearse(tmp_path) == status
+
+
+def test_after_its_minutes_it_says_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not gpu_session.Clock().is_over("nothing")
+    assert not capsys.readouterr().out
+    assert gpu_session.Clock(0).is_over("step: go on with --only step")
+    assert capsys.readouterr().out == "time is over; left: step: go on with --only step\n"
 
 
 @pytest.mark.slow
