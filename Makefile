@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+# A file to a process, as many as there are cores; each computes in one thread, as the tests' processes do.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 # A process in which Triton interprets its kernels cannot compile any: those tests run apart.
 INTERPRETED_TESTS := $(patsubst %,tests/test_%.py,equivalence fused_update triton_interpreter triton_races)
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED_TESTS)
@@ -35,11 +37,11 @@ pictures: $(VENV)/installed-pictures
 	$(BIN)/python -m gsda_fast.report $(foreach method,source-only dann gsda,$(PICTURES)-$(method)-seed0)
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(TESTS) -m "not slow and not gpu"
 	$(INTERPRETED) -m "not slow"
 
 test-all: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(TESTS)
 	$(INTERPRETED)
 
 # An environment of its own. That Triton's interpreter needs a NumPy before 2.4.
