@@ -171,17 +171,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.before is not None:
         sys.path.insert(0, str(options.before))
         before = importlib.import_module("gsda_before")
-    found = {}
+    cpu = torch.backends.cpu.get_cpu_capability()
+    machine = f"{cpu}, {torch.get_num_threads()} thread(s), PyTorch {torch.__version__}"
+    found: dict[str, dict[str, list[float]]] = {}
     for shape in options.shapes:
         steps = contenders(SHAPES[shape], before)
         kept = {name: step for name, step in steps.items() if not name.startswith(tuple(options.leave_out))}
         del steps
         found[shape] = visited(kept, options.visits)
-    cpu = torch.backends.cpu.get_cpu_capability()
-    text = table(found, f"{cpu}, {torch.get_num_threads()} thread(s), PyTorch {torch.__version__}")
-    print(text)
-    if options.output is not None:
-        options.output.write_text(text)
+        if options.output is not None:
+            # After every shape, so that what was measured survives a run that is cut off.
+            options.output.write_text(table(found, machine))
+    print(table(found, machine))
     return 0
 
 

@@ -126,8 +126,7 @@ def count(shape: HeadShape, kind: str, machine: Machine, rows: int | None = None
         operations = 2 * tiles * height * inner * columns
         return Launch(name, weights + from_memory(read) + written, through, operations, tiles * blocks)
 
-    def sums(name: str, columns: int, right: float, extra: float) -> Launch:
-        cut = config.weight
+    def sums(name: str, columns: int, right: float, extra: float, cut: Product) -> Launch:
         high, wide = math.ceil(hidden / cut.block_rows), math.ceil(columns / cut.block_columns)
         through = extra + wide * of_hidden + high * total * columns * item
         padded = sum(math.ceil(each / cut.block_inner) * cut.block_inner for each in pairs)
@@ -149,17 +148,17 @@ def count(shape: HeadShape, kind: str, machine: Machine, rows: int | None = None
     hidden_backward = product("hidden_backward", dim, hidden, config.layer, w1, of_dim + of_hidden, of_hidden)
     backward = (
         pair_gradient,
-        sums("weight_gradient 1", dim, of_dim, w1),
+        sums("weight_gradient 1", dim, of_dim, w1, config.weight),
         hidden_backward,
-        sums("weight_gradient 2", hidden, of_hidden, 2 * w2),
+        sums("weight_gradient 2", hidden, of_hidden, 2 * w2, config.weight),
         small("sum of w3's parts", k * hidden * 8 * 4),
     )
     update = (
         pair_gradient,
         hidden_backward,
         small("bad_operands", 2 * of_hidden + of_dim),
-        sums("weight_gradient 2, moves W2", hidden, of_hidden, 4 * w2),
-        sums("weight_gradient 1, moves W1", dim, of_dim, 4 * w1),
+        sums("weight_gradient 2, moves W2", hidden, of_hidden, 4 * w2, config.update),
+        sums("weight_gradient 1, moves W1", dim, of_dim, 4 * w1, config.update),
         small("small_update", k * hidden * (8 * 4 + 3 * 20)),
     )
     encoder = (small("feature_gradient", of_dim),)

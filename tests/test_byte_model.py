@@ -55,6 +55,11 @@ def test_programs_are_those_of_the_launches(kind: str) -> None:
     grids = [launch.grid for launch in backward if launch.name == "weight_gradient_kernel"]
     counted = [launch.programs for launch in step.backward if launch.name.startswith("weight_gradient")]
     assert [columns * high * k for columns, high, k in grids] == counted
+    with tune_triton.precision_of(kind):
+        moves = cross_compile.update_launches(dtype=dtype, parameter_dtype=parameter_dtype, **sizes)
+    grids = [launch.grid for launch in moves if launch.name == "weight_gradient_kernel"]
+    counted = [launch.programs for launch in step.update if "moves" in launch.name]
+    assert [columns * high * k for columns, high, k in grids] == counted
 
 
 def test_bytes_of_a_parameter() -> None:

@@ -24,7 +24,7 @@ def _all(dtype: torch.dtype, parameter_dtype: torch.dtype, precision: str) -> li
 def test_tiles(dtype: torch.dtype, parameter_dtype: torch.dtype, precision: str) -> None:
     for config in _all(dtype, parameter_dtype, precision):
         assert config.jacobian.block_rows == config.layer.block_rows == config.block_pairs
-        for product in (config.layer, config.jacobian, config.weight):
+        for product in (config.layer, config.jacobian, config.weight, config.update):
             blocks = (product.block_rows, product.block_columns, product.block_inner)
             assert all(block & (block - 1) == 0 for block in blocks)
             # Tensor cores: warp groups take 64 rows, and nothing takes an inner size below 16.

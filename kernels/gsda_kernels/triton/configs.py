@@ -65,6 +65,17 @@ class Configuration:
     def block_pairs(self) -> int:
         return self.layer.block_rows
 
+    @property
+    def update(self) -> Product:
+        """The tiles of `weight` where they move parameters, at half the width: two more tensors are in registers then.
+
+        For sm_90 and mixed operands 64 x 128 would take 158 registers in 8 warps, one program to a multiprocessor;
+        64 x 64 takes 80, and three of them keep each other's loads in flight.
+        """
+        return replace(
+            self.weight, block_columns=min(self.weight.block_columns, max(32, self.weight.block_columns // 2))
+        )
+
 
 Rows = Mapping[tuple[str, str, str], Mapping[str, tuple[int, int, int, int, int]]]
 

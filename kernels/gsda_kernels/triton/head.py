@@ -246,14 +246,14 @@ def update(
     assert u1 is not None
     assert active2 is not None
     (num_samples, dim), (num_discriminators, hidden, _) = features.shape, w1.shape
-    config, offsets = _configuration(features, w1), saved.routing.offsets
+    cut, offsets = _configuration(features, w1).update, saved.routing.offsets
     _check_tiles(features, w1, saved)
     grad_logit, direction = torch.empty_like(saved.residual), torch.empty_like(saved.norm)
     grad_b1, grad_b2 = (weight.new_empty(num_discriminators, hidden) for _ in range(2))
     grad_b3 = weight.new_empty(num_discriminators)
     first_operand, second_operand = torch.empty_like(saved.jacobian), torch.empty_like(h1)
-    row_blocks = triton.cdiv(hidden, config.weight.block_rows)
-    columns_1, columns_2 = (triton.cdiv(size, config.weight.block_columns) for size in (dim, hidden))
+    row_blocks = triton.cdiv(hidden, cut.block_rows)
+    columns_1, columns_2 = (triton.cdiv(size, cut.block_columns) for size in (dim, hidden))
     w3_part = weight.new_empty(num_discriminators, hidden, columns_2)
     looked_at = triton.cdiv(max(dim, hidden), _BLOCK_COLUMNS)
     bad = weight.new_empty(num_discriminators, looked_at)
@@ -261,7 +261,7 @@ def update(
     bad_w3 = weight.new_empty(num_discriminators, small)
     largest = (torch.finfo(torch.float32).max / (4 * num_samples)) ** 0.5
     step = (rule.learning_rate, rule.momentum, rule.weight_decay)
-    sums = {**_options(config.weight, features), "UPDATE": True, "NESTEROV": rule.nesterov, "WANT_WEIGHT": True}
+    sums = {**_options(cut, features), "UPDATE": True, "NESTEROV": rule.nesterov, "WANT_WEIGHT": True}
     with on_device(features.device):
         _pair_gradients(
             features, weight, label, saved, (grad_loss, grad_gradient_norm), grad_logit, direction, first_operand,
