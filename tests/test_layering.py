@@ -14,7 +14,6 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the top. A module stands where the longest prefix of its name is listed: a place is a file, or a folder and all
 # that is in it.
 FLOORS = [
-<<<<<<< HEAD
     ["gsda_fast.train", "gsda_fast.evaluate", "gsda_fast.predict", "gsda_fast.export", "gsda_fast.suite",
      "gsda_fast.embed", "gsda_fast.data.__main__"],
     ["gsda_fast.run", "gsda_fast.assemble", "gsda_fast.trained", "gsda_fast.resume", "gsda_fast.monitor",
@@ -24,39 +23,6 @@ FLOORS = [
      "gsda_fast.efficientnet_lite"],
     ["gsda_fast.files", "gsda_fast.console", "gsda_fast.commands", "gsda_fast.errors", "gsda_kernels"],
 ]  # fmt: skip
-=======
-    ["gsda_fast.suite"],
-    [
-        *("gsda_fast.train", "gsda_fast.evaluate", "gsda_fast.predict", "gsda_fast.export", "gsda_fast.embed"),
-        "gsda_fast.data.__main__",
-    ],
-    [
-        *("gsda_fast.run", "gsda_fast.assemble", "gsda_fast.trained", "gsda_fast.monitor", "gsda_fast.resume"),
-        "gsda_fast.config",
-    ],
-    ["gsda_fast.training", "gsda_fast.methods", "gsda_fast.report"],
-    [
-        *("gsda_fast.losses", "gsda_fast.data", "gsda_fast.results", "gsda_fast.model"),
-        *("gsda_fast.efficientnet_lite", "gsda_kernels"),
-    ],
-    ["gsda_fast.commands"],
-    ["gsda_fast.files"],
-    ["gsda_fast.errors"],
-]
-# What a wing may import of this project; its own modules always, `errors` in gsda_fast.
-WINGS = {
-    "gsda_kernels": set(),
-    "gsda_fast.data": set(),
-    "gsda_fast.results": {"gsda_fast.data"},
-    "gsda_fast.losses": set(),
-    "gsda_fast.model": {"gsda_fast.efficientnet_lite"},
-    "gsda_fast.efficientnet_lite": set(),
-    "gsda_fast.commands": set(),
-    "gsda_fast.errors": set(),
-    "gsda_fast.files": set(),
-    "gsda_fast.methods": {"gsda_fast.losses", "gsda_fast.model", "gsda_fast.data.batches", "gsda_kernels"},
-}
->>>>>>> refs/heads/pictures
 
 
 def modules() -> dict[str, Path]:
@@ -190,13 +156,5 @@ def late():
 """
     expected = {"gsda_kernels.pairs", "gsda_fast.data.digits", "gsda_fast.data", "gsda_fast.train"}
     assert imports_of(source, known) == expected
-<<<<<<< HEAD
     assert (floor("gsda_fast.suite"), floor("gsda_fast.data.digits"), floor("gsda_fast.data.__main__")) == (0, 3, 0)
     assert place_of("gsda_fast.training.trainer") == "gsda_fast.training"
-=======
-    assert (floor("gsda_fast.suite"), floor("gsda_fast.data.digits"), wing("gsda_fast.train")) == (
-        0,
-        4,
-        "gsda_fast.train",
-    )
->>>>>>> refs/heads/pictures
