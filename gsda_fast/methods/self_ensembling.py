@@ -29,7 +29,7 @@ class SelfEnsemblingSettings(MethodSettings):
     """Weight of equally many target samples of each class, times that of the consistency."""
     confidence: Annotated[float, Meta(ge=0, le=1)] = 0.9
     """Only teachers' predictions that are more probable than this teach."""
-    average: Annotated[float, Meta(ge=0, le=1)] = 0.99
+    teacher_decay: Annotated[float, Meta(ge=0, le=1)] = 0.99
     """What a step leaves of the teacher's weights; the rest becomes the student's."""
 
 
@@ -106,7 +106,7 @@ class SelfEnsembling(Method):
     def _average(self) -> None:
         teacher: list[Tensor] = list(self.model.parameters())
         student: list[Tensor] = list(self.student.parameters())
-        torch._foreach_lerp_(teacher, student, 1 - self.settings.average)
+        torch._foreach_lerp_(teacher, student, 1 - self.settings.teacher_decay)
 
     @torch.no_grad()
     def _copy_student(self) -> None:
