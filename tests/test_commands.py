@@ -1,3 +1,5 @@
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -10,9 +12,10 @@ from typing import Annotated, Literal, NoReturn
 import pytest
 import tyro
 from image_trees import refuse
+from rich.table import Table
 
-from gsda_fast.commands import parse_command_line, plain_console, run_command
-from gsda_fast.errors import UsageError, UsageWarning
+from gsda_fast.commands import echo, parse_command_line, plain_console, run_command, spreadsheet_text
+from gsda_fast.errors import FileWarning, UsageError, UsageWarning, visible
 from gsda_fast.results.run_folder import RunFolder
 
 
@@ -191,3 +194,87 @@ def test_refusal_that_names_no_file_keeps_its_traceback() -> None:
 
     with pytest.raises(PermissionError):
         run_command(main)
+
+
+@pytest.mark.parametrize("text", ["\x1b]0;owned\x07", "a\nb", "\x9b31m", "a\u2028b", "\u202egpj", "\udce9", "\x7f"])
+def test_what_a_terminal_would_obey_is_shown_as_escapes(capsys: pytest.CaptureFixture[str], text: str) -> None:
+    table = Table(text.replace("\n", ""), title=text.replace("\n", ""))
+    table.add_row(text.replace("\n", ""))
+    console = plain_console()
+    console.print(table)
+    console.print(text.replace("\n", ""), soft_wrap=True)
+    echo(text)
+    with pytest.raises(SystemExit):
+        run_command(lambda: refuse_it(text))
+    captured = capsys.readouterr()
+    shown = captured.out.replace("\n", "") + captured.err.replace("\n", "")
+    assert all(character.isprintable() for character in shown)
+    assert visible(text).startswith("\\") or visible(text).startswith("a\\")
+    assert visible("größe 漢字 \u00a0") == "größe 漢字 \u00a0"
+
+
+def refuse_it(text: str) -> NoReturn:
+    raise UsageError(text, found=f"'{text}'", expected=text, remedy=text)
+
+
+@pytest.mark.parametrize("arguments", [["--output", ""], ["--output="], ["digits", "--data-root", "", "--steps", "3"]])
+def test_an_option_with_nothing_is_refused(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    with pytest.raises(SystemExit) as end:
+        run_command(lambda: pytest.fail("the command was run"))
+    assert end.value.code == 2
+    assert "found an empty text; expected a value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code"),
+    [(errno.EROFS, 2), (errno.ENOTDIR, 2), (errno.EACCES, 2), (errno.ENOSPC, 1), (errno.EIO, 1), (errno.EDQUOT, 1)],
+)
+def test_a_disk_that_refuses_is_one_line(code: int, exit_code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> NoReturn:
+        raise OSError(code, "the reason", "/data/x\x1b.npy")
+
+    with pytest.raises(SystemExit) as end:
+        run_command(main)
+    assert end.value.code == exit_code
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert told.startswith("error: /data/x\\x1b.npy: ")
+
+
+def test_a_table_with_a_closed_pipe_ends_with_141() -> None:
+    endless = "[plain_console().print('x' * 99) for _ in range(9999)]"
+    program = f"from gsda_fast.commands import *\nrun_command(lambda: {endless})"
+    command = f'"{sys.executable}" -c "{program}" | head -1; echo "${{PIPESTATUS[0]}}"'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300, check=True)
+    assert (done.stdout.splitlines()[-1], done.stderr) == ("141", "")
+
+
+def test_a_terminal_that_is_not_utf8_gets_escapes() -> None:
+    both = "(plain_console().print('größe'), echo('größe'))[0]"
+    program = f"from gsda_fast.commands import *\nrun_command(lambda: {both})"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300, check=True
+    )
+    assert done.stdout == 2 * "gr\\xf6\\xdfe\n"
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(("name", "shown"), [("=1+1", "'=1+1"), ("@x", "'@x"), ("-a.jpg", "'-a.jpg"), ("a=b", "a=b")])
+def test_no_name_is_a_formula(name: str, shown: str) -> None:
+    assert spreadsheet_text(name) == shown
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_what_one_process_has_met_is_told_by_it(
+    rank: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        with pytest.raises(SystemExit):
+            run_command(lambda: warnings.warn("a.jpg: gone", FileWarning, stacklevel=1))
+    assert capsys.readouterr().err == "warning: a.jpg: gone\n"

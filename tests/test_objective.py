@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from gsda_fast import ClassGroups, Discriminators, discriminator_objective, encoder_objective, synchronization_loss
 from gsda_fast.losses import entropy
 from gsda_fast.methods.objective import class_probabilities, classification_loss, target_class_weights
-from gsda_kernels import AdversarialTerms
+from gsda_kernels import AdversarialTerms, DiscriminatorWeights, adversarial_terms
 
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
@@ -457,3 +457,35 @@ def test_the_adversarial_weight_multiplies_the_whole_adversarial_part(game: Game
     parts = [(1.0, game.classification_loss()), (2.5 * game.beta, losses["synchronization"])]
     parts += [(-2.5 * game.ramp, losses[level]) for level in ("domain", "group", "class")]
     assert_close(found, combined(parts, game.encoder), **EXACT)
+
+
+def test_an_encoder_without_source_or_target_rows_is_told_so() -> None:
+    logits = torch.randn(4, 3)
+    with pytest.raises(ValueError, match="source_labels: found none; expected at least one source row"):
+        encoder_objective(logits, torch.empty(0, dtype=torch.int64))
+    with pytest.raises(ValueError, match="logits: found 4 rows, all of the source; expected target rows, or alpha = 0"):
+        encoder_objective(logits, torch.tensor([0, 1, 2, 0]), alpha=0.1)
+    assert encoder_objective(logits, torch.tensor([0, 1, 2, 0])).total.isfinite()
+
+
+@pytest.mark.parametrize("empty", ["no source", "no target", "no confident sample of the target", "no weight at all"])
+def test_terms_of_one_domain_alone_are_finite(empty: str) -> None:
+    torch.manual_seed(0)
+    features = torch.randn(6, 4, requires_grad=True)
+    disc = DiscriminatorWeights(*(torch.randn(s) for s in [(3, 8, 4), (3, 8), (3, 8, 8), (3, 8), (3, 8), (3,)]))
+    domain = torch.tensor([1.0, 1, 1, 0, 0, 0])
+    weight = torch.rand(6, 3)
+    if empty.endswith(("source", "target")) and empty.count(" ") == 1:
+        domain = torch.full((6,), float(empty == "no target"))
+    elif empty == "no weight at all":
+        weight = torch.zeros(6, 3)
+    else:
+        weight[3:] = 0
+    terms = adversarial_terms(features, disc, weight, domain, backend="reference")
+    objective = discriminator_objective(terms)
+    (objective.total + terms.gradient_norm.sum()).backward()
+    assert objective.total.isfinite()
+    assert features.grad is not None
+    assert features.grad.isfinite().all()
+    with pytest.raises(ValueError, match=r"features: found shape \(0, 4\)"):
+        adversarial_terms(features[:0], disc, weight[:0], domain[:0])

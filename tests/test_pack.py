@@ -1,12 +1,13 @@
 """Packs: written by `gsda_fast.data.pack`, read through `gsda_fast.data.frames`."""
 
+import errno
 import io
 import json
 import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import IO, Any, NoReturn
 
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ from gsda_fast.data.pack import pack
 from gsda_fast.data.sampling import SamplingPlan
 from gsda_fast.data.torch_loader import TorchLoader
 from gsda_fast.data.verify import unreadable_files, verify
-from gsda_fast.errors import UsageError
+from gsda_fast.errors import TrainingError, UsageError
+from gsda_fast.files import FolderLock
 
 RECIPE = BENCHMARKS["folder"].recipe
 OFFICE31 = BENCHMARKS["office31"].classes or ()
@@ -339,3 +341,91 @@ def test_command(raw: Path) -> None:
     assert main([*arguments, "--output", output], console) == 0
     assert f"{output}: 0.00 GiB; train with --data-root {output}" in console.export_text()
     assert len(open_folders(Path(output))[0]) == 9
+
+
+# ------------------------------------------------------------------------------------------------- what it is made of
+
+
+def test_a_folder_is_held_while_it_is_packed(raw: Path, packed: Path) -> None:
+    before = file_times(packed)
+    with FolderLock(packed), pytest.raises(UsageError, match=r"--output: found .*pack, in use by process"):
+        pack("folder", "photos", "new", raw, output=packed)
+    assert file_times(packed) == before
+
+
+@pytest.mark.parametrize("spoil", ["a byte", "cut", "gone", "a folder's link"])
+def test_a_damaged_shard_is_mended(raw: Path, packed: Path, spoil: str) -> None:
+    path = packed / "photos-00001.npy"
+    whole, times = path.read_bytes(), path.stat()
+    if spoil == "a byte":
+        path.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    elif spoil == "cut":
+        os.truncate(path, 5000)
+    else:
+        path.unlink()
+        if spoil != "gone":
+            path.symlink_to(packed)
+    assert not verify("folder", "photos", "new", packed)[0].good
+    pack("folder", "photos", "new", raw, output=packed)
+    assert path.read_bytes() == whole
+    assert all(finding.good for finding in verify("folder", "photos", "new", packed))
+
+
+def test_a_shard_that_is_cut_while_it_is_read_is_an_error(packed: Path) -> None:
+    source, _ = open_folders(packed)
+    assert source.frames is not None
+    assert source.frames[0].any()
+    os.truncate(packed / "photos-00000.npy", 1000)
+    with pytest.raises(UsageError, match=r"photos-00000.npy: found a file that was cut while it was in use"):
+        source.frames[1]
+
+
+@pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fsync"])
+def test_a_disk_that_fills_up_is_one_line_and_the_same_call_goes_on(
+    raw: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def full(*_: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    output = raw.parent / "pack"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, full)
+        with pytest.raises(TrainingError, match=r"written \(No space left on device\); free some space"):
+            pack("folder", "photos", "new", raw, output=output)
+    assert not [name for name in os.listdir(output) if name.endswith((".npy", ".partial", ".tmp"))]
+    pack("folder", "photos", "new", raw, output=output)
+    assert all(finding.good for finding in verify("folder", "photos", "new", output))
+
+
+def test_a_disk_that_is_read_only_is_the_users_to_mend(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(path: Path, *_: object, **__: object) -> NoReturn:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    with pytest.raises(UsageError, match=r"--output: found .*Read-only file system.; expected a folder that"):
+        pack("folder", "photos", "new", raw, output=raw.parent / "pack")
+
+
+def test_a_shard_costs_a_line_of_the_table(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted: what is written beside the frames grows with the number of images, and not with its square."""
+    written: list[int] = []
+    add = pack_module._add_line
+
+    def counting(file: IO[bytes], line: dict[str, Any]) -> None:
+        written.append(len(json.dumps(line)))
+        add(file, line)
+
+    monkeypatch.setattr(pack_module, "_add_line", counting)
+    pack("folder", "photos", "new", raw, output=raw.parent / "pack")
+    assert len(written) == 2 + 3 + 1  # two domains, three shards and one
+    assert max(written[1:4]) < 260
+
+
+def test_the_same_images_at_another_place_are_packed_already(raw: Path, packed: Path) -> None:
+    before = file_times(packed)
+    moved = raw.parent / "moved"
+    raw.rename(moved)
+    assert pack("folder", "photos", "new", moved, output=packed) == packed
+    assert file_times(packed) == before
+    assert open_folders(packed)[0].identity() == open_folders(packed)[0].identity()

@@ -320,3 +320,81 @@ def test_unlabelled_target_can_be_cut_down(photos: Path) -> None:
     _, target = open_pair("folder", "photos", "flat", photos, photos / "bad.txt")
     assert target.paths == ["0.jpg", "2.jpg"]
     np.testing.assert_array_equal(target.labels, [-1, -1])
+
+
+# -------------------------------------------------------------------------------------------------------------- notes
+
+
+def test_what_is_not_looked_at_is_told(photos: Path) -> None:
+    for number in range(3):
+        (photos / "photos" / "cat" / f"IMG_{number}.HEIC").write_bytes(b"x")
+        natural_image(number).save(photos / "photos" / "cat" / f"{number}.jfif", "JPEG")
+        natural_image(number).save(photos / "photos" / "cat" / f"{number}.avif")
+    (photos / "photos" / "notes.txt").touch()
+    (photos / "photos" / ".DS_Store").touch()
+    (photos / "photos" / "__MACOSX").mkdir()
+    save(photos / "photos" / "beside.jpg")
+    with pytest.warns(UserWarning, match="domain photos: 7 entries not looked at: 3 .heic .*pillow-heif"):
+        source, _ = open_pair("folder", "photos", "new", photos)
+    assert len(source) == 12
+    code, text = run(*FOLDER, "--data-root", str(photos))
+    assert code == 0
+    for told in ("3 .heic", "1 .txt", "1 hidden file", "1 left-out folder", "1 image beside the class folders"):
+        assert told in text.replace("\n", " ")
+
+
+def test_another_format_than_the_name_says_is_told(photos: Path) -> None:
+    natural_image(1).save(photos / "photos" / "cat" / "a.jpg", "GIF")
+    natural_image(1).save(photos / "photos" / "cat" / "b.png", "AVIF")
+    code, text = run(*FOLDER, "--data-root", str(photos))
+    assert code == 0
+    assert "2 files with another format than their name says: " in text
+    assert "a.jpg (GIF)" in text
+    assert "b.png (AVIF)" in text
+    again = run(*FOLDER, "--data-root", str(photos))[1]
+    assert "b.png (AVIF)" in again  # remembered, not looked at again
+
+
+def test_a_check_that_is_killed_has_not_been_in_vain(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify_module, "_BLOCK", 2)
+    source, _ = open_pair("folder", "photos", "new", photos)
+    opened: list[str] = []
+
+    def killed(path: str, channels: int) -> str:
+        opened.append(path)
+        if len(opened) == 6:
+            raise KeyboardInterrupt
+        return "JPEG"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verify_module, "inspect", killed)
+        with pytest.raises(KeyboardInterrupt):
+            unreadable_files(source, workers=1)
+    opened.clear()
+    monkeypatch.setattr(verify_module, "inspect", lambda path, _: opened.append(path) or "JPEG")
+    unreadable_files(source, workers=1)
+    assert opened == [source.file(4), source.file(5)]
+
+
+def test_a_second_check_asks_for_nothing_but_the_state_of_each_file(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted: one look at each entry, no opening, no more tasks for the threads than blocks."""
+    source, _ = open_pair("folder", "photos", "new", photos)
+    unreadable_files(source)
+    digests: list[int] = []
+    digest = verify_module._digest
+    monkeypatch.setattr(verify_module, "_digest", lambda files, key: digests.append(len(files)) or digest(files, key))
+    monkeypatch.setattr(verify_module, "inspect", lambda path, _: pytest.fail(f"{path} was opened"))
+    unreadable_files(source)
+    assert digests == [6]
+
+
+def test_bytes_that_change_under_the_same_size_and_time_are_seen(photos: Path) -> None:
+    source, _ = open_pair("folder", "photos", "new", photos)
+    assert unreadable_files(source) == []
+    path = Path(source.file(0))
+    times, size = path.stat(), path.stat().st_size
+    path.write_bytes(bytes(size))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert [bad for bad, _ in unreadable_files(source)] == [str(path)]

@@ -82,9 +82,7 @@ class Finding:
         if self.misnamed:
             shown = ", ".join(f"{path} ({found})" for path, found in self.misnamed[:_SHOWN])
             more = f" and {len(self.misnamed) - _SHOWN} more" if len(self.misnamed) > _SHOWN else ""
-            notes.append(
-                f"{len(self.misnamed)} files that are read, with another format than their name: {shown}{more}"
-            )
+            notes.append(f"{len(self.misnamed)} files with another format than their name says: {shown}{more}")
         return notes
 
     @property

@@ -181,8 +181,15 @@ def encoder_objective(
     Returns:
         Objective with the terms ``classification`` and, where they take part, ``entropy``, ``adversarial`` and
         ``synchronization``.
+
+    Raises:
+        ValueError: no source rows, or no target rows where their entropy is wanted: a mean over none is NaN.
     """
     num_source = len(source_labels)
+    if num_source == 0:
+        raise ValueError("source_labels: found none; expected at least one source row")
+    if alpha and len(logits) <= num_source:
+        raise ValueError(f"logits: found {len(logits)} rows, all of the source; expected target rows, or alpha = 0")
     classification = classification_loss(logits[:num_source], source_labels, source_weight, mean_over_ranks)
     total, named = classification, {"classification": classification.detach()}
     if alpha:
