@@ -171,7 +171,8 @@ def _require_bounds(settings: Any) -> None:
         least, most = (-math.inf if meta.ge is None else meta.ge), (math.inf if meta.le is None else meta.le)
         if not (least <= value <= most and math.isfinite(value)):
             kind = "a whole number" if isinstance(value, int) else "a finite number"
-            bounds = f"from {least:g} to {most:g}" if math.isfinite(most) else f">= {least:g}"
+            # Whole bounds as they are: a seed's have more digits than :g shows.
+            bounds = f"from {meta.ge} to {meta.le}" if math.isfinite(most) else f">= {meta.ge}"
             raise UsageError(_option(each.name), found=str(value), expected=f"{kind} {bounds}")
 
 
@@ -301,8 +302,13 @@ def config_from_dict(tables: dict[str, Any], origin: str) -> Config:
             expected="[method], as this version writes it",
             remedy="train the run again, or read it with version 0.1",
         )
+    run = run if isinstance(run, dict) else {}  # anything else is refused below, as an entry
     named = {name: run.get(name, default) for name, default in (("method", "gsda"), ("recipe", "common"))}
-    default = preset(task, **{name: value if isinstance(value, str) else repr(value) for name, value in named.items()})
+    try:
+        default = preset(task, **{name: each if isinstance(each, str) else repr(each) for name, each in named.items()})
+    except UsageError as error:
+        found = f"{error.what.removeprefix('--')} = {error.found}"
+        raise UsageError(origin, found=found, expected=error.expected) from error
     known, read = _tables(default), {}
     for name, table in tables.items():
         if name == "task":
@@ -337,7 +343,7 @@ def _typed(settings: type, table: Mapping[str, Any], origin: str) -> dict[str, A
 def _from_toml(kind: type, value: Any) -> Any:
     if kind is Path and isinstance(value, str):
         return Path(value)
-    raise NotImplementedError
+    raise TypeError("Expected a path in quotes")
 
 
 def _without_default_output(config: Config) -> Config:
