@@ -232,7 +232,8 @@ def _class_at(classes: list[str], place: int) -> str:
 
 def _require_shapes(stored: Mapping[str, Tensor], own: Mapping[str, Tensor], origin: str) -> None:
     for name, tensor in own.items():
-        if name in stored and stored[name].shape != tensor.shape:
+        # What is empty before it is fitted has as many rows as the data then say.
+        if name in stored and tensor.numel() and stored[name].shape != tensor.shape:
             there, here = (" x ".join(map(str, each.shape)) for each in (stored[name], tensor))
             raise _other_network(origin, f"the tensor {name} of shape {there}", here)
 

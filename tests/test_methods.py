@@ -225,7 +225,7 @@ def test_a_run_resumes_bit_by_bit_and_what_it_leaves_scores_as_it_did(
     assert_close(exported[1], logits[:3], rtol=1e-4, atol=1e-4)
 
 
-# -------------------------------------------------------------------------------------- a method of one's own
+# ------------------------------------------------------------------------------------------------ a method of one's own
 
 
 @dataclass(frozen=True)

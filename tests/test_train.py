@@ -669,7 +669,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "mentioned"),
     [
-        (["digit"], ["TASK", "'digit'", "digits, digits-partial, visda"]),
+        (["digit"], ["TASK", "'digit'", "digits, digits-partial, pictures"]),
         (["digits", "--stesp", "5"], ["--stesp"]),
         (["digits", "--steps", "0"], ["--steps", "found 0"]),
         (["digits", "--batch-size", "0"], ["--batch-size", "found 0"]),
