@@ -6,10 +6,12 @@ import pytest
 from rich.console import Console
 from test_trainer import SCORED, build
 
-from gsda_fast.results.run_folder import RunFolder
-from gsda_fast.training import saver
+from gsda_fast import run as run_module
+from gsda_fast.config import parse_config
+from gsda_fast.run import Run
 from gsda_fast.training.checkpoint import CheckpointFolder
-from gsda_fast.training.saver import Saver
+from gsda_fast.training.distributed import Ranks
+from gsda_fast.training.stopping import StopRequest
 
 
 class Clock:
@@ -44,16 +46,19 @@ def saved(
     between: float,
     fails: tuple[int, ...] = (),
 ) -> list[int]:
-    """The steps at which a run asked for a checkpoint, its scorings `between` seconds apart."""
+    """The steps at which a run asked for a checkpoint, its evaluations `between` seconds apart."""
     clock = Clock()
-    monkeypatch.setattr(saver, "time", clock)
-    trainer, checkpoints = build(), Folder(folder / "checkpoints", clock, fails)
-    run = RunFolder(folder)
-    run.prepare()
-    written = Saver(run, checkpoints, trainer, {}, Console(file=io.StringIO()), seconds)
-    for report in trainer.run(written.save_if_due):
-        clock.now += between if report.figures else 0
-    run.release()
+    checkpoints = Folder(folder / "checkpoints", clock, fails)
+    monkeypatch.setattr(run_module, "time", clock)
+    monkeypatch.setattr(run_module, "CheckpointFolder", lambda path: checkpoints)
+    monkeypatch.setattr(run_module, "build_trainer", lambda *_: build())
+    options = ("--synthetic", "--checkpoint-seconds", str(seconds), "--output", str(folder))
+    config = parse_config(["digits", *options], "train")
+    with Run.open(config, Ranks(), StopRequest(), Console(file=io.StringIO())) as run:
+        trainer = run.build_trainer()
+        assert trainer is not None
+        for report in trainer.run(on_evaluation=run.checkpoint_if_due):
+            clock.now += between if report.evaluation else 0
     return checkpoints.asked
 
 
