@@ -2,12 +2,13 @@ import pytest
 import torch
 from torch import nn
 
+from gsda_fast import assemble
 from gsda_fast.assemble import build_trainer, resolve
 from gsda_fast.config import parse_config
 from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.model import ModelSettings
-from gsda_fast.train import _report_line
-from gsda_fast.training import assemble, figures
+from gsda_fast.monitor import _report_line
+from gsda_fast.training import rooflines
 from gsda_fast.training.rooflines import PEAKS, Floors, Peaks, Work, device_floors, floors, training_work
 from gsda_fast.training.trainer import Report
 
@@ -109,16 +110,16 @@ def test_a_report_tells_shares_where_they_are_known() -> None:
 
 
 def test_peak_memory_is_in_bytes() -> None:
-    used = figures.peak_memory(torch.device("cpu"))
+    used = rooflines.peak_memory(torch.device("cpu"))
     assert 2**26 < used < 2**42
 
 
 def test_the_peak_of_the_run_before_is_forgotten_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     forgotten: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", forgotten.append)
-    figures.forget_peak_memory(torch.device("cpu"))
+    rooflines.forget_peak_memory(torch.device("cpu"))
     assert forgotten == []
-    figures.forget_peak_memory(torch.device("cuda:1"))
+    rooflines.forget_peak_memory(torch.device("cuda:1"))
     assert forgotten == [torch.device("cuda:1")]
 
 

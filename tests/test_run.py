@@ -8,9 +8,14 @@ import pytest
 from rich.console import Console
 from test_trainer import SCORED, build
 
+<<<<<<< HEAD
 from gsda_fast import run as of_run
 from gsda_fast.config import preset
 from gsda_fast.data.domains import ImageDomain
+=======
+from gsda_fast import run as run_module
+from gsda_fast.config import parse_config
+>>>>>>> refs/heads/traintests
 from gsda_fast.run import Run
 from gsda_fast.training.checkpoint import CheckpointFolder
 from gsda_fast.training.distributed import Ranks
@@ -51,6 +56,7 @@ def saved(
 ) -> list[int]:
     """The steps at which a run asked for a checkpoint, its evaluations `between` seconds apart."""
     clock = Clock()
+<<<<<<< HEAD
     monkeypatch.setattr(of_run, "time", clock)
     monkeypatch.setattr(of_run, "run_identity", lambda *_: {})
     trainer, checkpoints = build(), Folder(folder / "checkpoints", clock, fails)
@@ -63,6 +69,18 @@ def saved(
         run._trainer, run._checkpoints = trainer, checkpoints
         for report in trainer.run(run.checkpoint_if_due):
             run.append(report)
+=======
+    checkpoints = Folder(folder / "checkpoints", clock, fails)
+    monkeypatch.setattr(run_module, "time", clock)
+    monkeypatch.setattr(run_module, "CheckpointFolder", lambda path: checkpoints)
+    monkeypatch.setattr(run_module, "build_trainer", lambda *_: build())
+    options = ("--synthetic", "--checkpoint-seconds", str(seconds), "--output", str(folder))
+    config = parse_config(["digits", *options], "train")
+    with Run.open(config, Ranks(), StopRequest(), Console(file=io.StringIO())) as run:
+        trainer = run.build_trainer()
+        assert trainer is not None
+        for report in trainer.run(on_evaluation=run.checkpoint_if_due):
+>>>>>>> refs/heads/traintests
             clock.now += between if report.evaluation else 0
     return checkpoints.asked
 
