@@ -1,21 +1,13 @@
 import io
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from rich.console import Console
 from test_trainer import SCORED, build
 
-<<<<<<< HEAD
-from gsda_fast import run as of_run
-from gsda_fast.config import preset
-from gsda_fast.data.domains import ImageDomain
-=======
 from gsda_fast import run as run_module
 from gsda_fast.config import parse_config
->>>>>>> refs/heads/traintests
 from gsda_fast.run import Run
 from gsda_fast.training.checkpoint import CheckpointFolder
 from gsda_fast.training.distributed import Ranks
@@ -23,7 +15,7 @@ from gsda_fast.training.stopping import StopRequest
 
 
 class Clock:
-    """Seconds that pass where a test says so."""
+    """Seconds that pass where they are told to."""
 
     now = 0.0
 
@@ -56,20 +48,6 @@ def saved(
 ) -> list[int]:
     """The steps at which a run asked for a checkpoint, its evaluations `between` seconds apart."""
     clock = Clock()
-<<<<<<< HEAD
-    monkeypatch.setattr(of_run, "time", clock)
-    monkeypatch.setattr(of_run, "run_identity", lambda *_: {})
-    trainer, checkpoints = build(), Folder(folder / "checkpoints", clock, fails)
-    config = preset("digits")
-    settings = replace(config.run, output=folder, checkpoint_seconds=seconds, warmup=0)
-    domain = ImageDomain("none", folder, [], np.zeros(0, np.int64), ())
-    console = Console(file=io.StringIO())
-    with Run(replace(config, run=settings), domain, domain, Ranks(), StopRequest(), console) as run:
-        run.folder.prepare()
-        run._trainer, run._checkpoints = trainer, checkpoints
-        for report in trainer.run(run.checkpoint_if_due):
-            run.append(report)
-=======
     checkpoints = Folder(folder / "checkpoints", clock, fails)
     monkeypatch.setattr(run_module, "time", clock)
     monkeypatch.setattr(run_module, "CheckpointFolder", lambda path: checkpoints)
@@ -80,7 +58,6 @@ def saved(
         trainer = run.build_trainer()
         assert trainer is not None
         for report in trainer.run(on_evaluation=run.checkpoint_if_due):
->>>>>>> refs/heads/traintests
             clock.now += between if report.evaluation else 0
     return checkpoints.asked
 
