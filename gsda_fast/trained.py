@@ -152,6 +152,7 @@ def for_scoring(config: Config, device: Device) -> Config:
         run=replace(config.run, device=here),
         data=replace(config.data, loader=loader, cache_on_device=False),
         model=replace(config.model, weights="none"),
+        method=METHODS[config.run.method].method.portable(config.method),
         optimizer=replace(config.optimizer, optimizer="auto"),
         precision=precision.resolved(here),
         distributed=DistributedSettings(),

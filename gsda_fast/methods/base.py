@@ -123,6 +123,11 @@ class Method(nn.Module):
         return settings
 
     @classmethod
+    def portable(cls, settings: Any) -> Any:
+        """Return the settings without choices that belong to the machine of a run, for evaluation on another one."""
+        return settings
+
+    @classmethod
     def classifier(cls, settings: Any, feature_dim: int, num_classes: int) -> nn.Module:
         """Build the head: (N, D) features to the (N, r) logits that predict."""
         return nn.Linear(feature_dim, num_classes)

@@ -132,6 +132,10 @@ class GSDA(Method):
             raise UsageError("--groups", found=str(groups), expected=expected)
         return replace(resolved, groups=groups)
 
+    @classmethod
+    def portable(cls, settings: AdversarialSettings) -> AdversarialSettings:
+        return replace(settings, backend="auto")
+
     def players(self) -> dict[str, Player]:
         return {**super().players(), "discriminators": Player((self.discriminators,))}
 
