@@ -21,7 +21,6 @@ from gsda_fast.errors import UsageError
 from gsda_fast.methods import METHODS, TaskFacts, build_method
 from gsda_fast.model import FEATURES, LENET, ModelSettings, build_model, input_format
 from gsda_fast.results.run_folder import RunFolder, flat_settings
-from gsda_fast.resume import summary
 from gsda_fast.training.distributed import Ranks, digest
 from gsda_fast.training.generators import seed_generators
 from gsda_fast.training.precision import AUTOCAST_DTYPES, set_arithmetic
@@ -56,7 +55,8 @@ def resolve(config: Config, world_size: int = 1) -> tuple[Config, ImageDomain, I
     named = replace(
         config,
         run=replace(run, output=run.output or default_output),
-        data=replace(data, source=source.name, target=target.name, data_root=data_root),
+        # The whole path: a relative one would mean another folder elsewhere.
+        data=replace(data, source=source.name, target=target.name, data_root=data_root and data_root.absolute()),
     )
     return with_choices(named, source, target, world_size), source, target
 
@@ -176,8 +176,8 @@ def build_trainer(
     ranks.require_equal(
         {
             **flat_settings(config.to_dict()),
-            "source images": summary(source),
-            "target images": summary(target),
+            "source images": source.identity(),
+            "target images": target.identity(),
             "initial parameters": digest(method.state_dict()),
         }
     )

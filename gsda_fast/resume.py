@@ -121,8 +121,8 @@ def run_identity(config: Config, source: ImageDomain, target: ImageDomain, proce
         **_own(config),
         "--nproc_per_node": f"{processes} process{'es' if processes > 1 else ''}",
         "--batch-size": str(config.run.batch_size),
-        "--source": summary(source),
-        "--target": summary(target),
+        "--source": source.identity(),
+        "--target": target.identity(),
         "--loader": config.data.loader,
         "classes": list(source.classes),
     }
@@ -151,19 +151,6 @@ def require_own(stored: Mapping[str, Any], config: Config, origin: str) -> None:
                 expected=f"{name} {value}, as the folder's config.toml says",
                 remedy="remove it from the folder",
             )
-
-
-def summary(domain: ImageDomain) -> str:
-    """How many images a domain has, and a digest of which they are: file names and labels, and the pixels of a pack."""
-    found = hashlib.sha256(repr((domain.paths, domain.labels.tolist())).encode())
-    kind = "files"
-    if domain.frames is not None:
-        kind = "frames of a pack"
-        found.update(repr([shard.sha256 for shard in domain.frames.shards]).encode())
-    if domain.rows is not None:
-        kind = "rows of features"
-        found.update(domain.rows.digest.encode())
-    return f"{len(domain)} {kind} with digest {found.hexdigest()[:12]}"
 
 
 def versions() -> dict[str, str]:

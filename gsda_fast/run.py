@@ -222,6 +222,8 @@ class Run:
         differing = {name: pair for name, pair in changed.items() if name not in FREE_TO_CHANGE}
         if set(differing.get("run.resume", ())) <= {"auto", "never"}:
             differing.pop("run.resume", None)
+        if "data.data_root" in differing and self._has_same_images():
+            del differing["data.data_root"]
         if differing:
             names = ", ".join(
                 f"{name} = {old} there and {new if name in asked else 'unknown'} here"
@@ -234,6 +236,11 @@ class Run:
                 remedy="give another --output, or --resume never to start the folder afresh",
             )
         return self.folder.read_result()
+
+    def _has_same_images(self) -> bool:
+        """Return whether the newest checkpoint is of the same images: data may lie at another place for every job."""
+        state, _ = self._checkpoints.load_newest()
+        return state is not None and all(state["identity"].get(n) == self._identity[n] for n in ("--source", "--target"))
 
     def _begin(self, trainer: Trainer) -> None:
         """Bring the folder to where the trainer is."""
