@@ -13,9 +13,10 @@ from rich.console import Console
 from table_cells import squeezed
 
 from gsda_fast import suite as command
-from gsda_fast.config import PRESETS, Config
+from gsda_fast.config import Config, preset
 from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.errors import TrainingError
+from gsda_fast.methods.gsda import PRESETS as GSDA_PRESETS
 from gsda_fast.results.paper import published_row
 from gsda_fast.results.records import RunResult
 from gsda_fast.results.run_folder import RunFolder
@@ -132,23 +133,27 @@ def test_suite_from_its_command_to_its_tables(task: str, run_suite: Any) -> None
 
 
 def assert_presets_are_stored(task: str, folder: Path) -> None:
-    preset, paper = PRESETS[task], BENCHMARKS[task].paper
     given = {option.removeprefix("--").replace("-", "_") for option in SMALL if option.startswith("--")}
     given |= {"method", "source", "target", "data_root", "output", "seed"}
     # What the preset leaves to the machine is stored as it was chosen.
     automatic = {"auto", 0, None}
-    stored = [RunFolder(path).read_config() for path in folder.glob("*-seed0")]
-    assert len(stored) == len(METHODS) * len(TRANSFER_TASKS[task])
-    for of_run in stored:
-        assert of_run["task"] == task
-        for section, settings in preset.to_dict().items():
-            for name, value in settings.items() if section != "task" else ():
-                if name not in given and value not in automatic:
-                    assert of_run[section][name] == value, name
-        if paper is not None:
-            adversarial = of_run["adversarial"]
-            assert (adversarial["alpha"], adversarial["beta"]) == (paper.alpha, paper.beta)
-            assert adversarial["groups"] == paper.groups
+    stored = {
+        method: [RunFolder(path).read_config() for path in folder.glob(f"*-{method}-seed0")] for method in METHODS
+    }
+    for method, of_method in stored.items():
+        assert len(of_method) == len(TRANSFER_TASKS[task])
+        settings_of = preset(task, method).to_dict()
+        for of_run in of_method:
+            assert of_run["task"] == task
+            assert of_run["run"]["method"] == method
+            for section, settings in settings_of.items():
+                for name, value in settings.items() if section != "task" else ():
+                    if name not in given and not isinstance(value, dict) and value not in automatic:
+                        assert of_run[section][name] == value, name
+    if task in GSDA_PRESETS:
+        paper = GSDA_PRESETS[task]["method"]
+        for of_run in stored["gsda"]:
+            assert {name: of_run["method"][name] for name in ("alpha", "beta", "groups")} == paper
 
 
 def assert_visdas_table_has_the_classes_and_both_averages(folder: Path) -> None:

@@ -19,10 +19,11 @@ import pytest
 from image_trees import class_tree, save
 from rich.console import Console
 
+from gsda_fast import run as run_module
 from gsda_fast import train as command
 from gsda_fast.assemble import resolve
 from gsda_fast.commands import run_command
-from gsda_fast.config import PRESETS, parse_config
+from gsda_fast.config import parse_config, preset
 from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.errors import Stopped, UsageError
 from gsda_fast.report import suite_layout
@@ -285,7 +286,7 @@ def test_a_run_from_before_a_setting_was_added_had_its_default(task: str, quick:
     data = {"digits": (), "folder": ("--data-root", str(own_folders(tmp_path / "data", True)), *OWN[:4])}[task]
     folder = tmp_path / "run"
     folder.mkdir()
-    added = [name for name in flat_settings(PRESETS[task].to_dict()) if name not in NAMES_THE_DATA]
+    added = [name for name in flat_settings(preset(task).to_dict()) if name not in NAMES_THE_DATA]
     added = [name for name in added if name != "data.data_root" or task == "digits"]
     assert len(added) > 35
     for name in added:
@@ -298,10 +299,10 @@ def test_a_run_from_before_a_setting_was_added_had_its_default(task: str, quick:
 @pytest.mark.parametrize(
     ("lacking", "option", "told"),
     [
-        ("adversarial.beta", ("--beta", "2"), "adversarial.beta = 1.0 there and 2.0 here"),
+        ("method.beta", ("--beta", "2"), "method.beta = 1.0 there and 2.0 here"),
         ("run.steps", ("--steps", "700"), "run.steps = 800 there and 700 here"),
         ("pseudo_labels.balance_target", ("--no-balance-target",), "balance_target = True there and False here"),
-        ("adversarial.backend", ("--backend", "reference"), r"adversarial.backend = \w+ there and reference here"),
+        ("method.backend", ("--backend", "reference"), r"method.backend = \w+ there and reference here"),
         ("data.data_root", ("--data-root", "{few_digits}"), "data.data_root = None there and .*digits here"),
         ("data.quarantine", ("--quarantine", "{list}"), "data.quarantine = None there and .*list.txt here"),
         ("run.resume", ("--resume", "{quick}"), "run.resume = auto there and .*quick here"),
@@ -380,7 +381,7 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(quick: Quick) -> 
     with pytest.raises(UsageError) as error:
         run(*quick.settings, "--output", str(quick.folder), "--beta", "2", "--seed", "5")
     assert error.value.what == "--output"
-    assert "adversarial.beta = 1.0 there and 2.0 here" in error.value.found
+    assert "method.beta = 1.0 there and 2.0 here" in error.value.found
     assert "run.seed = 0 there and 5 here" in error.value.found
     assert "steps" not in error.value.found
     assert "--resume never" in error.value.remedy
@@ -469,14 +470,14 @@ def test_a_folder_that_another_process_took_while_this_one_made_ready_is_refused
     quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, other = tmp_path / "run", RunFolder(tmp_path / "run")
-    original = command.build_trainer
+    original = run_module.build_trainer
 
     def build_while_another_begins(*arguments: Any) -> Any:
         other.prepare()
         other.hold()
         return original(*arguments)
 
-    monkeypatch.setattr(command, "build_trainer", build_while_another_begins)
+    monkeypatch.setattr(run_module, "build_trainer", build_while_another_begins)
     with pytest.raises(UsageError, match=r"--output: found .*, in use by process"):
         run(*quick.settings, "--output", str(output))
     other.release()
@@ -532,7 +533,7 @@ def test_a_signal_before_the_first_step_leaves_nothing(
         signal.raise_signal(signal.SIGTERM)
         raise AssertionError("it ends at once")
 
-    monkeypatch.setattr(command, moment, signalled)
+    monkeypatch.setattr(run_module, moment, signalled)
     with pytest.raises(Stopped, match="stopped before a step was taken; the same command goes on"):
         run(*quick.settings, "--output", str(tmp_path / "run"))
     assert list(tmp_path.iterdir()) == []
@@ -668,7 +669,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "mentioned"),
     [
-        (["digit"], ["TASK", "'digit'", "digits, digits-partial, visda"]),
+        (["digit"], ["TASK", "'digit'", "digits, digits-partial, pictures", "visda"]),
         (["digits", "--stesp", "5"], ["--stesp"]),
         (["digits", "--steps", "0"], ["--steps", "found 0"]),
         (["digits", "--batch-size", "0"], ["--batch-size", "found 0"]),
