@@ -240,7 +240,8 @@ class Run:
     def _has_same_images(self) -> bool:
         """Return whether the newest checkpoint is of the same images: data may lie at another place for every job."""
         state, _ = self._checkpoints.load_newest()
-        return state is not None and all(state["identity"].get(n) == self._identity[n] for n in ("--source", "--target"))
+        domains = ("--source", "--target")
+        return state is not None and all(state["identity"].get(each) == self._identity[each] for each in domains)
 
     def _begin(self, trainer: Trainer) -> None:
         """Bring the folder to where the trainer is."""

@@ -16,6 +16,7 @@ from gsda_fast import suite as command
 from gsda_fast.config import Config, preset
 from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.errors import TrainingError
+from gsda_fast.methods.gsda import PRESETS as GSDA_PRESETS
 from gsda_fast.results.paper import published_row
 from gsda_fast.results.records import RunResult
 from gsda_fast.results.run_folder import RunFolder
@@ -37,13 +38,6 @@ TRANSFER_TASKS = {
 }
 COMPARED = ("visda", "office31", "office-home")
 """The tasks of the paper's tables."""
-PAPER = {
-    "visda": (0.2, 10.0, 4),
-    "office31": (0.02, 1.0, 6),
-    "office31-partial": (0.2, 10.0, 6),
-    "office-home": (0.02, 1.0, 13),
-}
-"""alpha, beta and groups of the paper."""
 SMALL = (
     "--seeds", "0", "--loader", "torch", "--workers", "1", "--device", "cpu", "--steps", "3", "--batch-size", "6",
     "--refresh-every", "2", "--confidence-threshold", "0", "--backbone", "resnet18", "--weights", "none",
@@ -143,17 +137,23 @@ def assert_presets_are_stored(task: str, folder: Path) -> None:
     given |= {"method", "source", "target", "data_root", "output", "seed"}
     # What the preset leaves to the machine is stored as it was chosen.
     automatic = {"auto", 0, None}
-    stored = [RunFolder(path).read_config() for path in folder.glob("*-seed0")]
-    assert len(stored) == len(METHODS) * len(TRANSFER_TASKS[task])
-    for of_run in stored:
-        assert of_run["task"] == task
-        default = preset(task, of_run["run"]["method"])
-        for section, settings in default.to_dict().items():
-            for name, value in settings.items() if section != "task" else ():
-                if name not in given and (isinstance(value, dict) or value not in automatic):
-                    assert of_run[section][name] == value, name
-        if task in PAPER and of_run["run"]["method"] == "gsda":
-            assert tuple(of_run["method"][name] for name in ("alpha", "beta", "groups")) == PAPER[task]
+    stored = {
+        method: [RunFolder(path).read_config() for path in folder.glob(f"*-{method}-seed0")] for method in METHODS
+    }
+    for method, of_method in stored.items():
+        assert len(of_method) == len(TRANSFER_TASKS[task])
+        settings_of = preset(task, method).to_dict()
+        for of_run in of_method:
+            assert of_run["task"] == task
+            assert of_run["run"]["method"] == method
+            for section, settings in settings_of.items():
+                for name, value in settings.items() if section != "task" else ():
+                    if name not in given and not isinstance(value, dict) and value not in automatic:
+                        assert of_run[section][name] == value, name
+    if task in GSDA_PRESETS:
+        paper = GSDA_PRESETS[task]["method"]
+        for of_run in stored["gsda"]:
+            assert {name: of_run["method"][name] for name in ("alpha", "beta", "groups")} == paper
 
 
 def assert_visdas_table_has_the_classes_and_both_averages(folder: Path) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from benchmark_trees import TASKS
 from rich.console import Console
 from same_state import differences
@@ -20,11 +19,12 @@ from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.data.loaders import open_loader
 from gsda_fast.data.pack import pack
 from gsda_fast.data.sampling import SamplingPlan
-from gsda_fast.errors import UsageError
+from gsda_fast.errors import FileWarning, UsageError
 from gsda_fast.evaluate import EvaluateSettings, evaluate
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.train import train
 from gsda_fast.training.checkpoint import CheckpointFolder
+from gsda_fast.training.update import StepOutcome
 
 pytestmark = [
     pytest.mark.skipif(find_spec("nvidia") is None or find_spec("nvidia.dali") is None, reason="DALI is not installed"),
@@ -191,7 +191,8 @@ def test_ten_crops_change_the_figures_and_nothing_that_trains(
 
 
 @pytest.mark.parametrize("loader", ["dali", "torch"])
-def test_class_that_vanishes_in_mid_run_is_named_and_nothing_is_lost(
+@pytest.mark.filterwarnings("ignore:.*no such file any more; another sample of its class")
+def test_folder_that_vanishes_in_mid_run_is_named_and_nothing_is_lost(
     run: Callable[..., SampleIds], tmp_path: Path, loader: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     TASKS["folder"][0](tmp_path / "folder")
@@ -199,13 +200,13 @@ def test_class_that_vanishes_in_mid_run_is_named_and_nothing_is_lost(
     vanishing, gone = tmp_path / "folder" / "photos" / "cat", tmp_path / "gone"
     train_step = assemble.Trainer._train_step
 
-    def lose_the_folder(trainer: assemble.Trainer, step: int, batch: Batch) -> dict[str, torch.Tensor]:
+    def lose_the_folder(trainer: assemble.Trainer, step: int, batch: Batch) -> StepOutcome:
         if step == 1:
             vanishing.rename(gone)
         return train_step(trainer, step, batch)
 
     monkeypatch.setattr(assemble.Trainer, "_train_step", lose_the_folder)
-    with pytest.raises(UsageError, match=r"no readable image of the class of .*photos/cat/frame_000\d.jpg"):
+    with pytest.raises(UsageError, match=r"photos: found no readable image of the class of .*cat/frame_000\d.jpg"):
         run("folder", loader, output="broken")
     monkeypatch.setattr(assemble.Trainer, "_train_step", train_step)
     gone.rename(vanishing)
@@ -221,8 +222,8 @@ def test_files_are_looked_at_before_the_training(run: Callable[..., SampleIds], 
     with pytest.raises(UsageError, match=rf"data: found 1 unreadable files: {bad} \(.*truncated"):
         run("folder", "torch")
     assert not (tmp_path / "run-torch" / "checkpoints").exists()
-    with pytest.warns(UserWarning, match=rf"{bad}: .*; another sample of its class takes its place"):
-        run("folder", "torch", "--no-verify", output="unverified")
+    with pytest.warns(FileWarning, match=rf"{bad}: .*truncated.*; another sample of its class takes its place"):
+        assert len(run("folder", "torch", "--no-verify")) == 4
     (tmp_path / "bad.txt").write_text(f"{bad}\n")
     seen = run("folder", "torch", "--quarantine", str(tmp_path / "bad.txt"), output="rest")
     assert max(sample for source, _ in seen for sample in source) <= 10

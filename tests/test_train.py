@@ -19,7 +19,7 @@ import pytest
 from image_trees import class_tree, save
 from rich.console import Console
 
-from gsda_fast import run as of_run
+from gsda_fast import run as run_module
 from gsda_fast import train as command
 from gsda_fast.assemble import resolve
 from gsda_fast.commands import run_command
@@ -470,14 +470,14 @@ def test_a_folder_that_another_process_took_while_this_one_made_ready_is_refused
     quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, other = tmp_path / "run", RunFolder(tmp_path / "run")
-    original = of_run.build_trainer
+    original = run_module.build_trainer
 
     def build_while_another_begins(*arguments: Any) -> Any:
         other.prepare()
         other.hold()
         return original(*arguments)
 
-    monkeypatch.setattr(of_run, "build_trainer", build_while_another_begins)
+    monkeypatch.setattr(run_module, "build_trainer", build_while_another_begins)
     with pytest.raises(UsageError, match=r"--output: found .*, in use by process"):
         run(*quick.settings, "--output", str(output))
     other.release()
@@ -533,7 +533,7 @@ def test_a_signal_before_the_first_step_leaves_nothing(
         signal.raise_signal(signal.SIGTERM)
         raise AssertionError("it ends at once")
 
-    monkeypatch.setattr(of_run, moment, signalled)
+    monkeypatch.setattr(run_module, moment, signalled)
     with pytest.raises(Stopped, match="stopped before a step was taken; the same command goes on"):
         run(*quick.settings, "--output", str(tmp_path / "run"))
     assert list(tmp_path.iterdir()) == []
@@ -669,7 +669,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "mentioned"),
     [
-        (["digit"], ["TASK", "'digit'", "digits, digits-partial, pictures"]),
+        (["digit"], ["TASK", "'digit'", "digits, digits-partial, pictures", "visda"]),
         (["digits", "--stesp", "5"], ["--stesp"]),
         (["digits", "--steps", "0"], ["--steps", "found 0"]),
         (["digits", "--batch-size", "0"], ["--batch-size", "found 0"]),
@@ -693,13 +693,6 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatc
         (["office31", "--data-root", "{empty}"], ["--data-root", "{empty}", "empty"]),
         (["office31", "--data-root", "{data}"], ["--data-root", "{data}", "amazon"]),
         (["digits", "--data-root", "{strange}"], ["fonts", "eleven"]),
-        (["digits", "--method", "dann", "--beta", "3"], ["--beta"]),
-        (["digits", "--recipe", "nosuch"], ["--recipe", "'nosuch'", "common or paper"]),
-        (["digits", "--add", "nosuch=1"], ["--add", "'nosuch'", "entropy"]),
-        (["digits", "--beta", "-1"], ["--beta", "found -1"]),
-        (["--config", "{old}"], ["{old}", "[adversarial]", "version 0.1", "[method]"]),
-        (["--config", "{lacking}"], ["{lacking}", "'beta' in [method]"]),
-        (["--config", "{bounds}"], ["{bounds}", "beta = -1.0", ">= 0"]),
         (["--config", "{missing}/config.toml"], ["--config", "{missing}/config.toml"]),
     ],
 )
@@ -711,14 +704,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     places = {name: str(tmp_path / name) for name in ("data", "missing", "empty", "strange")}
-    stored = {
-        "old": 'task = "digits"\n[adversarial]\nbeta = 1.0\n',
-        "lacking": 'task = "digits"\n[run]\nmethod = "dann"\n[method]\nbeta = 1.0\n',
-        "bounds": 'task = "digits"\n[method]\nbeta = -1.0\n',
-    }
-    for name, text in stored.items():
-        places[name] = str(tmp_path / f"{name}.toml")
-        (tmp_path / f"{name}.toml").write_text(text)
     own_folders(tmp_path / "data", labelled=True)
     (tmp_path / "empty").mkdir()
     class_tree(tmp_path / "strange" / "fonts", ["0", "1", "eleven"], per_class=1)
