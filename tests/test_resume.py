@@ -205,7 +205,7 @@ def test_discriminators_that_the_weights_lack_start_afresh(first: First, tmp_pat
     begun = str(tmp_path / "source-only")
     run(*first.arguments, "--method", "source-only", "--output", begun)
     command = (*first.arguments, "--resume", begun, "--output", str(tmp_path / "run"))
-    with pytest.raises(UsageError, match=r"--resume: found .* with the tensor discriminators\S* in this run alone"):
+    with pytest.raises(UsageError, match=r"--method: found gsda; expected source-only, as in .*; start as before"):
         run(*command)
     missing = [name for name in first.state(6)["method"] if name.startswith("discriminators")]
     assert f"; {len(missing)} tensors that it lacks start afresh\n" in run(*command, "--weights-alone")
