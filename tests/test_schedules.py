@@ -47,6 +47,6 @@ def test_adversarial_ramp_rises_from_zero_to_one() -> None:
 def test_the_target_is_scored_at_the_end_of_warm_up_regularly_and_at_the_end(
     schedule: Schedule, expected: list[int]
 ) -> None:
-    assert [step for step in range(schedule.steps + 1) if schedule.is_scored_after(step)] == expected
+    assert [step for step in range(schedule.steps + 1) if schedule.is_evaluated_after(step)] == expected
     for step in range(schedule.steps):
-        assert schedule.segment_end(step) == min(each for each in expected if each > step)
+        assert schedule.next_evaluation(step) == min(each for each in expected if each > step)

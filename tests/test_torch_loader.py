@@ -245,11 +245,11 @@ def test_digits_are_the_same_pixels_both_ways_and_cheap(digits_pair: Pair, monke
 
     # Counted, not timed: one gather of frames a step, and no file is opened for it.
     gathered: list[int] = []
-    rows = fast._cache._rows
-    monkeypatch.setattr(fast._cache, "_rows", lambda wanted: gathered.append(len(wanted)) or rows(wanted))
+    kept = fast._cache.samples
+    monkeypatch.setattr(fast._cache, "samples", lambda role, index: gathered.append(len(index)) or kept(role, index))
     monkeypatch.setattr(torch_loader, "read_sample", lambda *_: pytest.fail("a file was read"))
     assert len(list(fast.train(plan, range(200)))) == 200
-    assert gathered == [128] * 200
+    assert gathered == [64] * 400  # of each domain
     direct.close()
     fast.close()
 

@@ -109,7 +109,7 @@ class FittedHead(nn.Module):
         """Set buffers, of whatever sizes, by name."""
         for name, tensor in tensors.items():
             own = getattr(self, name)
-            setattr(self, name, tensor.to(own))
+            setattr(self, name, tensor.to(own).contiguous())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # How many samples there are is a matter of the data, which a network that is loaded does not know.
