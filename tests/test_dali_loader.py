@@ -159,7 +159,7 @@ def test_pixels_of_every_format(formats: ImageDomain, channels: int) -> None:
             # Rounding twice can cost a level; over the pixels of an image that averages out, over a single one not.
             if name != "dot.png":
                 assert difference.mean() < (0.6 if rounded_twice else 0.25), name
-            assert difference.max() < at_most + 0.01, name
+            assert difference.max() < at_most + rounded_twice + 0.01, name
 
     for a, b in zip(ours.train(plan, range(3)), theirs.train(plan, range(3)), strict=True):
         check(a.source_images, b.source_images, b.source_index, at_most=4)
