@@ -95,8 +95,10 @@ class FittedHead(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             embedded = self.embed((features.to(self.rows.dtype) - self.centre) / self.scale)
             each = _squared_distances(embedded, self.rows)
-            nearest = each.new_full((len(each), self.linear.out_features), _FAR)
-            return nearest.scatter_reduce(1, self.labels.expand(len(each), -1), each, "amin")
+            # Not len(), which makes the number of rows of an exported program a constant.
+            count = each.shape[0]
+            nearest = each.new_full((count, self.linear.out_features), _FAR)
+            return nearest.scatter_reduce(1, self.labels.expand(count, -1), each, "amin")
 
     def forward(self, features: Tensor) -> Tensor:
         if self.training or not self.fitted:
@@ -108,7 +110,7 @@ class FittedHead(nn.Module):
         """Set buffers, of whatever sizes, by name."""
         for name, tensor in tensors.items():
             own = getattr(self, name)
-            setattr(self, name, tensor.to(own))
+            setattr(self, name, tensor.to(own).contiguous())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # How many samples there are is a matter of the data, which a network that is loaded does not know.
