@@ -176,8 +176,8 @@ def build_trainer(
     ranks.require_equal(
         {
             **flat_settings(config.to_dict()),
-            "source images": source.identity(),
-            "target images": target.identity(),
+            "source images": source.identity,
+            "target images": target.identity,
             "initial parameters": digest(method.state_dict()),
         }
     )

@@ -120,8 +120,8 @@ def run_identity(config: Config, source: ImageDomain, target: ImageDomain, proce
         **_own(config),
         "--nproc_per_node": f"{processes} process{'es' if processes > 1 else ''}",
         "--batch-size": str(config.run.batch_size),
-        "--source": source.identity(),
-        "--target": target.identity(),
+        "--source": source.identity,
+        "--target": target.identity,
         "--loader": config.data.loader,
         "classes": list(source.classes),
     }

@@ -428,4 +428,4 @@ def test_the_same_images_at_another_place_are_packed_already(raw: Path, packed: 
     raw.rename(moved)
     assert pack("folder", "photos", "new", moved, output=packed) == packed
     assert file_times(packed) == before
-    assert open_folders(packed)[0].identity() == open_folders(packed)[0].identity()
+    assert open_folders(packed)[0].identity == open_folders(packed)[0].identity

@@ -255,8 +255,8 @@ def test_other_files_are_refused(which: str, change: Callable[[ImageDomain], Ima
     with pytest.raises(UsageError) as error:
         find_start(config, RunFolder(first.folder), run_identity(config, *pair, 1))
     assert error.value.what == which
-    assert error.value.found == changed.identity()
-    assert error.value.expected == f"{domain.identity()}, as in {first.file(6)}"
+    assert error.value.found == changed.identity
+    assert error.value.expected == f"{domain.identity}, as in {first.file(6)}"
     assert f"found {len(changed)} files with digest " in str(error.value)
     assert "--weights-alone" in error.value.remedy
 

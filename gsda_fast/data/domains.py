@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,7 @@ class ImageDomain:
         """The full path of sample `index`."""
         return os.path.join(self.root, self.paths[index])
 
+    @cached_property  # a look at every file, which on a network disk takes its time
     def identity(self) -> str:
         """Which images these are, wherever they lie: how many, and a digest of their names, sizes and labels.
 
