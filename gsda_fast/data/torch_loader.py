@@ -27,7 +27,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
-from torchvision.transforms.v2 import functional as transforms
 
 from gsda_fast.data.batches import Batch, Crops, Role, samples_in_batch, to_device
 from gsda_fast.data.benchmarks import ImageRecipe
@@ -135,6 +134,8 @@ class TorchLoader:
         self, role: Role, index: NDArray[np.int64], views: list[Augmentation], labels: IntArray | None
     ) -> "_Crops":
         """Where a file fails, its number in `index` becomes that of its substitute."""
+        from torchvision.transforms.v2 import functional as transforms
+
         recipe = self._recipe
         pixels = [self._empty_pixels(len(index), recipe.crop) for _ in views]
 
@@ -207,6 +208,8 @@ class TorchLoader:
         return self._normalise(cut_crops(frames, self._recipe.crop, crops)), self._to_device(part)
 
     def _start_evaluation(self, role: Role, part: Tensor, crops: Crops) -> "_Pending[tuple[Tensor, Tensor]]":
+        from torchvision.transforms.v2 import functional as transforms
+
         domain, recipe = self._domains[role], self._recipe
         # Ten crops are cut on the device: the frame is smaller than they are together.
         side = recipe.crop if crops == 1 else recipe.resize
@@ -276,6 +279,8 @@ def image_threads(workers: int, name: str) -> ThreadPoolExecutor:
 
 def read_frame(domain: ImageDomain, sample: int, recipe: ImageRecipe) -> Tensor:
     """An image resized to the recipe's frame, (C, resize, resize) uint8: antialiased bilinear."""
+    from torchvision.transforms.v2 import functional as transforms
+
     image = read_sample(domain, sample, recipe.channels)
     return transforms.resize(image, [recipe.resize, recipe.resize], antialias=True)
 
@@ -300,6 +305,8 @@ def cut_crops(frames: Tensor, crop: int, crops: Crops) -> Tensor:
     Returns:
         (B * crops, C, crop, crop), the crops of a frame one after another.
     """
+    from torchvision.transforms.v2 import functional as transforms
+
     if crops == 1:
         return transforms.center_crop(frames, [crop])
     return torch.stack(transforms.ten_crop(frames, [crop, crop]), dim=1).flatten(0, 1)

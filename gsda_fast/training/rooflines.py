@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from gsda_fast.data.benchmarks import ImageRecipe
 from gsda_fast.model import FEATURES, ModelSettings, build_model
@@ -122,6 +121,8 @@ def training_work(
         model = build_model(replace(settings, weights="none"), num_classes).to(dtype)
         row = (settings.input_dim,) if settings.backbone == FEATURES else (recipe.channels, recipe.crop, recipe.crop)
         batch = torch.empty(images, *row, dtype=dtype)
+    from torch.utils.flop_counter import FlopCounterMode
+
     operations, moved = FlopCounterMode(display=False), _MovedBytes()
     with operations, moved:
         # Layer by layer: the model's own forward has an autocast, which knows no device without memory.
