@@ -18,7 +18,7 @@ def loaded_after(statement: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def after_train() -> set[str]:
-    return loaded_after("import gsda_fast.train")
+    return loaded_after("import gsda_fast.train, gsda_fast.api")
 
 
 @pytest.mark.parametrize("module", HEAVY)
