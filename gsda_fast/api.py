@@ -92,17 +92,12 @@ class Adapted:
         if given.kind != kind:
             raise UsageError("samples", found=given.kind, expected=f"{kind}, as the run was trained on")
         if given.path is not None:
-            return self._scores(open_samples(self.trained, given.path))
+            return _probabilities(self.trained, open_samples(self.trained, given.path))
         if kind == "features":
-            require_row_size("samples", given.values.shape[-1], model)
-            rows = rows_in_memory("samples", given.values)
-            count = len(rows.index)
-            unknown = np.full(count, UNKNOWN, dtype=np.int64)
-            names = [f"row {number}" for number in range(count)]
-            return self._scores(ImageDomain("samples", Path(), names, unknown, self.trained.classes, rows=rows))
+            return embedded_probabilities(self.trained, given.values)
         with tempfile.TemporaryDirectory() as folder:
             given.write_images(Path(folder))
-            return self._scores(open_images(Path(folder), self.trained.classes))
+            return _probabilities(self.trained, open_images(Path(folder), self.trained.classes))
 
     def predict(self, samples: Any) -> NDArray[Any]:
         """Return the most probable class of each sample, (n,), as `classes` has it. Arguments: `predict_proba`."""
@@ -126,9 +121,25 @@ class Adapted:
         """
         return export(ExportSettings(self.run, output=None if output is None else Path(output)))
 
-    def _scores(self, domain: ImageDomain) -> NDArray[np.float32]:
-        with _process_kept():
-            return torch.stack([each for _, each in predict(self.trained, domain)]).numpy()
+
+def embedded_probabilities(trained: TrainedModel, features: NDArray[Any]) -> NDArray[np.float32]:
+    """Return class probabilities, (n, r), of rows in memory.
+
+    Args:
+        trained: of a run on features. features: (n, D) floating point.
+
+    Raises:
+        UsageError: rows of another size or type, or a number that is not finite.
+    """
+    rows = rows_in_memory("samples", features)
+    require_row_size("samples", rows.dim, trained.config.model)
+    names = [f"row {number}" for number in range(len(rows.index))]
+    unknown = np.full(len(names), UNKNOWN, dtype=np.int64)
+    return _probabilities(trained, ImageDomain("samples", Path(), names, unknown, trained.classes, rows=rows))
+
+
+def _probabilities(trained: TrainedModel, samples: ImageDomain) -> NDArray[np.float32]:
+    return torch.stack([each for _, each in predict(trained, samples)]).numpy()
 
 
 def adapt(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from clouds import clouds
 from image_trees import class_tree, natural_image
 
 import gsda_fast
@@ -22,16 +23,6 @@ SMALL_NETWORK: dict[str, Any] = {
     **{"backbone": "resnet18", "weights": "none", "bottleneck_dim": 8, "hidden_dim": 8},
     **{"steps": 2, "warmup": 1, "refresh_every": 1, "batch_size": 2},
 }
-
-
-def clouds(count: int, shift: float, seed: int, labels: list[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of 6 numbers around a centre for each class, in no order."""
-    generator = np.random.default_rng(seed)
-    index = generator.integers(0, len(labels), count)
-    index[: len(labels)] = range(len(labels))
-    centres = 4 * np.eye(len(labels), 6) + shift
-    rows = centres[index] + 0.3 * generator.standard_normal((count, 6))
-    return rows.astype(np.float32), np.array(labels)[index]
 
 
 @pytest.fixture(scope="module")
