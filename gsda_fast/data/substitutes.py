@@ -29,7 +29,7 @@ class Substitutes:
     @property
     def failed(self) -> list[tuple[str, str]]:
         """(full path, what is wrong) of every file that failed so far, in the order in which they did."""
-        return [(self._domains[role].file(sample), told) for (role, sample), told in self._failed.items()]
+        return [(self._domains[role].file(sample), message) for (role, sample), message in self._failed.items()]
 
     def has_failed(self, role: Role, sample: int) -> bool:
         """Tell whether a sample has failed before."""
@@ -45,7 +45,7 @@ class Substitutes:
             if (role, sample) in self._failed:
                 return
             # A shard that cannot be read is no image among many.
-            if not self._most or self._domains[role].frames is not None:
+            if not self._most or self._domains[role].packed is not None:
                 raise error
             if len(self._failed) == self._most:
                 raise UsageError(
@@ -55,11 +55,11 @@ class Substitutes:
                     remedy="see whether the disk is well; the same command goes on from the last checkpoint",
                 ) from error
             self._failed[role, sample] = error.found
-        told = f"{error.what}: {error.found}; another sample of its class takes its place"
-        warnings.warn(told, FileWarning, stacklevel=2)
+        message = f"{error.what}: {error.found}; another sample of its class takes its place"
+        warnings.warn(message, FileWarning, stacklevel=2)
 
     def of(self, role: Role, sample: int, labels: IntArray | None) -> int:
-        """The sample in the place of one that failed: the next of its class that has not.
+        """Return the sample in the place of one that failed: the next of its class that has not.
 
         Args:
             labels: (n,) of the domain, by which samples are alike: of the target the pseudo-labels, never its own.
