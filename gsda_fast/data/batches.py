@@ -76,7 +76,7 @@ class Loader(Protocol):
     def evaluate(
         self, domain: Role, samples: IntArray | None = None, crops: Crops = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (images (n * crops, C, H, W), index (n,) int64) of `samples`, or of the whole domain, as they are tested.
+        """Yield (images (n * crops, C, H, W), index (n,) int64) of `samples`, or of the whole domain, as tested.
 
         Each sample comes exactly once, in the order given, the last partial batch included. A process that evaluates
         its share of a domain passes ``np.arange(rank, len(domain), world_size)``. A test image is the centre of
