@@ -47,7 +47,7 @@ class Start:
         return {} if self.state is None or self.weights_alone else self.state.get("unreadable_files", {})
 
     def load_into(self, trainer: Trainer) -> list[str]:
-        """Brings the trainer there. Returns lines for the user, none for a run that starts afresh.
+        """Bring the trainer there. Returns lines for the user, none for a run that starts afresh.
 
         Raises:
             UsageError: parameters of other shapes, or more steps done than are asked for.
@@ -90,12 +90,12 @@ class Start:
         if in_the_model:
             raise _other_network(self.origin, f"no tensor {in_the_model[0]}", "weights of the same network")
         trainer.method.load_state_dict({**own, **{name: stored[name] for name in own if name in stored}})
-        told = f"starting with the weights of {self.origin}, after its step {self.state['step']}"
-        return f"{told}; {len(missing)} tensors that it lacks start afresh" if missing else told
+        message = f"starting with the weights of {self.origin}, after its step {self.state['step']}"
+        return f"{message}; {len(missing)} tensors that it lacks start afresh" if missing else message
 
 
 def find_start(config: Config, folder: RunFolder, identity: Mapping[str, Any]) -> Start:
-    """The newest sound checkpoint of the run's own folder, else what ``--resume PATH`` names, else nothing.
+    """Return the newest sound checkpoint of the run's own folder, else what ``--resume PATH`` names, else nothing.
 
     Args:
         config: resolved. folder: the run's. identity: of this run, see `run_identity`.
@@ -121,7 +121,7 @@ def find_start(config: Config, folder: RunFolder, identity: Mapping[str, Any]) -
 
 
 def run_identity(config: Config, source: ImageDomain, target: ImageDomain, processes: int) -> dict[str, Any]:
-    """What a run cannot change on its way, each by the name under which the user knows it; plain values."""
+    """Return what a run cannot change on its way, each by the name under which the user knows it; plain values."""
     return {
         **_own(config),
         "--nproc_per_node": f"{processes} process{'es' if processes > 1 else ''}",
@@ -134,12 +134,12 @@ def run_identity(config: Config, source: ImageDomain, target: ImageDomain, proce
 
 
 def _own(config: Config) -> dict[str, str]:
-    """What tells the run of a folder from others with the same data."""
+    """Return what tells the run of a folder from others with the same data."""
     return {"--method": config.run.method, "--seed": str(config.run.seed)}
 
 
 def require_own(stored: Mapping[str, Any], config: Config, origin: str) -> None:
-    """Refuse a checkpoint of another run in a run's folder: its figures would be reported under the wrong name.
+    """Refuse a checkpoint of another run in a run's folder: its metrics would be reported under the wrong name.
 
     Args:
         stored: the identity in the checkpoint, which says nothing of this where an earlier version wrote it.
@@ -159,15 +159,15 @@ def require_own(stored: Mapping[str, Any], config: Config, origin: str) -> None:
 
 
 def versions() -> dict[str, str]:
-    """The packages that the numbers of a run depend on most."""
+    """Return the packages that the numbers of a run depend on most."""
     return {package: importlib.metadata.version(package) for package in ("torch", "gsda-fast")}
 
 
 def _changed_versions(stored: Mapping[str, str]) -> str:
-    """A line that tells of packages which are others than those of a checkpoint; empty if none is."""
+    """Return a line on packages which are others than those of a checkpoint; empty if none is."""
     now = versions()
     changed = [f"{name} {stored[name]}, now {now[name]}" for name in now if stored.get(name, now[name]) != now[name]]
-    return f"the checkpoint was written with {'; '.join(changed)}: figures may differ" if changed else ""
+    return f"the checkpoint was written with {'; '.join(changed)}: metrics may differ" if changed else ""
 
 
 def _another_seed(stored: Mapping[str, Any], seed: int) -> str:
@@ -221,7 +221,7 @@ def _require_same(stored: Mapping[str, Any], now: Mapping[str, Any], origin: str
 
 
 def first_difference(found: list[str], expected: list[str]) -> tuple[str, str]:
-    """What two different lists of classes have where they first differ, each in words."""
+    """Return what two different lists of classes have where they first differ, each in words."""
     longer = max(len(found), len(expected))
     place = next(i for i in range(longer) if found[i : i + 1] != expected[i : i + 1])
     return _class_at(found, place), _class_at(expected, place)

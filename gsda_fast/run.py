@@ -16,11 +16,12 @@ from rich.console import Console
 
 from gsda_fast.assemble import build_trainer, resolve, with_choices
 from gsda_fast.config import Config
+from gsda_fast.console import progress_bars
 from gsda_fast.data.domains import ImageDomain
-from gsda_fast.data.verify import progress_bars, require_readable
+from gsda_fast.data.verify import require_readable
 from gsda_fast.errors import Stopped, TrainingError, UsageError
 from gsda_fast.model import fetch_weights
-from gsda_fast.results.metrics import evaluation_figures
+from gsda_fast.results.metrics import evaluation_metrics
 from gsda_fast.results.run_folder import FREE_TO_CHANGE, RunFolder, RunResult, flat_settings
 from gsda_fast.resume import Start, find_start, run_identity, versions
 from gsda_fast.training.checkpoint import CheckpointFolder
@@ -277,7 +278,7 @@ class Run:
                 f"step {trainer.step}: {problem}, for the third time in a row; free some space, "
                 "then the same command goes on from there"
             )
-            error.told = not self.ranks.first
+            error.reported_elsewhere = not self.ranks.first
             raise error
         return problem
 
@@ -324,7 +325,7 @@ class Run:
         trainer, run = self._trainer, self.config.run
         if trainer.probabilities is None:
             trainer.probabilities = trainer.predict("target", trainer.test_crops)
-        evaluation = evaluation_figures(torch.from_numpy(self.target.labels), trainer.probabilities)
+        evaluation = evaluation_metrics(torch.from_numpy(self.target.labels), trainer.probabilities)
         unreadable = self._note_unreadable()
         return RunResult(
             task=self.config.task,
@@ -361,7 +362,7 @@ class Run:
 
     def _stopped(self, what: str) -> Stopped:
         stopped = Stopped(f"{what}; the same command goes on from there")
-        stopped.told = not self.ranks.first
+        stopped.reported_elsewhere = not self.ranks.first
         return stopped
 
     def _warn(self, line: str) -> None:
@@ -369,12 +370,14 @@ class Run:
 
 
 def _spread(count: int, at_most: int) -> np.ndarray:
-    """At most `at_most` numbers below `count`, evenly spread: files are sorted by class, so all classes take part."""
+    """Return at most `at_most` numbers below `count`, evenly spread: files are sorted by class, so all classes take
+    part.
+    """
     return np.unique(np.linspace(0, count - 1, min(count, at_most)).round().astype(np.int64))
 
 
 def _processes_line(config: Config, trainer: Trainer) -> str:
-    """What the number of processes makes of batch size and learning rate."""
+    """Return what the number of processes makes of batch size and learning rate."""
     count, batch = trainer.ranks.world_size, config.run.batch_size
     rate = max(group["initial_lr"] for each in trainer.optimizers.values() for group in each.param_groups)
     scaled = "scaled by their number" if config.distributed.scale_learning_rate else "not scaled by their number"
@@ -389,7 +392,7 @@ def _accuracy_line(result: RunResult) -> str:
     accuracy = result.accuracy
     if accuracy.last is None:
         return "no accuracy (the target has no labels)"
-    # A model that diverged before its first scoring has no mutual information to choose by.
+    # A model that diverged before its first evaluation has no mutual information to choose by.
     label_free = "none" if accuracy.label_free is None else f"{accuracy.label_free:.2f} %"
     return (
         f"accuracy {accuracy.last:.2f} % after the last step, {label_free} chosen without labels, "

@@ -1,7 +1,7 @@
 """The DALI loader against the torch loader: the same samples and windows bit for bit, pixels within a tolerance.
 
 Differences on the scale 0..255 between crops, as measured with DALI 2.4.0 and torchvision 0.29.1 on a CPU over 20
-training windows of each file of `FORMATS` (mean, maximum), at the recipe's crop of 224 and at 48, as in these tests:
+training windows of each file of `FORMATS` (mean, maximum), at a crop of 224 and at 48, as in these tests:
 
 ==============================================  ===========  ===========
 format                                          crop 224     crop 48
@@ -16,7 +16,7 @@ odd sizes: 1x1, 1x40, 301x17, 1203x907          0.17   1     0.18   3
 evaluation, all of them                         0.20   1     0.19   1
 ==============================================  ===========  ===========
 
-In a recipe of one channel a CMYK image and a PNG in colour differ by 0.5 in the mean: their grey is rounded otherwise.
+With one channel a CMYK image and a PNG in colour differ by 0.5 in the mean: their grey is rounded otherwise.
 """
 
 import gc
@@ -51,7 +51,7 @@ from gsda_fast.errors import UsageError
 dali_loader = pytest.importorskip("gsda_fast.data.dali_loader", reason="DALI is not installed")
 DaliLoader = dali_loader.DaliLoader
 
-PHOTOS = replace(BENCHMARKS["office31"].recipe, resize=64, crop=48)
+PHOTOS = replace(BENCHMARKS["office31"].preprocessing, resize=64, crop=48)
 LEVELS = torch.tensor(PHOTOS.std).view(3, 1, 1) * 255
 CPU = torch.device("cpu")
 
@@ -75,7 +75,7 @@ def loader(pair: Pair) -> Iterator[DaliLoader]:
 
 def plan_for(pair: Pair, **changes: int) -> SamplingPlan:
     arguments = {"batch_size": 6, "seed": 3} | changes
-    return SamplingPlan(pair[0].labels, len(pair[1]), recipe=PHOTOS, **arguments)  # type: ignore[arg-type]
+    return SamplingPlan(pair[0].labels, len(pair[1]), preprocessing=PHOTOS, **arguments)  # type: ignore[arg-type]
 
 
 def same(one: Batch, other: Batch) -> bool:
@@ -146,10 +146,10 @@ def formats(tmp_path_factory: pytest.TempPathFactory) -> ImageDomain:
 
 @pytest.mark.parametrize("channels", [3, 1])
 def test_pixels_of_every_format(formats: ImageDomain, channels: int) -> None:
-    recipe = replace(PHOTOS, channels=channels, mean=(0.5,) * channels, std=(0.5,) * channels)
+    preprocessing = replace(PHOTOS, channels=channels, mean=(0.5,) * channels, std=(0.5,) * channels)
     arguments = {"batch_size": 8, "device": CPU, "workers": 1}
-    ours, theirs = (kind(formats, formats, recipe, **arguments) for kind in (DaliLoader, TorchLoader))
-    plan = SamplingPlan(formats.labels, len(formats), recipe=recipe, batch_size=len(formats), seed=0)
+    ours, theirs = (kind(formats, formats, preprocessing, **arguments) for kind in (DaliLoader, TorchLoader))
+    plan = SamplingPlan(formats.labels, len(formats), preprocessing=preprocessing, batch_size=len(formats), seed=0)
 
     def check(found: Tensor, expected: Tensor, index: Tensor, at_most: float) -> None:
         for image, other, sample in zip(found, expected, index.tolist(), strict=True):
@@ -487,7 +487,7 @@ def test_bad_file_is_named(tmp_path: Path, kind: str) -> None:
     bad = tmp_path / "new" / "cat" / "frame_0002.jpg"
     write_bad(bad, kind)
     opened = DaliLoader(source, target, replace(PHOTOS, random_scale=None), batch_size=4, device=CPU, workers=1)
-    plan = SamplingPlan(source.labels, len(target), recipe=PHOTOS, batch_size=3, seed=0)
+    plan = SamplingPlan(source.labels, len(target), preprocessing=PHOTOS, batch_size=3, seed=0)
     with pytest.raises(UsageError, match=rf"{bad}: found .*{BAD[kind]}.*; expected a readable image"):
         list(opened.train(plan, range(3)))
     with pytest.raises(UsageError, match=rf"{bad}: found"):

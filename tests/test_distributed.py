@@ -213,7 +213,7 @@ def failure_of(call: Callable[[], Any]) -> tuple[str, bool]:
     try:
         call()
     except (UsageError, TrainingError, Stopped) as error:
-        return str(error), error.told
+        return str(error), error.reported_elsewhere
     return "", False
 
 

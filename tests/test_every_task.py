@@ -57,8 +57,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Images of 32x32 pixels instead of 224x224, for the time's sake."""
     for task in TASKS:
         benchmark = BENCHMARKS[task]
-        recipe = replace(benchmark.recipe, resize=40, crop=32)
-        monkeypatch.setitem(BENCHMARKS, task, replace(benchmark, recipe=recipe))
+        preprocessing = replace(benchmark.preprocessing, resize=40, crop=32)
+        monkeypatch.setitem(BENCHMARKS, task, replace(benchmark, preprocessing=preprocessing))
 
 
 @pytest.fixture

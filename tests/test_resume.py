@@ -307,7 +307,7 @@ def test_a_pack_is_no_folder_of_files(first: First, few_digits: Path, tmp_path: 
     pack("digits", data_root=few_digits, output=tmp_path / "pack", workers=1)
     config, packed_source, packed_target = opened(first, "--data-root", str(tmp_path / "pack"))
     assert packed_source.paths == source.paths
-    with pytest.raises(UsageError, match=r"--source: found \d+ frames of a pack with digest .*; expected \d+ files"):
+    with pytest.raises(UsageError, match=r"--source: found \d+ images of a pack with digest .*; expected \d+ files"):
         find_start(config, RunFolder(first.folder), run_identity(config, packed_source, packed_target, 1))
 
 

@@ -29,7 +29,7 @@ from gsda_fast.config import Config, parse_config, preset
 from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.errors import Stopped, UsageError
 from gsda_fast.report import suite_layout
-from gsda_fast.results.metrics import EvaluationFigures, evaluation_figures
+from gsda_fast.results.metrics import EvaluationMetrics, evaluation_metrics
 from gsda_fast.results.page import write_page
 from gsda_fast.results.records import RunResult
 from gsda_fast.results.run_folder import RunFolder, flat_settings
@@ -160,10 +160,10 @@ def test_what_a_run_tells(quick: Quick) -> None:
 def test_a_run_without_any_mutual_information_chose_none(
     quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def diverged(*arguments: Any) -> EvaluationFigures:
-        return replace(evaluation_figures(*arguments), scores={"mutual_information": math.nan})
+    def diverged(*arguments: Any) -> EvaluationMetrics:
+        return replace(evaluation_metrics(*arguments), scores={"mutual_information": math.nan})
 
-    monkeypatch.setattr(trainer, "evaluation_figures", diverged)
+    monkeypatch.setattr(trainer, "evaluation_metrics", diverged)
     arguments = (*quick.settings, "--output", str(tmp_path / "run"))
     for _ in ("run", "told again"):
         result, told = run(*arguments)

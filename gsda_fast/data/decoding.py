@@ -104,7 +104,7 @@ def read_sound(path: str) -> Sound:
 
 
 def format_of_file(path: str) -> str:
-    """What the first bytes of a file say it is (see `format_of`); nothing where they cannot be read."""
+    """Return what the first bytes of a file say it is (see `format_of`); nothing where they cannot be read."""
     try:
         _require_regular(os.stat(path))
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -198,7 +198,9 @@ def _require_regular(status: os.stat_result) -> None:
 
 
 def format_of(data: bytes | bytearray) -> str:
-    """Which format the first bytes of a file (32 are enough) say it is: one of `FORMATS`, or why it is none of them."""
+    """Return which format the first bytes of a file (32 are enough) say it is: one of `FORMATS`, or why it is none of
+    them.
+    """
     start = bytes(data[:32])
     if start[:3] == b"\xff\xd8\xff":
         return "JPEG"
@@ -262,7 +264,7 @@ def _check_jpeg(data: bytearray) -> None:
 
 
 def _checked_png(data: bytearray) -> bytearray:
-    """A PNG reduced to the chunks that make its pixels, all checksums and the size of the pixels checked.
+    """Return a PNG reduced to the chunks that make its pixels, all checksums and the size of the pixels checked.
 
     Texts, profiles and times can be bombs of their own, and decoders complain about them.
     """
@@ -332,7 +334,7 @@ def _require_whole_pixels(data: bytearray) -> None:
 
 
 def _bytes_of_pixels(header: memoryview) -> int:
-    """Rows of whole bytes, each after a byte for its filter, in one pass or in the seven of an interlaced image."""
+    """Return rows of whole bytes, each after a byte for its filter, in one pass or an interlaced image's seven."""
     width, height = int.from_bytes(header[:4]), int.from_bytes(header[4:8])
     bits = _CHANNELS_OF_PNG[header[9]] * header[8]
     # First column and row, and the distance to the next.

@@ -34,7 +34,7 @@ class Substitutes:
         """(full path, what is wrong) of every file that failed so far, in the order in which they did."""
         with self._lock:
             failed = list(self._failed.items())
-        return [(self._domains[role].file(sample), told) for (role, sample), told in failed]
+        return [(self._domains[role].file(sample), message) for (role, sample), message in failed]
 
     def has_failed(self, role: Role, sample: int) -> bool:
         """Tell whether a sample has failed before."""
@@ -50,7 +50,7 @@ class Substitutes:
             if (role, sample) in self._failed:
                 return
             # A shard that cannot be read is no image among many.
-            if not self._most or self._domains[role].frames is not None:
+            if not self._most or self._domains[role].packed is not None:
                 raise error
             if len(self._failed) == self._most:
                 raise UsageError(
@@ -61,11 +61,11 @@ class Substitutes:
                 ) from error
             self._failed[role, sample] = error.found
         instead = f"another sample of its class takes its place, in an evaluation {MEAN_COLOUR}"
-        told = f"{error.what}: {error.found}; {instead}"
-        warnings.warn(told, FileWarning, stacklevel=2)
+        message = f"{error.what}: {error.found}; {instead}"
+        warnings.warn(message, FileWarning, stacklevel=2)
 
     def of(self, role: Role, sample: int, labels: IntArray | None) -> int:
-        """The sample in the place of one that failed: the next of its class that has not.
+        """Return the sample in the place of one that failed: the next of its class that has not.
 
         Args:
             labels: (n,) of the domain, by which samples are alike: of the target the pseudo-labels, never its own.

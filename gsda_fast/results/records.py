@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 LABEL_FREE_CRITERION = "mutual_information"
-"""The score that chooses the label-free figure (see `metrics.SCORES`)."""
+"""The score that chooses the label-free metric (see `metrics.SCORES`)."""
 
 NORM = "gradient_norm_"
 """What the names of the discriminators' gradient magnitudes begin with."""
@@ -44,7 +44,7 @@ def loss_terms(records: Iterable[Mapping[str, Any]]) -> list[str]:
 
 @dataclass(frozen=True)
 class Selection:
-    """One figure, in percent, under the three ways to choose the evaluation; None where the target has no labels.
+    """One metric, in percent, under the three ways to choose the evaluation; None where the target has no labels.
 
     Attributes:
         last: after the last step; nothing is chosen.
@@ -72,8 +72,8 @@ class RunResult:
         classes: names of the classes.
         images_per_second: training throughput, both domains and all ranks; None if no step was timed.
         seconds: wall-clock time of the run, with that before an interruption.
-        label_free_criterion: the score that chose the `label_free` figures.
-        test_crops: crops of an image over which its probabilities were averaged, for all figures.
+        label_free_criterion: the score that chose the `label_free` metrics.
+        test_crops: crops of an image over which its probabilities were averaged, for all metrics.
         label_free_by: by score (`metrics.SCORES`), `accuracy` and `mean_per_class` at the evaluation that it chooses.
         unreadable_files: how many files failed while the run was at work, and had another sample or the mean colour in
             their place; in all processes, and with those before an interruption.
