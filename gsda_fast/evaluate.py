@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from gsda_fast.commands import parse_command_line, run_command
 from gsda_fast.console import plain_console
 from gsda_fast.data.batches import Crops
 from gsda_fast.data.domains import ImageDomain
-from gsda_fast.errors import UsageError
+from gsda_fast.data.substitutes import MEAN_COLOUR
+from gsda_fast.errors import UsageError, UsageWarning
 from gsda_fast.results.metrics import EvaluationMetrics, evaluation_metrics
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.resume import first_difference
@@ -40,6 +42,9 @@ def evaluate(settings: EvaluateSettings) -> tuple[int, EvaluationMetrics, tuple[
 
     Raises:
         UsageError: no run, no such checkpoint, a damaged one, or data with other classes than the run's.
+
+    Warns:
+        FileWarning: of each file that cannot be read. UsageWarning: how many they are.
     """
     folder = RunFolder.existing(settings.run)
     step, state = read_checkpoint(folder, settings.checkpoint)
@@ -51,6 +56,10 @@ def evaluate(settings: EvaluateSettings) -> tuple[int, EvaluationMetrics, tuple[
     load_parameters(trainer.method, state["method"], f"{folder.path}, step {step}")
     probabilities = trainer.predict("target", trainer.test_crops)
     metrics = evaluation_metrics(torch.from_numpy(target.labels), probabilities)
+    if trainer.loader.failed:
+        # Each of them was named when it failed.
+        count = f"{len(trainer.loader.failed)} of {len(target)} files could not be read"
+        warnings.warn(f"{count}; each was evaluated as {MEAN_COLOUR}", UsageWarning, stacklevel=2)
     trainer.loader.close()
     return step, metrics, target.classes
 

@@ -30,7 +30,7 @@ class Start:
 
     Attributes:
         state: what was stored. origin: the checkpoint's file. weights_alone: nothing but the weights are taken from it.
-        own_step: that of the checkpoint, where it is of the run's own folder.
+        own_step: that of the checkpoint, where it is of the run's own folder. seed: of this run.
         warnings: a line for each damaged checkpoint that was passed over.
     """
 
@@ -38,7 +38,13 @@ class Start:
     origin: str = ""
     own_step: int | None = None
     weights_alone: bool = False
+    seed: int = 0
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def unreadable(self) -> dict[str, str]:
+        """Files that failed in the part of the run that is gone on with, and what is wrong with each."""
+        return {} if self.state is None or self.weights_alone else self.state.get("unreadable_files", {})
 
     def load_into(self, trainer: Trainer) -> list[str]:
         """Bring the trainer there. Returns lines for the user, none for a run that starts afresh.
@@ -72,8 +78,8 @@ class Start:
                 expected="a sound checkpoint",
             ) from error
         whence = "" if self.own_step is not None else f" of {self.origin}"
-        changed = _changed_versions(self.state["versions"])
-        return [f"resuming after step {trainer.step}{whence}", *([changed] if changed else [])]
+        told = [_another_seed(self.state["identity"], self.seed), _changed_versions(self.state["versions"])]
+        return [f"resuming after step {trainer.step}{whence}", *filter(None, told)]
 
     def _load_weights(self, trainer: Trainer) -> str:
         assert self.state is not None
@@ -105,13 +111,13 @@ def find_start(config: Config, folder: RunFolder, identity: Mapping[str, Any]) -
         origin = str(own.file(state["step"]))
         require_own(state["identity"], config, origin)
         _require_same(state["identity"], identity, origin)
-        return Start(state, origin, own_step=state["step"], warnings=damage)
+        return Start(state, origin, own_step=state["step"], seed=config.run.seed, warnings=damage)
     if config.run.resume == "auto":
         return Start(warnings=damage)
     state, origin, of_path = _from_path(Path(config.run.resume), config.run.weights_alone)
     if not config.run.weights_alone:
         _require_same(state["identity"], identity, origin)
-    return Start(state, origin, weights_alone=config.run.weights_alone, warnings=damage + of_path)
+    return Start(state, origin, None, config.run.weights_alone, config.run.seed, damage + of_path)
 
 
 def run_identity(config: Config, source: ImageDomain, target: ImageDomain, processes: int) -> dict[str, Any]:
@@ -162,6 +168,16 @@ def _changed_versions(stored: Mapping[str, str]) -> str:
     now = versions()
     changed = [f"{name} {stored[name]}, now {now[name]}" for name in now if stored.get(name, now[name]) != now[name]]
     return f"the checkpoint was written with {'; '.join(changed)}: metrics may differ" if changed else ""
+
+
+def _another_seed(stored: Mapping[str, Any], seed: int) -> str:
+    """A line that tells of a beginning with another seed, which the result will not; empty for the same."""
+    if "--seed" not in stored:
+        return "the checkpoint does not say with which seed and method its steps were trained" if stored else ""
+    there = str(stored["--seed"])[:60]
+    if there == str(seed):
+        return ""
+    return f"these steps were trained with --seed {there}, the others will be with --seed {seed}: no run of either seed"
 
 
 def _from_path(path: Path, weights_alone: bool) -> tuple[dict[str, Any], str, list[str]]:

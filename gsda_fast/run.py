@@ -32,6 +32,8 @@ from gsda_fast.training.trainer import Report, Trainer
 FEATURE_SAMPLES = 2000
 """Samples of each domain whose features are kept for plots."""
 
+_SHOWN = 5  # files named by a line
+
 _MOST_FAILURES = 3
 """Failures to write a checkpoint, in a row, that end the run."""
 
@@ -66,6 +68,7 @@ class Run:
         self._checkpoints = CheckpointFolder(self.folder.checkpoints)
         self._start = Start()
         self._before_checkpoint: list[Callable[[], None]] = []
+        self._unreadable: dict[str, str] = {}
         self._tried_at, self._failures, self._warned = time.monotonic(), 0, False
 
     @classmethod
@@ -124,6 +127,7 @@ class Run:
         # Several ranks talk to each other while they build: none of them must leave.
         trainer = ranks.on_all_ranks(build if ranks.several else stop.interruptible(build))
         lines = ranks.on_all_ranks(lambda: self._start.load_into(trainer))
+        self._unreadable.update(self._start.unreadable)
         self.result = ranks.on_rank_zero(self._prepare)
         if self._say_if_finished():
             return None
@@ -183,6 +187,8 @@ class Run:
             raise self._stopped(f"{done}, saved in {self.folder.path}")
         final = self._features("final")
         result = self._result()
+        if self._unreadable:
+            self._warn(_unreadable_line(self._unreadable))
         self.ranks.on_rank_zero(lambda: self._write_last([*self._before_checkpoint, final], result))
         trainer.loader.close()
         self.console.print(f"{self.folder.path}: {_accuracy_line(result)} in {result.seconds:.0f} s", soft_wrap=True)
@@ -259,6 +265,7 @@ class Run:
         """Save the trainer's state, on all ranks. Return what went wrong, "" if nothing did."""
         trainer = self._trainer
         state = {**trainer.state_dict(), "identity": self._identity, "versions": versions()}
+        state["unreadable_files"] = self._note_unreadable()
         problem = self.ranks.on_rank_zero(lambda: self._write_checkpoint(trainer.step, state))
         self._tried_at = time.monotonic()
         if not problem:
@@ -319,6 +326,7 @@ class Run:
         if trainer.probabilities is None:
             trainer.probabilities = trainer.predict("target", trainer.test_crops)
         evaluation = evaluation_metrics(torch.from_numpy(self.target.labels), trainer.probabilities)
+        unreadable = self._note_unreadable()
         return RunResult(
             task=self.config.task,
             source=self.source.name,
@@ -334,7 +342,23 @@ class Run:
             images_per_second=trainer.images_seen / trainer.training_seconds if trainer.training_seconds else None,
             seconds=trainer.seconds,
             test_crops=trainer.test_crops,
+            unreadable_files=len(unreadable),
         )
+
+    def _note_unreadable(self) -> dict[str, str]:
+        """Gather what failed on any rank so far. Return what is wrong with each file, by its name below its domain."""
+        here = {self._name_of(path): told for path, told in self._trainer.loader.failed}
+        for of_rank in self.ranks.gather_objects(here):
+            self._unreadable.update(of_rank)
+        return dict(sorted(self._unreadable.items()))
+
+    def _name_of(self, path: str) -> str:
+        """Return the name of a file wherever the data lies: it may be at another place after an interruption."""
+        for domain in (self.source, self.target):
+            name = path.removeprefix(f"{domain.root}/")
+            if name != path:
+                return f"{domain.name}: {name}"
+        return path
 
     def _stopped(self, what: str) -> Stopped:
         stopped = Stopped(f"{what}; the same command goes on from there")
@@ -374,6 +398,12 @@ def _accuracy_line(result: RunResult) -> str:
         f"accuracy {accuracy.last:.2f} % after the last step, {label_free} chosen without labels, "
         f"{accuracy.best:.2f} % at best on the target (an upper bound)"
     )
+
+
+def _unreadable_line(files: dict[str, str]) -> str:
+    shown = "; ".join(f"{name} ({told})" for name, told in list(files.items())[:_SHOWN])
+    more = f"; and {len(files) - _SHOWN} more" if len(files) > _SHOWN else ""
+    return f"{len(files)} files could not be read, and others took their places: {shown}{more}"
 
 
 def _device_name(device: torch.device) -> str:

@@ -321,7 +321,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
     """Every batch that a loader has handed out and got back so far, as on a device that works off a queue."""
     monkeypatch.setattr(Event, "recorded", [])
     monkeypatch.setattr(dali_loader, "_end_of_queue", lambda device: Event())
-    add = dali_loader._Lent.add
+    add = dali_loader._BuffersInUse.add
 
     def noted(lent: object, images: Tensor) -> None:
         before = len(Event.recorded)
@@ -329,7 +329,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
         assert len(Event.recorded) == before + 1
         Event.recorded[-1].images = weakref.ref(images)
 
-    monkeypatch.setattr(dali_loader._Lent, "add", noted)
+    monkeypatch.setattr(dali_loader._BuffersInUse, "add", noted)
     return Event.recorded
 
 
@@ -496,11 +496,59 @@ def test_bad_file_is_named(tmp_path: Path, kind: str) -> None:
     assert [len(index) for _, index in opened.evaluate("source")] == [4, 2]
 
 
-def test_image_that_dali_alone_refuses_is_named(tmp_path: Path) -> None:
-    class_tree(tmp_path / "photos", ["cat", "dog"], per_class=3)
-    odd = tmp_path / "photos" / "dog" / "frame_0002.jpg"
-    natural_image(1).convert("P").save(odd, format="GIF")
-    pair = open_pair("folder", "photos", "photos", tmp_path)
+def as_the_reference_reads(pair: Pair) -> bool:
+    ours, theirs = (kind(*pair, PHOTOS, batch_size=4, device=CPU, workers=1) for kind in (DaliLoader, TorchLoader))
+    batches = zip(ours.train(plan_for(pair), range(3)), theirs.train(plan_for(pair), range(3)), strict=True)
+    close = [((one.source_images - other.source_images) * LEVELS).abs().max() < 4.01 for one, other in batches]
+    assert ours.failed == []
+    ours.close(), theirs.close()
+    return all(close)
+
+
+def odd_pair(root: Path, save: Callable[[Image.Image, Path], object]) -> tuple[Pair, Path]:
+    """A pair of domains of six images, one of which is something else than the others."""
+    class_tree(root / "photos", ["cat", "dog"], per_class=3)
+    odd = root / "photos" / "dog" / "frame_0002.jpg"
+    save(natural_image(1), odd)
+    return open_pair("folder", "photos", "photos", root), odd
+
+
+OFTEN_REFUSED: dict[str, Callable[[Image.Image, Path], object]] = {
+    "GIF": lambda image, path: image.convert("P").save(path, "GIF"),
+    "AVIF": lambda image, path: image.save(path, "AVIF"),
+    "TIFF with predictor": lambda image, path: image.save(
+        path, "TIFF", compression="tiff_lzw", tiffinfo={317: 2, 278: 7}
+    ),
+    "TIFF of JPEG": lambda image, path: image.save(path, "TIFF", compression="jpeg"),
+    "TIFF of two colours": lambda image, path: image.convert("1").save(
+        path, "TIFF", compression="group4", tiffinfo={258: 1}
+    ),
+    "TIFF of CMYK": lambda image, path: image.convert("CMYK").save(path, "TIFF"),
+    "BMP, run-length": lambda image, path: image.convert("P").save(path, "BMP"),
+}
+
+
+@pytest.mark.parametrize("kind", OFTEN_REFUSED)
+def test_what_verify_calls_good_is_read(tmp_path: Path, kind: str) -> None:
+    """Whatever DALI thinks of it."""
+    pair, odd = odd_pair(tmp_path, OFTEN_REFUSED[kind])
+    assert file_problem(str(odd)) == ""
+    assert as_the_reference_reads(pair)
+
+
+def test_image_that_dali_alone_refuses_is_decoded_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kind of JPEG or PNG that it does not know, for which a GIF stands here."""
+    monkeypatch.setattr(dali_loader, "_DECODED_BY_DALI", ("JPEG", "PNG", "GIF"))
+    pair, _ = odd_pair(tmp_path, OFTEN_REFUSED["GIF"])
+    assert as_the_reference_reads(pair)
+
+
+def test_pixels_that_dali_refuses_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, odd = odd_pair(tmp_path, OFTEN_REFUSED["GIF"])
+    read = dali_loader.read_encoded
+    monkeypatch.setattr(
+        dali_loader, "read_encoded", lambda path, *rest: bytearray(9) if path == str(odd) else read(path, *rest)
+    )
     opened = DaliLoader(*pair, PHOTOS, batch_size=4, device=CPU, workers=1)
     with pytest.raises(UsageError, match=rf"{odd}: found an image that DALI refuses \(.+\); .*--loader torch"):
         list(opened.train(plan_for(pair), range(3)))

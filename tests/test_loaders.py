@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from image_trees import class_tree, save
+from image_trees import class_tree
 
 from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.data.domains import ImageDomain, open_pair
@@ -98,17 +98,10 @@ def test_without_dali_auto_falls_to_torch_and_dali_says_how_to_install_it(
         opened(DataSettings(loader="dali"), pair)
 
 
-def test_dali_with_what_it_cannot_do(
-    pair: tuple[ImageDomain, ImageDomain], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dali_with_what_it_cannot_do(pair: tuple[ImageDomain, ImageDomain], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", types.ModuleType("nvidia.dali"))
     with pytest.raises(UsageError, match="--loader: found dali together with --cache-on-device"):
         opened(DataSettings(loader="dali", cache_on_device=True), pair)
-    save(tmp_path / "sketches" / "dog" / "drawing.gif")
-    with_gif = open_pair("folder", "photos", "sketches", tmp_path)
-    assert resolve_loader(DataSettings(), *with_gif, torch.device("cuda")) == "torch"
-    with pytest.raises(UsageError, match=r"drawing.gif among the images .GIF.; .* DALI reads no GIF"):
-        opened(DataSettings(loader="dali"), with_gif)
 
 
 def test_ten_crops_need_room(pair: tuple[ImageDomain, ImageDomain]) -> None:

@@ -39,6 +39,8 @@ OPTIMIZER = OptimizerSettings(learning_rate=0.1, backbone_learning_rate=0.05)
 class TensorLoader:
     """Vectors in place of images, handed out as the plan says; keeps a record of what it was asked for."""
 
+    failed: tuple[tuple[str, str], ...] = ()
+
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(3)
         self.labels: dict[Role, Tensor] = {

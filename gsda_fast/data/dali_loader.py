@@ -1,9 +1,9 @@
 """The DALI loader: order and files in Python, pixels in DALI; on the GPU where there is one, else on the CPU.
 
 A callback hands each step's files, windows and flips to the pipeline, straight from the sampling plan. Threads in
-Python read the files one batch ahead and check what can be checked without decoding (`decoding.read_sound`): a pipe is
-no file, a PNG's checksums hold, and no profile that libpng complains of is passed on. Decoding and resampling happen in
-DALI's threads. Both domains are one DALI batch: the source's B images, then the target's. Between two calls the
+Python read the files one batch ahead and check what can be checked without decoding (`decoding.read_encoded`): a pipe
+is no file, a PNG's checksums hold, and no profile that libpng complains of is passed on. Decoding and resampling happen
+in DALI's threads. Both domains are one DALI batch: the source's B images, then the target's. Between two calls the
 pipeline is reset, not rebuilt, whatever plan comes next.
 
 A file that fails gives its place to another sample of its class (`substitutes`). One that only DALI finds out about
@@ -13,7 +13,9 @@ ends its pipeline, and the batches go on with another.
   found from the size in the file's header, with the integer arithmetic of `sampling.source_window`.
 - Evaluation resamples the whole image onto the centre crop of the resized image, as resize and centre crop do; for
   ten crops onto the whole resized image, which is cut up afterwards.
-- As with the reference loader an EXIF orientation is ignored and alpha is dropped. DALI reads no GIF and no AVIF.
+- As with the reference loader an EXIF orientation is ignored and alpha is dropped.
+- DALI decodes JPEG and PNG alone. Of TIFF, BMP and WebP it reads less than the reference, of GIF and AVIF nothing:
+  these, and whatever else it refuses, come to it as pixels that the reference's decoder made.
 
 Pixels differ from the reference's (torchvision resamples 8 bits in two rounded passes) by 0.2 levels of 255 in the
 mean and by at most 4, evaluation images by at most 1: on the CPU, for JPEG (baseline, progressive, grey, CMYK), PNG (8
@@ -37,7 +39,7 @@ from torch import Tensor
 
 from gsda_fast.data.batches import Batch, Crops, Role, samples_in_batch, to_device
 from gsda_fast.data.benchmarks import Preprocessing
-from gsda_fast.data.decoding import inspect, read_sound
+from gsda_fast.data.decoding import inspect, read_encoded
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.sampling import Augmentation, IntArray, SamplingPlan
 from gsda_fast.data.substitutes import Substitutes
@@ -46,6 +48,7 @@ from gsda_fast.data.views import finish_view
 from gsda_fast.errors import UsageError
 
 _AHEAD = 2  # batches that DALI prepares beyond the one that is handed out
+_DECODED_BY_DALI = ("JPEG", "PNG")
 _DOT = b"P5 1 1 255\n\0"  # an image of one pixel, in place of one that cannot be read
 
 
@@ -86,6 +89,7 @@ class DaliLoader:
         self._in_use = _BuffersInUse(self._device)
         self._training: _FeedQueue | None = None
         self._evaluation: dict[Crops, _FeedQueue] = {}
+        self._refused: set[tuple[Role, int]] = set()
 
     @property
     def failed(self) -> list[tuple[str, str]]:
@@ -165,17 +169,24 @@ class DaliLoader:
             sample = self._substitutes.of(role, sample, labels)
         while True:
             try:
-                data = read_sound(self._domains[role].file(sample)).data
+                data = self._read(role, sample)
                 requests.index[i] = sample
-                return np.frombuffer(data, dtype=np.uint8)
+                return data
             except UsageError as error:
                 self._substitutes.note(role, sample, error)
                 sample = self._substitutes.of(role, sample, labels)
 
+    def _read(self, role: Role, sample: int) -> Any:
+        """Return what DALI is given for a file, as an array of bytes."""
+        formats = () if (role, sample) in self._refused else _DECODED_BY_DALI
+        data = read_encoded(self._domains[role].file(sample), self._preprocessing.channels, formats)
+        return np.frombuffer(data, dtype=np.uint8)
+
     def _note_culprits(self, failed: "_DecodingFailed") -> None:
         """Note the files behind an error of DALI, which names a sample number at most.
 
-        They may belong to a batch ahead.
+        They may belong to a batch ahead. Files that DALI alone refuses are decoded by the reference's decoder from
+        now on.
 
         Raises:
             UsageError: more than are borne with, or none is found.
@@ -190,18 +201,22 @@ class DaliLoader:
                 self._substitutes.note(role, sample, bad_file)
         if len(self._substitutes.failed) > before:
             return
+        refused: set[tuple[Role, int]] = set()
         for alone in (requests.one(i) for requests in failed.asked for i in range(len(requests.roles))):
             role, sample = alone.roles[0], int(alone.index[0])
             refusal = "" if self._substitutes.has_failed(role, sample) else self._refusal(alone, failed.graph)
-            if refusal:
+            if refusal and (role, sample) in self._refused:
                 error = UsageError(
                     self._domains[role].file(sample),
                     found=f"an image that DALI refuses ({refusal})",
-                    expected="a format that it reads",
-                    remedy="convert the file, or use --loader torch",
+                    expected="one that it resamples",
+                    remedy="take it out of the data set, or use --loader torch",
                 )
                 self._substitutes.note(role, sample, error)
-        if len(self._substitutes.failed) == before:
+            elif refusal:
+                refused.add((role, sample))
+        self._refused |= refused
+        if not refused and len(self._substitutes.failed) == before:
             reason = _reason(failed.error)
             raise UsageError(
                 "--loader", found=f"dali, which failed ({reason})", expected="torch, or another try"
@@ -212,8 +227,7 @@ class DaliLoader:
         feed = _FeedQueue(1, graph, self._in_use, self._readers)
 
         def read(requests: _Requests, i: int) -> Any:
-            file = self._domains[requests.roles[i]].file(int(requests.index[i]))
-            return np.frombuffer(read_sound(file).data, dtype=np.uint8)
+            return self._read(requests.roles[i], int(requests.index[i]))
 
         try:
             next(feed.run(lambda _: alone, 1, read))
@@ -246,7 +260,7 @@ class DaliLoader:
             sample = int(requests.index[i])
             try:
                 if not self._substitutes.has_failed(domain, sample):
-                    return np.frombuffer(read_sound(self._domains[domain].file(sample)).data, dtype=np.uint8)
+                    return self._read(domain, sample)
             except UsageError as error:
                 self._substitutes.note(domain, sample, error)
             return np.frombuffer(_DOT, dtype=np.uint8)

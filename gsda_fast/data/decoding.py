@@ -21,7 +21,7 @@ would read in different ways is refused by name: animations, further pages, Lab,
 import os
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from typing import Any, NamedTuple
@@ -92,27 +92,22 @@ def read_image(path: str, channels: int) -> Tensor:
         return _decode(_read_sound(path), channels)
 
 
-def read_sound(path: str) -> Sound:
+def read_encoded(path: str, channels: int, formats: Sequence[str]) -> bytearray:
     """Read an image file for another decoder, which gets to see nothing that can be refused before it.
+
+    Args:
+        path: of the file. channels: 3 for RGB, 1 for grey. formats: of `FORMATS`, which that decoder is trusted with.
+
+    Returns:
+        The bytes of a file of these formats, of a PNG only the chunks that make pixels; of any other file its pixels,
+        uncompressed (binary PPM or PGM).
 
     Raises:
         UsageError: as `read_image`, but for what decoding alone brings to light.
     """
     with _naming(path):
-        return _read_sound(path)
-
-
-def format_of_file(path: str) -> str:
-    """Return what the first bytes of a file say it is (see `format_of`); nothing where they cannot be read."""
-    try:
-        _require_regular(os.stat(path))
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            return format_of(os.read(descriptor, 32))
-        finally:
-            os.close(descriptor)
-    except (OSError, _Refused):
-        return ""
+        sound = _read_sound(path)
+        return sound.data if sound.format in formats else _uncompressed(_decode(sound, channels))
 
 
 def inspect(path: str, channels: int) -> str:
@@ -153,6 +148,12 @@ def _decode(sound: Sound, channels: int) -> Tensor:
         except RuntimeError:
             pass  # CMYK in some of its forms, for one
     return _decode_with_pillow(sound.data, sound.format, channels)
+
+
+def _uncompressed(pixels: Tensor) -> bytearray:
+    channels, height, width = pixels.shape
+    header = bytearray(f"{'P6' if channels == 3 else 'P5'} {width} {height} 255\n".encode())
+    return header + pixels.permute(1, 2, 0).contiguous().numpy().tobytes()
 
 
 @contextmanager

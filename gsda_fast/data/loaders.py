@@ -10,20 +10,16 @@ from msgspec import Meta
 
 from gsda_fast.data.batches import Batch, Crops, Loader, Role
 from gsda_fast.data.benchmarks import Preprocessing
-from gsda_fast.data.decoding import format_of_file
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.feature_loader import FeatureLoader
 from gsda_fast.data.substitutes import MOST_FAILED
 from gsda_fast.data.synthetic_loader import SyntheticLoader
-from gsda_fast.data.torch_loader import TorchLoader, image_threads
+from gsda_fast.data.torch_loader import TorchLoader
 from gsda_fast.errors import UsageError
 
 __all__ = ["Batch", "DataSettings", "Loader", "Role", "open_loader", "resolve_loader"]
 
 LoaderName = Literal["dali", "torch"]
-
-NOT_READ_BY_DALI = ("GIF", "AVIF")
-"""Of what the torch loader reads."""
 
 _INSTALL_DALI = "python -m pip install nvidia-dali-cuda130 (or nvidia-dali-cuda120), on x86-64 Linux"
 
@@ -59,9 +55,8 @@ def resolve_loader(
 ) -> LoaderName:
     """Return the loader that the settings mean here: `settings.loader` with ``auto`` decided.
 
-    On a GPU that is DALI, where it is installed and reads every file, by what that holds and not by its name. On a CPU
-    it is the torch loader, the faster of the two there, as it is for images that are decoded already (a pack) or only
-    once (`cache_on_device`).
+    On a GPU that is DALI, where it is installed. On a CPU it is the torch loader, the faster of the two there, as it is
+    for images that are decoded already (a pack) or only once (`cache_on_device`).
 
     Raises:
         UsageError: there is no such loader, or DALI is asked for and cannot serve.
@@ -95,13 +90,6 @@ def _obstacle_to_dali(settings: DataSettings, source: ImageDomain, target: Image
     except (ImportError, OSError) as error:
         found = f"dali, which cannot be imported here ({error})"
         return UsageError("--loader", found=found, expected="DALI installed", remedy=_INSTALL_DALI)
-    with image_threads(settings.workers, "formats") as pool:
-        for domain in (source, target):
-            files = [domain.file(i) for i in range(len(domain))]
-            for file, found in zip(files, pool.map(format_of_file, files)):
-                if found in NOT_READ_BY_DALI:
-                    found_here = f"dali, with {file} among the images ({found})"
-                    return UsageError("--loader", found=found_here, expected=f"torch or auto: DALI reads no {found}")
     return None
 
 

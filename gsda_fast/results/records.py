@@ -75,6 +75,8 @@ class RunResult:
         label_free_criterion: the score that chose the `label_free` metrics.
         test_crops: crops of an image over which its probabilities were averaged, for all metrics.
         label_free_by: by score (`metrics.SCORES`), `accuracy` and `mean_per_class` at the evaluation that it chooses.
+        unreadable_files: how many files failed while the run was at work, and had another sample or the mean colour in
+            their place; in all processes, and with those before an interruption.
     """
 
     task: str
@@ -92,6 +94,7 @@ class RunResult:
     label_free_criterion: str = LABEL_FREE_CRITERION
     test_crops: int = 1
     label_free_by: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    unreadable_files: int = 0
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> RunResult:
@@ -102,7 +105,7 @@ class RunResult:
         Raises:
             KeyError, TypeError: a key is missing or of another kind.
         """
-        optional = {"label_free_criterion", "test_crops", "label_free_by"} - stored.keys()
+        optional = {"label_free_criterion", "test_crops", "label_free_by", "unreadable_files"} - stored.keys()
         values = {each.name: stored[each.name] for each in dataclasses.fields(cls) if each.name not in optional}
         for name in ("accuracy", "mean_per_class"):
             values[name] = Selection(**values[name])

@@ -70,6 +70,9 @@ def training_problem(state: dict[str, Any]) -> str:
         return "pseudo-labels that are none"
     if not all(isinstance(each, dict) for each in state["ranks"]):
         return "no states of processes"
+    files = state.get("unreadable_files", {})
+    if not isinstance(files, dict) or not all(type(each) is str for pair in files.items() for each in pair):
+        return "files that failed which are none"
     return ""
 
 
