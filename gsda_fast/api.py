@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 
-from gsda_fast.commands import plain_console
 from gsda_fast.config import configure
+from gsda_fast.console import plain_console
 from gsda_fast.data.domains import UNKNOWN, ImageDomain, open_images
 from gsda_fast.data.embeddings import SUFFIXES, rows_in_memory
 from gsda_fast.errors import UsageError

@@ -402,7 +402,10 @@ def _from_toml(kind: type, value: Any) -> Any:
 
 
 def _without_default_output(config: Config) -> Config:
-    """The same without a folder that was chosen by the settings: with another seed or method it is another one."""
+    """Return the same without a folder that was chosen by the settings.
+
+    With another seed or method it is another one.
+    """
     run, data = config.run, config.data
     if data.source is None or data.target is None:
         return config

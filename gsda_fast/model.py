@@ -154,7 +154,7 @@ class RowNormalisation(nn.Module):
     """Divide each row by its root mean square, so that features of any scale train with the same rates."""
 
     def forward(self, rows: Tensor) -> Tensor:
-        """(N, D) -> (N, D); a row of zeros stays one."""
+        """Return (N, D) -> (N, D); a row of zeros stays one."""
         return nn.functional.rms_norm(rows, rows.shape[-1:])
 
 
@@ -179,7 +179,7 @@ def build_backbone(settings: ModelSettings) -> tuple[nn.Module, int]:
 
 
 def fetch_weights(settings: ModelSettings) -> None:
-    """Puts the backbone's pretrained weights, where it starts from such, into PyTorch's cache, unless they are there.
+    """Put the backbone's pretrained weights, where it starts from such, into PyTorch's cache, unless they are there.
 
     Raises:
         UsageError: they can neither be found nor fetched.
@@ -193,7 +193,7 @@ def fetch_weights(settings: ModelSettings) -> None:
 
 
 def _known_weights(backbone: str) -> dict[str, WeightsEnum]:
-    """The weights that torchvision has for a backbone, by name."""
+    """Return the weights that torchvision has for a backbone, by name."""
     from torchvision import models
 
     if backbone not in models.list_models(module=models):
@@ -272,8 +272,10 @@ def _timm_backbone(backbone: str, weights: str) -> tuple[nn.Module, int]:
     try:
         network = timm.create_model(backbone.removeprefix(TIMM), pretrained=weights == "pretrained", num_classes=0)
     except (OSError, RuntimeError) as error:
-        told = shorten(str(error), 160, placeholder=" ...")
-        raise UsageError("--weights", found=f"weights that timm could not fetch ({told})", expected="a file") from error
+        message = shorten(str(error), 160, placeholder=" ...")
+        raise UsageError(
+            "--weights", found=f"weights that timm could not fetch ({message})", expected="a file"
+        ) from error
     if path.is_file():
         _load(network, path)
     return network, network.num_features
@@ -332,5 +334,5 @@ def _load(network: nn.Module, path: Path) -> None:
         network.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, UnpicklingError) as error:
         # The keys that do not fit follow on later lines; a large network has hundreds of them.
-        told = shorten(str(error) or type(error).__name__, 160, placeholder=" ...")
-        raise UsageError("--weights", found=f"{path} ({told})", expected="a state dict of the backbone") from error
+        message = shorten(str(error) or type(error).__name__, 160, placeholder=" ...")
+        raise UsageError("--weights", found=f"{path} ({message})", expected="a state dict of the backbone") from error

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gsda_fast.data.frames import file_digest
+from gsda_fast.data.packed_images import file_digest
 from gsda_fast.errors import UsageError
 from gsda_fast.files import atomic_file
 

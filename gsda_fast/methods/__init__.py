@@ -14,7 +14,7 @@ from gsda_fast.methods.fixmatch import FixMatch, FixMatchSettings
 from gsda_fast.methods.gsda import GSDA, SMALL_DISCRIMINATOR, AdversarialSettings, GSDASettings
 from gsda_fast.methods.recipes import on_images
 from gsda_fast.methods.source_only import SourceOnly
-from gsda_fast.methods.step import Outputs, Player, Step, Update
+from gsda_fast.methods.step import Descent, Outputs, Player, Step, Update
 from gsda_fast.methods.terms import TERMS
 from gsda_fast.methods.tpn import TPN, TPNSettings
 from gsda_fast.model import AdaptationModel
@@ -24,6 +24,7 @@ __all__ = [
     "METHODS",
     "TERMS",
     "AdaptationSettings",
+    "Descent",
     "Entry",
     "Method",
     "MethodSettings",
@@ -74,12 +75,15 @@ _BSP = {task: {**tables, **_added(bsp=1e-4)} for task, tables in {"*": {}, **SMA
 
 
 def _on_digits(tables: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Weights for digits, whose learning rate is fifty times the authors': theirs would drive the features away."""
+    """Return weights for digits, whose learning rate is fifty times the authors'.
+
+    Theirs would drive the features away.
+    """
     return {"digits": tables, "digits-partial": tables}
 
 
 def _feature_norm(add: Mapping[str, Mapping[str, float]]) -> Overrides:
-    """The authors' settings of the feature norms, with the terms of each task ("*": all others)."""
+    """Return the authors' settings of the feature norms, with the terms of each task ("*": all others)."""
     tables = on_images(
         model={
             "bottleneck_dim": 1000,

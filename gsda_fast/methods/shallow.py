@@ -224,7 +224,7 @@ def _blocks(rows: Array) -> list[Array]:
 
 
 def _squared_distances(rows: Array, others: Array) -> Array:
-    """(N, M) squared distances, without the digits that a common offset takes."""
+    """Return (N, M) squared distances, without the digits that a common offset takes."""
     centre = others.mean(0)
     rows, others = rows - centre, others - centre
     squared = (rows**2).sum(1)[:, None] + (others**2).sum(1) - 2 * rows @ others.T

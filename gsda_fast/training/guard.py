@@ -1,4 +1,4 @@
-"""What ranks tell each other in each step, without the host waiting for the device: bad numbers, a wish to stop."""
+"""What ranks exchange in each step, without the host waiting for the device: bad numbers, a wish to stop."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Guard:
     """A flag on the device that keeps every optimizer from moving, from the first step with a bad number on.
 
     All ranks come to the same flag: the loss terms' indicators are averaged over them with the gradients, and a bad
-    number in one rank's gradients is one in the averaged gradients. The wish to stop, which a signal has told some of
-    the ranks, goes the same way; so all of them know of it after the same step.
+    number in one rank's gradients is one in the averaged gradients. The wish to stop, which a signal brought to some of
+    them, goes the same way; so all of them know of it after the same step.
 
     Args:
         device: where training runs.
@@ -41,50 +41,50 @@ class Guard:
         self._copy: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     def begin(self) -> None:
-        """Starts a step."""
+        """Start a step."""
         self._skipped = self._stopped
         self._names, self._updates = [], []
 
     def ask_to_stop(self) -> None:
-        """Tells the other ranks in the next step; within ten steps, `stop` is set on all of them at once."""
+        """Let the other ranks know in the next step; within ten steps, `stop` is set on all of them at once."""
         self._wish.fill_(1)
 
     def indicators(self, total: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
-        """(1 + terms + 1,) float32: 1 for each loss that is not finite, the objective first; 1 for the wish to stop."""
+        """Return (1 + terms + 1,) float32: 1 for each loss that is not finite, the objective first; 1 for the wish to
+        stop.
+        """
         values = torch.stack([total.detach().float(), *(term.detach().float() for term in terms.values())])
         return torch.cat([(~torch.isfinite(values)).float(), self._wish])
 
+    @property
+    def skip(self) -> Tensor:
+        """0-d float32 on the device: 1 if nothing may move in this step, as `found_inf` of PyTorch's optimizers."""
+        return self._skipped
+
     def check(
-        self,
-        player: str,
-        terms: Iterable[str],
-        indicators: Tensor,
-        parameters: Iterable[nn.Parameter],
-        *,
-        scaled: bool,
+        self, player: str, terms: Iterable[str], indicators: Tensor, bad_gradient: Tensor, *, scaled: bool
     ) -> Tensor:
-        """Look at one update of the step, after its gradients have been averaged.
+        """Look at one update of the step.
 
         Args:
             player: who moves, for the message. terms: names of the loss terms.
-            indicators: as above, averaged over the ranks. parameters: whose gradients are looked at.
+            indicators: as above, averaged over the ranks.
+            bad_gradient: 0-d float32: above 0 if a gradient, of any rank, was not finite (`not_finite`).
             scaled: losses are scaled (fp16), so that gradients which overflow skip a step but do not end the run.
 
         Returns:
-            0-d float32 on the device: 1 if nothing may move in this step, as `found_inf` of PyTorch's optimizers.
+            `skip`, as it is from now on.
         """
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        bad_gradient = (~torch.isfinite(norm)).float().reshape(1)
+        bad_gradient = (bad_gradient > 0).float().reshape(1)
         self._wishes = torch.maximum(self._wishes, indicators[-1])
         bad = torch.cat([(indicators[:-1] > 0).float(), bad_gradient])
         self._skipped = torch.maximum(self._skipped, bad.amax())
         self._names += [f"objective of the {player}", *terms, f"gradient norm of the {player}"]
         self._updates.append(bad if not scaled else torch.cat([bad[:-1], torch.zeros_like(bad_gradient)]))
-        return self._skipped
+        return self.skip
 
     def end(self, step: int) -> None:
-        """Ends the step with that number, counted from 0.
+        """End the step with that number, counted from 0.
 
         Raises:
             TrainingError: a number was not finite, now or up to ten steps ago.
@@ -105,7 +105,7 @@ class Guard:
             self._start_copy()
 
     def require_finite(self) -> None:
-        """Waits for the device and raises if any step so far had a number that was not finite. Sets `stop` as well.
+        """Wait for the device and raise if any step so far had a number that was not finite. Sets `stop` as well.
 
         Raises:
             TrainingError: naming the first such step and what was not finite in it.
@@ -122,7 +122,7 @@ class Guard:
         )
 
     def require_scale(self, scale: float) -> None:
-        """Raises if the scale of fp16's losses has been halved away: gradients overflow at every scale.
+        """Raise if the scale of fp16's losses has been halved away: gradients overflow at every scale.
 
         Raises:
             TrainingError: the scale is below 1.
@@ -150,3 +150,10 @@ class Guard:
         self.stop = self.stop or wishes > 0
         if stopped:
             self.require_finite()
+
+
+def not_finite(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """0-d float32: 1 if the norm of the parameters' gradients is not finite; those without a gradient do not count."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    return (~torch.isfinite(norm)).float()

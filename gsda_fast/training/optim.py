@@ -12,7 +12,7 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from gsda_fast.errors import UsageError
-from gsda_fast.methods import Player
+from gsda_fast.methods import Descent, Player
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def build_optimizers(
 
 
 def set_learning_rate(optimizers: dict[str, torch.optim.Optimizer], factor: float) -> None:
-    """Sets every learning rate to `factor` times its initial value."""
+    """Set every learning rate to `factor` times its initial value."""
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
@@ -78,7 +78,7 @@ def forget_momentum(optimizer: torch.optim.Optimizer) -> None:
 
 
 def takes_skip_flag(optimizer: torch.optim.Optimizer, flag: Tensor) -> bool:
-    """Gives the optimizer a flag on the device, 0-d, that makes its next step do nothing where it is 1.
+    """Give the optimizer a flag on the device, 0-d, that makes its next step do nothing where it is 1.
 
     Returns:
         Whether the optimizer can read such a flag; if not, the host has to.
@@ -90,6 +90,27 @@ def takes_skip_flag(optimizer: torch.optim.Optimizer, flag: Tensor) -> bool:
         optimizer._dummy_overflow_buf.copy_(flag)
         return True
     return False
+
+
+def descent_of(optimizer: torch.optim.Optimizer, skip: Tensor) -> Descent | None:
+    """Return what the optimizer's next step would do, for a method that does it; None for any but SGD with momentum.
+
+    Args:
+        skip: see `Descent`.
+    """
+    if not isinstance(optimizer, torch.optim.SGD) or len(optimizer.param_groups) > 1:
+        return None
+    (group,) = optimizer.param_groups
+    if group["momentum"] == 0 or group["dampening"] != 0 or group["maximize"]:
+        return None
+    return Descent(
+        group["lr"],
+        group["momentum"],
+        group["weight_decay"],
+        group["nesterov"],
+        lambda parameters: [optimizer.state[parameter]["momentum_buffer"] for parameter in parameters],
+        skip,
+    )
 
 
 def require_apex() -> Any:
@@ -153,7 +174,7 @@ def _sgd(groups: list[dict[str, Any]], settings: OptimizerSettings) -> torch.opt
 
 
 def _implementation(parameters: Sequence[nn.Parameter]) -> dict[str, bool]:
-    """The fastest of PyTorch's implementations that takes these parameters: fused, foreach, or a plain loop."""
+    """Return the fastest of PyTorch's implementations that takes these parameters: fused, foreach, or a plain loop."""
     for name in ("fused", "foreach"):
         try:
             torch.optim.SGD(parameters, **{name: True})
