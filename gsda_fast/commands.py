@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Any, NoReturn, TypeVar
 
 from gsda_fast.errors import FileWarning, Stopped, TrainingError, UsageError, UsageWarning, visible
+from gsda_fast.version import VERSION
 
 T = TypeVar("T")
 
@@ -38,6 +39,8 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     and keeps its traceback. A `UsageWarning` is one line on standard error, from the first of the processes that
     torchrun started; a `FileWarning` from any of them. What standard output cannot show, it shows as escapes.
 
+    With `--version` among the arguments the version is printed, and nothing else is done.
+
     Args:
         main: the command; returns its exit code, None for 0.
     """
@@ -46,7 +49,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _refuse_empty_options(sys.argv[1:])
-        code = main()
+        code = _print_version() if "--version" in sys.argv[1:] else main()
         sys.stdout.flush()
     except (UsageError, TrainingError) as error:
         if not error.reported_elsewhere:
@@ -81,6 +84,10 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(code or 0)
 
 
+def _print_version() -> None:
+    print(f"gsda-fast {VERSION}")
+
+
 def _show_warning(
     show: Callable[..., None], message: Warning | str, category: type[Warning], *place: Any, **more: Any
 ) -> None:
@@ -106,6 +113,11 @@ def reported_by_first_process() -> Iterator[None]:
     except UsageError as error:
         error.reported_elsewhere = True
         raise
+
+
+def program(command: str) -> str:
+    """Return how a command is called, for its help: as the user has called this process."""
+    return f"gsda {command}" if sys.argv[0].startswith("gsda ") else f"python -m gsda_fast.{command}"
 
 
 def parse_command_line(parse: Callable[[], T]) -> T:
