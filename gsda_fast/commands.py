@@ -13,12 +13,35 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
-from typing import Any, NoReturn, TypeVar
+from pathlib import Path
+from types import NoneType
+from typing import Any, NoReturn, TypeVar, get_args
+
+import tyro
 
 from gsda_fast.errors import FileWarning, Stopped, TrainingError, UsageError, UsageWarning, visible
 from gsda_fast.version import VERSION
 
 T = TypeVar("T")
+
+_OPTIONAL = tyro.constructors.ConstructorRegistry()
+_PLACEHOLDERS = {Path: "PATH", str: "STR", int: "INT"}
+
+
+@_OPTIONAL.primitive_rule
+def _optional(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """Show what an option takes that may also be left out as `PATH`; tyro's own form is `{None}|PATH`."""
+    kinds = [kind for kind in get_args(info.type) if kind is not NoneType]
+    if NoneType not in get_args(info.type) or len(kinds) != 1 or kinds[0] not in _PLACEHOLDERS:
+        return None
+    kind: Any = kinds[0]
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=_PLACEHOLDERS[kind],
+        instance_from_str=lambda words: kind(words[0]),
+        is_instance=lambda value: value is None or isinstance(value, kind),
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 _FAILING_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
@@ -132,7 +155,7 @@ def parse_command_line(parse: Callable[[], T]) -> T:
     """
     written = io.StringIO()
     try:
-        with contextlib.redirect_stderr(written):
+        with contextlib.redirect_stderr(written), _OPTIONAL:
             options = parse()
     except SystemExit as end:
         if end.code in (0, None):
