@@ -41,7 +41,7 @@ def objective_gradients(inputs: HeadInputs, terms: Any) -> tuple[Tensor, Tensor]
 
 
 def backward_then_sgd(shape: HeadShape, terms: Callable[[HeadInputs], Any], with_copy: bool = False) -> Step:
-    """Gradients, their norm, torch.optim.SGD: the way of any optimizer.
+    """Return gradients, their norm, torch.optim.SGD: the way of any optimizer.
 
     Args:
         with_copy: parameters and momentum are copied before they move, as training once did to take a step back.
@@ -121,7 +121,7 @@ def contenders(shape: HeadShape, before: Any = None) -> dict[str, Step]:
 
 
 def visited(steps: dict[str, Step], visits: int) -> dict[str, list[float]]:
-    """Seconds of every visit, by contender; each is warmed up beforehand."""
+    """Return seconds of every visit, by contender; each is warmed up beforehand."""
     # On one thread the processor's own time, which others on the machine do not add to.
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -141,7 +141,7 @@ def ratio(times: Sequence[float], to: Sequence[float]) -> float:
 
 
 def table(found: dict[str, dict[str, list[float]]], machine: str) -> str:
-    """A Markdown page: shape by contender, milliseconds and ratios."""
+    """Return a Markdown page: shape by contender, milliseconds and ratios."""
     others = (BASELINE, "native before, backward then SGD", "native before, backward, copy, SGD")
     lines = [
         "# The adversarial part of a training step on a CPU",

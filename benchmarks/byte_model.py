@@ -88,7 +88,7 @@ class Step:
 
 
 def pairs_of(shape: HeadShape, seed: int = 0) -> list[int]:
-    """Pairs of each discriminator as training routes them: one-hot sources, every target sample in every one."""
+    """Return pairs of each discriminator as training routes them: one-hot sources, every target sample in every one."""
     generator = torch.Generator().manual_seed(seed)
     classes = torch.randint(shape.num_classes, (shape.num_source,), generator=generator)
     group = torch.randperm(shape.num_classes, generator=generator) % shape.num_groups
@@ -98,7 +98,7 @@ def pairs_of(shape: HeadShape, seed: int = 0) -> list[int]:
 
 
 def count(shape: HeadShape, kind: str, machine: Machine, rows: int | None = None) -> Step:
-    """The launches of a step at one shape.
+    """Return the launches of a step at one shape.
 
     Args:
         rows: pairs to a tile; None for the table's.
@@ -202,14 +202,14 @@ def times(step: Step, kind: str, machine: Machine) -> Times:
 
 
 def peak_of(kind: str, machine: Machine) -> float:
-    """Operations a second of the products."""
+    """Return operations a second of the products."""
     if not KINDS[kind][3]:
         return machine.plain * machine.efficiency
     return machine.products * machine.efficiency * (0.5 if kind == "tf32" else 1.0)
 
 
 def bytes_per_parameter(shape: HeadShape, kind: str) -> dict[str, float]:
-    """Bytes from and to memory for a parameter of a matrix in a step of both players, by way of doing it."""
+    """Return bytes from and to memory for a parameter of a matrix in a step of both players, by way of doing it."""
     item = KINDS[kind][1].itemsize
     first_layer = shape.feature_dim / (shape.feature_dim + shape.hidden_dim)
     both_forwards = 2 * 2 * item  # each weight is an operand of two products
@@ -225,7 +225,7 @@ def bytes_per_parameter(shape: HeadShape, kind: str) -> dict[str, float]:
 
 
 def page(shapes: Sequence[str], kind: str, machine: Machine, rows: int | None = None) -> str:
-    """The tables in Markdown."""
+    """Return the tables in Markdown."""
     steps = {name: count(SHAPES[name], kind, machine, rows) for name in shapes}
     every = {name: times(step, kind, machine) for name, step in steps.items()}
     height = "the table's" if rows is None else f"{rows} rows"

@@ -20,7 +20,7 @@ BASELINE = "strong autograd baseline"
 
 
 def reference_loop(inputs: HeadInputs) -> Terms:
-    """A loop over discriminators with autograd's double backward: the paper read literally.
+    """Return a loop over discriminators with autograd's double backward: the paper read literally.
 
     It takes the stacked parameters apart once, so that each gradient is written where it belongs.
     """
@@ -30,7 +30,7 @@ def reference_loop(inputs: HeadInputs) -> Terms:
 
 
 def indexing_loop(inputs: HeadInputs) -> Terms:
-    """The loop as it is first written, which indexes the stacked parameters: `w1[k]`, `b1[k]` and so on.
+    """Return the loop as it is first written, which indexes the stacked parameters: `w1[k]`, `b1[k]` and so on.
 
     The backward of every such slice makes a gradient as large as the whole stack, zero but for the slice, and adds it.
     """
@@ -50,7 +50,8 @@ def indexing_loop(inputs: HeadInputs) -> Terms:
 
 
 def strong_autograd_baseline(inputs: HeadInputs) -> Terms:
-    """The best use of autograd: all discriminators as one batched product, and one `autograd.grad` for all norms.
+    """Return the best use of autograd: all discriminators as one batched product, and one `autograd.grad` for all
+    norms.
 
     The features are expanded to (K, N, D), so that the gradient of the summed losses holds every dL_k/df_i apart.
     """
@@ -68,7 +69,7 @@ def strong_autograd_baseline(inputs: HeadInputs) -> Terms:
 
 
 def closed_form(backend: str) -> Contender:
-    """`adversarial_terms` with one of its backends, called as training calls it."""
+    """Return `adversarial_terms` with one of its backends, called as training calls it."""
 
     def terms(inputs: HeadInputs) -> Terms:
         return gk.adversarial_terms(

@@ -85,7 +85,7 @@ class Compiled:
 
 @contextlib.contextmanager
 def recorded_launches(execute: Collection[str] = ()) -> Iterator[list[Launch]]:
-    """A list of launches instead of launches; kernels of the names in `execute` run as well."""
+    """Record launches in a list instead of launching; run the kernels that `execute` names as well."""
     found: list[Launch] = []
     run = JITFunction.run
 
@@ -121,7 +121,7 @@ def head_launches(
     loss_feature_scale: bool = False,
     capability: int | None = None,
 ) -> tuple[list[Launch], list[Launch]]:
-    """The launches of one forward and of one backward on fake CUDA tensors."""
+    """Return the launches of one forward and of one backward on fake CUDA tensors."""
     n, k, parameter_dtype = num_samples, num_discriminators, parameter_dtype or dtype
     shapes = ((k, hidden, dim), (k, hidden), (k, hidden, hidden), (k, hidden), (k, hidden), (k,))
     backend = backends.get("triton")
@@ -155,7 +155,7 @@ def update_launches(
     max_pairs: int | None = None,
     capability: int | None = None,
 ) -> list[Launch]:
-    """The launches of one update, after its forward, on fake CUDA tensors."""
+    """Return the launches of one update, after its forward, on fake CUDA tensors."""
     n, k, parameter_dtype = num_samples, num_discriminators, parameter_dtype or dtype
     shapes = ((k, hidden, dim), (k, hidden), (k, hidden, hidden), (k, hidden), (k, hidden), (k,))
     backend = backends.get("triton")
@@ -192,7 +192,7 @@ class _StandInDriver:
 
 
 def compile_launch(launch: Launch, capability: int, folder: Path) -> Compiled:
-    """Compiles one launch for one compute capability down to machine code, and reads what that uses."""
+    """Compile one launch for one compute capability down to machine code, and read what that uses."""
     previous = driver._active
     driver.set_active(_StandInDriver(capability))
     try:

@@ -58,7 +58,6 @@ TRAINING_NEEDS = (
     "tyro",
     "tomli_w",
     "safetensors",
-    "torchmetrics",
     "filelock",
     "rich",
     "matplotlib",
@@ -117,7 +116,7 @@ class Clock:
         self._end = time.monotonic() + 60 * minutes
 
     def is_over(self, left: str) -> bool:
-        """Whether the time is over; then what is left undone is printed."""
+        """Return whether the time is over; then what is left undone is printed."""
         over = time.monotonic() >= self._end
         if over:
             print(f"time is over; left: {left}", flush=True)
@@ -125,12 +124,12 @@ class Clock:
 
 
 def missing_packages() -> list[str]:
-    """What training imports and this environment lacks."""
+    """Return what training imports and this environment lacks."""
     return [name for name in TRAINING_NEEDS if importlib.util.find_spec(name) is None]
 
 
 def rehearse(output: Path) -> int:
-    """Collects the GPU's tests, and measures a small head on the CPU in place of the GPU's: 0 where all of it works."""
+    """Collect the GPU's tests, and measure a small head on the CPU in place of the GPU's: 0 where all of it works."""
     files = [str(path) for path in gpu_test_files() if not missing_packages() or "tyro" not in path.read_text()]
     failed = _pytest([*GPU_TESTS, "-q", "--collect-only", *files], output / "tests.txt")
     rows = list(_rows(["digits"], ["float32"], device="cpu"))
@@ -153,7 +152,7 @@ def gpu_test_files() -> list[Path]:
 
 
 def run_tests(report: Path, selection: Sequence[str]) -> int:
-    """0 where every selected test ran and passed; pytest's output goes to `report` as well as to the terminal.
+    """Return 0 where every selected test ran and passed; pytest's output goes to `report` as well as to the terminal.
 
     A test that was skipped, as those of training are on a machine without what training needs, is not a passed one:
     the files' names and reasons stand at the end of the report, and the status is 1.
@@ -195,7 +194,9 @@ def _pytest(arguments: Sequence[str], report: Path) -> int:
 
 
 def exit_status(rows: Sequence[Mapping[str, Any]]) -> int:
-    """1 if this project's own contender failed in a row, which says so in the file alone; others may lack memory."""
+    """Return 1 if this project's own contender failed in a row, which says so in the file alone; others may lack
+    memory.
+    """
     return int(any("failed" in row and row["contender"] == "triton" for row in rows))
 
 
@@ -207,7 +208,7 @@ def measure(
     clock: Clock,
     revision: str | None = None,
 ) -> list[dict[str, Any]]:
-    """The rows. Writes `path` after every row, so that what was measured survives a session that is cut off."""
+    """Return the rows. Writes `path` after every row, so that what was measured survives a session that is cut off."""
     import triton
 
     properties = torch.cuda.get_device_properties(0)
@@ -332,7 +333,7 @@ def _median_ms(run: Callable[[], object]) -> float:
 
 
 def _kernel_times(run: Callable[[], object], calls: int = 10) -> dict[str, float]:
-    """Microseconds on the device in one step, by kernel."""
+    """Return microseconds on the device in one step, by kernel."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -346,7 +347,7 @@ def _kernel_times(run: Callable[[], object], calls: int = 10) -> dict[str, float
 
 
 def _host_waits(run: Callable[[], object]) -> str | None:
-    """Where the host waited for the device in one call; None where it never did."""
+    """Return where the host waited for the device in one call; None where it never did."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -365,7 +366,7 @@ def _copied_bytes_per_second() -> float:
 
 
 def _revision() -> str:
-    """Of the checkout; empty where there is none."""
+    """Return the revision of the checkout; empty where there is none."""
     found = subprocess.run(["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"], capture_output=True, text=True)
     return found.stdout.strip()
 

@@ -30,7 +30,7 @@ from gsda_fast.data.loaders import DataSettings, open_loader
 from gsda_fast.data.pack import pack
 from gsda_fast.data.sampling import SamplingPlan
 
-RECIPE = BENCHMARKS["office31"].recipe
+PREPROCESSING = BENCHMARKS["office31"].preprocessing
 BATCH = 36
 WORKERS = 2
 CLASSES, PER_CLASS = 12, 40
@@ -38,7 +38,7 @@ USUAL, LEAN, LOOP = "usual DataLoader", "lean DataLoader", "plain Pillow loop"
 DESCRIPTIONS = {
     "DALI": "`--loader dali`: one resample, in DALI's threads",
     "torch loader": "`--loader torch`: one resample, in a pool of threads",
-    "pack": "`--loader torch` from a pack of 256x256 frames",
+    "pack": "`--loader torch` from a pack of 256x256 images",
     USUAL: "usual DataLoader, worker processes: Pillow, resize to 256x256, random resized crop",
     LEAN: "lean DataLoader, worker processes: Pillow, random resized crop alone",
     LOOP: "plain loop, one thread: Pillow, random resized crop alone",
@@ -48,7 +48,7 @@ CONTENDERS = tuple(DESCRIPTIONS)
 
 @lru_cache(maxsize=1)
 def image_tree(root: Path) -> Path:
-    """480 smooth, slightly textured JPEG images of 500x375, 33 kB each, as source and target alike."""
+    """Return 480 smooth, slightly textured JPEG images of 500x375, 33 kB each, as source and target alike."""
     generator = np.random.default_rng(0)
     for number in range(CLASSES * PER_CLASS):
         coarse = Image.fromarray(generator.integers(0, 256, (5, 6, 3), dtype=np.uint8))
@@ -62,7 +62,7 @@ def image_tree(root: Path) -> Path:
 
 @lru_cache(maxsize=1)
 def packed_tree(root: Path) -> Path:
-    """The same images as a pack."""
+    """Return the same images as a pack."""
     return pack("folder", "images", "images", image_tree(root), output=root / "pack")
 
 
@@ -73,12 +73,12 @@ class UsualDataset(Dataset[tuple[Tensor, int]]):
         self.domain = domain
         self.transform = v2.Compose(
             [
-                v2.Resize((RECIPE.resize, RECIPE.resize)) if resize_first else torch.nn.Identity(),
-                v2.RandomResizedCrop(RECIPE.crop, RECIPE.random_scale or (1.0, 1.0)),
+                v2.Resize((PREPROCESSING.resize, PREPROCESSING.resize)) if resize_first else torch.nn.Identity(),
+                v2.RandomResizedCrop(PREPROCESSING.crop, PREPROCESSING.random_scale or (1.0, 1.0)),
                 v2.RandomHorizontalFlip(),
                 v2.PILToTensor(),
                 v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(RECIPE.mean, RECIPE.std),
+                v2.Normalize(PREPROCESSING.mean, PREPROCESSING.std),
             ]
         )
 
@@ -91,7 +91,7 @@ class UsualDataset(Dataset[tuple[Tensor, int]]):
 
 
 def batches(contender: str, root: Path) -> Iterator[int]:
-    """Decodes on and on; yields the number of images of each batch."""
+    """Decode on and on; yields the number of images of each batch."""
     tree = packed_tree(root) if contender == "pack" else image_tree(root)
     source, target = open_pair("folder", "images", "images", tree)
     if contender in (USUAL, LEAN, LOOP):
@@ -104,8 +104,8 @@ def batches(contender: str, root: Path) -> Iterator[int]:
         while True:
             yield len(torch.stack([dataset[next(order)][0] for _ in range(2 * BATCH)]))
     settings = DataSettings(loader="dali" if contender == "DALI" else "torch", workers=WORKERS)
-    ours = open_loader(settings, source, target, RECIPE, batch_size=BATCH, device=torch.device("cpu"))
-    plan = SamplingPlan(source.labels, len(target), recipe=RECIPE, batch_size=BATCH, seed=0)
+    ours = open_loader(settings, source, target, PREPROCESSING, batch_size=BATCH, device=torch.device("cpu"))
+    plan = SamplingPlan(source.labels, len(target), preprocessing=PREPROCESSING, batch_size=BATCH, seed=0)
     for batch in ours.train(plan, range(10**9)):
         yield len(batch.source_images) + len(batch.target_images)
 
@@ -116,7 +116,7 @@ def _endless_order(count: int) -> Iterator[int]:
 
 
 def has_dali() -> bool:
-    """Whether DALI can be imported."""
+    """Return whether DALI can be imported."""
     try:
         importlib.import_module("nvidia.dali")
     except ImportError:
@@ -125,7 +125,7 @@ def has_dali() -> bool:
 
 
 def package_versions() -> dict[str, str]:
-    """Of what decodes and resamples."""
+    """Return the versions of what decodes and resamples."""
     versions = {name: version(name) for name in ("torch", "torchvision", "pillow", "numpy")}
     if has_dali():
         versions["DALI"] = importlib.import_module("nvidia.dali").__version__

@@ -18,7 +18,7 @@ from benchmarks.loader_contenders import DESCRIPTIONS, LEAN, USUAL
 
 
 def table(results: dict[str, Any]) -> str:
-    """Images per second and per CPU-second of every contender, against both DataLoaders."""
+    """Return images per second and per CPU-second of every contender, against both DataLoaders."""
     per_second = _by_visit(results, lambda each, info: info["images"] / each["stats"]["median"])
     per_cpu_second = _by_visit(results, lambda each, info: info["images"] / info["cpu_seconds"])
     lines = [
@@ -38,7 +38,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def wait_table(results: dict[str, Any]) -> str:
-    """The share of a training step spent waiting, with every contender."""
+    """Return the share of a training step spent waiting, with every contender."""
     waits = _by_visit(results, lambda each, info: info["data_wait"])
     rates = _by_visit(results, lambda each, info: info["images_per_second"])
     lines = [

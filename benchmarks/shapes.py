@@ -70,7 +70,7 @@ class HeadInputs:
     grad_gradient_norm: Tensor
 
     def requires_grad_(self, encoder: bool, discriminators: bool) -> HeadInputs:
-        """Chooses the player: the encoder alone (E step), or everything (forward and backward)."""
+        """Choose the player: the encoder alone (E step), or everything (forward and backward)."""
         self.features.requires_grad_(encoder)
         for parameter in self.disc:
             parameter.requires_grad_(discriminators)
@@ -80,7 +80,10 @@ class HeadInputs:
 def make_inputs(
     shape: HeadShape, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
 ) -> HeadInputs:
-    """One batch as training sees it: one-hot source rows, softmax target rows, layers initialised as `Linear`s."""
+    """Return one batch as training sees it.
+
+    One-hot source rows, softmax target rows, layers initialised as `Linear`s.
+    """
     generator = torch.Generator().manual_seed(seed)
     k, h, d = shape.num_discriminators, shape.hidden_dim, shape.feature_dim
 

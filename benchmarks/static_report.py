@@ -56,14 +56,14 @@ class Report:
 
 
 def occupancy(registers: int, shared: int, warps: int) -> int:
-    """Programs that a multiprocessor holds at once."""
+    """Return programs that a multiprocessor holds at once."""
     a_warp = math.ceil(registers * 32 / 256) * 256  # registers are handed out in these portions
     by_registers, by_threads = REGISTERS // (a_warp * warps), THREADS // (32 * warps)
     return min(by_registers, SHARED_MEMORY // (shared + _RESERVED_SHARED), by_threads, PROGRAMS)
 
 
 def loops(sass: str) -> list[list[str]]:
-    """The lines of each innermost loop: a branch back, with no other one inside."""
+    """Return the lines of each innermost loop: a branch back, with no other one inside."""
     lines = sass.splitlines()
     labels = {found[1]: index for index, line in enumerate(lines) if (found := _LABEL.match(line))}
     back = [
@@ -91,7 +91,7 @@ def instructions(lines: Sequence[str]) -> Counter[str]:
 
 
 def report(launch: Launch, capability: int, folder: Path) -> Report:
-    """Compiles the launch."""
+    """Compile the launch."""
     made = compile_launch(launch, capability, folder)
     bodies = [body for body in map(instructions, loops(made.sass)) if any(body[name] for name in _MULTIPLIES)]
     options, programs = launch.options, math.prod(launch.grid)
@@ -124,7 +124,7 @@ def _variant(launch: Launch) -> str:
 
 @contextlib.contextmanager
 def tiles_of(key: Key, rows: int | None) -> Iterator[None]:
-    """The table's tiles, or with other rows where they go over pairs; twice the warps for twice the rows."""
+    """Return the table's tiles, or with other rows where they go over pairs; twice the warps for twice the rows."""
     if rows is None:
         yield
         return
@@ -139,7 +139,7 @@ def tiles_of(key: Key, rows: int | None) -> Iterator[None]:
 def reports(
     shape: HeadShape, kind: str, capability: int, rows: int | None, folder: Path, kernels: Sequence[str]
 ) -> list[Report]:
-    """Of the discriminators' forward and backward pass and of the update, those of the kernels that are asked for."""
+    """Return the reports of the kernels of forward, backward and update, those of the kernels that are asked for."""
     dtype, parameter_dtype, _ = OPERANDS[kind]
     arguments: dict[str, Any] = {
         "num_samples": shape.num_samples,

@@ -42,7 +42,7 @@ Groups = dict[tuple[str, str], dict[str, Measured]]
 
 
 def read_groups(results: dict[str, Any]) -> Groups:
-    """(shape, player) -> contender -> what was measured, in the order of the file."""
+    """Return (shape, player) -> contender -> what was measured, in the order of the file."""
     groups: Groups = {}
     for benchmark in results["benchmarks"]:
         info = benchmark["extra_info"]
@@ -79,7 +79,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """How many times faster than the baseline, by shape, both players."""
+    """Plot how many times faster than the baseline, by shape, both players."""
     groups = {shape: group for (shape, player), group in read_groups(results).items() if player == "both players"}
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
     figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")

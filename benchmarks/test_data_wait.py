@@ -41,7 +41,7 @@ _NEVER = str(10**6)
 
 
 def reports(contender: str, device: str, root: Path) -> Iterator[Report]:
-    """Trains on and on; a report every `STEPS` steps."""
+    """Train on and on; a report every `STEPS` steps."""
     tree = packed_tree(root) if contender == "pack" else image_tree(root)
     arguments = ["folder", "--source", "images", "--target", "images", "--data-root", str(tree), "--weights", "none"]
     arguments += ["--steps", _NEVER, "--refresh-every", _NEVER, "--warmup", "0", "--log-every", str(STEPS[device])]

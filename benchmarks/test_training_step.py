@@ -130,7 +130,7 @@ def steps_between_scorings(config: pytest.Config) -> int:
 
 
 def command(config: pytest.Config, output: Path, processes: int, batch_size: int, *options: str) -> list[str]:
-    """A dry run under torchrun, of one thread a process where there is no GPU."""
+    """Return a dry run under torchrun, of one thread a process where there is no GPU."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     task = [config.getoption("--task"), "--synthetic", "--weights", "none", "--warmup", "0", "--threads", "1"]
     sizes = ["--batch-size", str(batch_size), "--device", config.getoption("--device"), "--refresh-every", _NEVER]

@@ -41,7 +41,7 @@ def _steps(benchmarks: list[dict[str, Any]]) -> str:
 
 
 def _turns(benchmarks: list[dict[str, Any]]) -> str:
-    """Ratios are medians of the ratios of neighbours in time."""
+    """Return ratios are medians of the ratios of neighbours in time."""
     seconds: dict[str, list[float]] = benchmarks[0]["extra_info"]["seconds"]
     rows = []
     for method, own in seconds.items():

@@ -90,7 +90,7 @@ def candidates(product: str, kind: str, shape_class: str, shared_memory: int) ->
 
 
 def with_product(configuration: Configuration, product: str, value: Product) -> Configuration:
-    """`configuration` with one of its products replaced; layer and jacobian cut the pairs into the same rows."""
+    """Return `configuration` with one of its products replaced; layer and jacobian cut the pairs into the same rows."""
     changed = replace(configuration, **{product: value})
     if product == "layer":
         return replace(changed, jacobian=replace(changed.jacobian, block_rows=value.block_rows))
@@ -100,7 +100,7 @@ def with_product(configuration: Configuration, product: str, value: Product) -> 
 
 
 def choose(times: Times) -> Configuration:
-    """The configuration with the least sum of times, each relative to the quickest at its shape.
+    """Return the configuration with the least sum of times, each relative to the quickest at its shape.
 
     Args:
         times: product -> candidate -> time at each shape, in one order. layer and jacobian must have the same rows.
@@ -123,7 +123,7 @@ def _same_rows(layer: Product, jacobian: Product) -> bool:
 
 
 def render(table: Rows) -> str:
-    """The source of table.py."""
+    """Return the source of table.py."""
     lines = [
         '"""Tiles of the Triton products, by chip, operands and shape class: see configs.py.',
         "",
@@ -187,7 +187,7 @@ def precision_of(kind: str) -> Iterator[None]:
 
 
 def inspect(trial: Trial) -> Verdict:
-    """Compiles every kernel of the trial's product for the chip that its row is for."""
+    """Compile every kernel of the trial's product for the chip that its row is for."""
     capability = capability_of(trial.key.chip)
     shape = TUNED_AT[trial.key.shape_class][0]
     dtype, parameter_dtype, _ = OPERANDS[trial.key.kind]
@@ -218,7 +218,7 @@ def inspect(trial: Trial) -> Verdict:
 
 
 def inspected(trials: Sequence[Trial], workers: int) -> Iterator[tuple[Trial, Verdict]]:
-    """Compiles in `workers` processes, whose results stay in Triton's own cache for the timing."""
+    """Compile in `workers` processes, whose results stay in Triton's own cache for the timing."""
     if workers < 2:
         yield from ((trial, inspect(trial)) for trial in trials)
         return
@@ -250,7 +250,9 @@ def results_of(inputs: HeadInputs) -> list[torch.Tensor]:
 
 
 def milliseconds(trial: Trial, inputs: HeadInputs) -> float:
-    """The device's time for the trial's kernels in one forward and backward, each launch alone, its inputs uncached."""
+    """Return the device's time for the trial's kernels in one forward and backward, each launch alone, its inputs
+    uncached.
+    """
     # All run once, in order: a kernel's time depends on the numbers that it is given, and fresh memory holds anything.
     with trial.in_force(), recorded_launches(execute=ALL_KERNELS) as launches:
         results_of(inputs)
@@ -259,7 +261,7 @@ def milliseconds(trial: Trial, inputs: HeadInputs) -> float:
 
 
 def tune_row(key: Key, sound: Mapping[str, Sequence[Product]], rounds: int) -> tuple[Configuration, float]:
-    """The best configuration for one row, and its time as a share of that of the row in force.
+    """Return the best configuration for one row, and its time as a share of that of the row in force.
 
     Args:
         sound: the candidates of each product that the compiler has passed.
@@ -289,7 +291,7 @@ def tune_row(key: Key, sound: Mapping[str, Sequence[Product]], rounds: int) -> t
 
 
 def _best_of_each_height(ordered: Iterable[Product]) -> list[Product]:
-    """The quickest of either number of rows, since layer and jacobian have to agree on it."""
+    """Return the quickest of either number of rows, since layer and jacobian have to agree on it."""
     heights: dict[int, list[Product]] = {}
     for candidate in ordered:
         heights.setdefault(candidate.block_rows, []).append(candidate)

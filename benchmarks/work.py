@@ -22,7 +22,8 @@ from gsda_kernels import backends
 
 
 def needed_multiply_adds(shape: HeadShape, discriminators: bool) -> int:
-    """The closed form's products over active pairs (docs/method.md): 2 D*H + 2 H*H forward, 2 D*H + H*H backward.
+    """Return the closed form's products over active pairs (docs/method.md): 2 D*H + 2 H*H forward, 2 D*H + H*H
+    backward.
 
     The backward takes none where the discriminators are frozen.
     """
@@ -55,13 +56,16 @@ def counted_multiply_adds(name: str, shape: HeadShape, discriminators: bool) -> 
 
 
 def needed_bytes(shape: HeadShape, discriminators: bool, item_size: int) -> int:
-    """Parameters read once forward; where they are trained, read once more backward and their gradients written."""
+    """Return parameters read once forward.
+
+    Where they are trained, read once more backward and their gradients written.
+    """
     return (3 if discriminators else 1) * shape.num_parameters * item_size
 
 
 @cache
 def device_peaks(device: str) -> tuple[float, float]:
-    """(multiply-adds a second, bytes a second) that this device reaches in large products and copies, float32."""
+    """Return (multiply-adds a second, bytes a second) that this device reaches in large float32 products and copies."""
     size = 1024 if device == "cpu" else 8192
     a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
     image, filters = torch.randn(1, 256, 32, 32, device=device), torch.randn(256, 256, 3, 3, device=device)
@@ -75,7 +79,7 @@ def device_peaks(device: str) -> tuple[float, float]:
 
 
 def floor_seconds(shape: HeadShape, discriminators: bool, device: str, item_size: int) -> float:
-    """The time below which nothing that does the needed work on this device can get."""
+    """Return the time below which nothing that does the needed work on this device can get."""
     multiply_adds, copied = device_peaks(device)
     return max(
         needed_multiply_adds(shape, discriminators) / multiply_adds,
@@ -95,7 +99,7 @@ def _best_time(run: Callable[[], object], device: str) -> float:
 
 
 def peak_memory(shape: str, contender: str, discriminators: bool, device: str) -> int:
-    """Bytes that a first step needs beside its inputs, at its peak; on a CPU in a process of its own."""
+    """Return bytes that a first step needs beside its inputs, at its peak; on a CPU in a process of its own."""
     if device != "cpu":
         inputs = make_inputs(SHAPES[shape], device=device).requires_grad_(True, discriminators)
         torch.cuda.reset_peak_memory_stats()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gsda_fast.config import Config
-from gsda_fast.data.benchmarks import Benchmark, ImageRecipe, find_benchmark
+from gsda_fast.data.benchmarks import Benchmark, Preprocessing, find_benchmark
 from gsda_fast.data.domains import ImageDomain, open_pair
 from gsda_fast.data.feature_loader import require_same_size
 from gsda_fast.data.loaders import open_loader, require_room, resolve_loader
@@ -32,7 +32,7 @@ _EVALUATION_BATCH = 256
 
 
 def resolve(config: Config, world_size: int = 1) -> tuple[Config, ImageDomain, ImageDomain]:
-    """The configuration with every automatic choice made, and the domains that it names.
+    """Return the configuration with every automatic choice made, and the domains that it names.
 
     Args:
         config: as given by the user. world_size: number of processes, which decides how long a pass over the target is.
@@ -41,7 +41,7 @@ def resolve(config: Config, world_size: int = 1) -> tuple[Config, ImageDomain, I
         UsageError: data, a device or a backend that is not there.
     """
     data = config.data
-    require_room(data.test_crops, image_recipe(config))
+    require_room(data.test_crops, preprocessing_of(config))
     if data.synthetic and find_benchmark(config.task).embedded:
         raise UsageError("--synthetic", found=f"the task {config.task}", expected="a task of images")
     if data.synthetic:
@@ -49,7 +49,7 @@ def resolve(config: Config, world_size: int = 1) -> tuple[Config, ImageDomain, I
     else:
         source, target = open_pair(config.task, data.source, data.target, data.data_root, data.quarantine)
     # A pack has other pixels than the raw files, so a run says that it reads one, also where GSDA_DATA names it.
-    data_root = data.data_root if source.frames is None else source.root
+    data_root = data.data_root if source.packed is None else source.root
     run = config.run
     default_output = RunFolder.default_path(config.task, source.name, target.name, run.method, run.seed)
     named = replace(
@@ -61,18 +61,18 @@ def resolve(config: Config, world_size: int = 1) -> tuple[Config, ImageDomain, I
     return with_choices(named, source, target, world_size), source, target
 
 
-def image_recipe(config: Config) -> ImageRecipe:
-    """How an image file becomes an image of a run: as the task has it, in the format of the backbone.
+def preprocessing_of(config: Config) -> Preprocessing:
+    """Return how an image file becomes an image of a run: as the task has it, in the format of the backbone.
 
     Raises:
         UsageError: a backbone of timm that is not there.
     """
-    recipe, wanted = find_benchmark(config.task).recipe, input_format(config.model.backbone)
-    return recipe if wanted is None else recipe.for_backbone(*wanted)
+    preprocessing, wanted = find_benchmark(config.task).preprocessing, input_format(config.model.backbone)
+    return preprocessing if wanted is None else preprocessing.for_backbone(*wanted)
 
 
 def with_choices(config: Config, source: ImageDomain, target: ImageDomain, world_size: int) -> Config:
-    """The same with every automatic choice made that depends on the machine and on these domains.
+    """Return the same with every automatic choice made that depends on the machine and on these domains.
 
     Raises:
         UsageError: a device, a loader or a backend that is not there.
@@ -112,7 +112,7 @@ def _with_rows(model: ModelSettings, source: ImageDomain, target: ImageDomain) -
 
 def _require_fit(backbone: str, benchmark: Benchmark) -> None:
     """Raise where the backbone does not take the task's images, before a folder is made for the run."""
-    kind = FEATURES if benchmark.embedded else LENET if benchmark.recipe.channels == 1 else ""
+    kind = FEATURES if benchmark.embedded else LENET if benchmark.preprocessing.channels == 1 else ""
     if backbone != kind and (kind or backbone in (FEATURES, LENET)):
         raise UsageError(
             "--backbone",
@@ -149,7 +149,7 @@ def _divide(method: Method, config: Config, ranks: Ranks) -> None:
 
 
 def choose_device(config: Config) -> Literal["cpu", "cuda"]:
-    """Where to train.
+    """Return where to train.
 
     Raises:
         UsageError: a GPU is asked for and not there.
@@ -167,7 +167,7 @@ def build_trainer(
     ranks: Ranks | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Trainer:
-    """The trainer of a resolved configuration, at step 0.
+    """Return the trainer of a resolved configuration, at step 0.
 
     Args:
         config, source, target: from `resolve`. ranks: the processes of the run; this one alone if None.
@@ -182,7 +182,7 @@ def build_trainer(
         torch.set_num_threads(config.run.threads)
     set_arithmetic(device, config.precision.precision)
     seed_generators(config.run.seed)
-    recipe = image_recipe(config)
+    preprocessing = preprocessing_of(config)
     _require_fit(config.model.backbone, find_benchmark(config.task))
     entry = METHODS[config.run.method]
     model = build_model(config.model, source.num_classes, partial(entry.method.classifier, config.method))
@@ -221,7 +221,7 @@ def build_trainer(
     plan = SamplingPlan(
         source.labels,
         len(target),
-        recipe=recipe,
+        preprocessing=preprocessing,
         batch_size=config.run.batch_size,
         seed=config.run.seed,
         world_size=ranks.world_size,
@@ -235,7 +235,7 @@ def build_trainer(
             config.data,
             source,
             target,
-            recipe,
+            preprocessing,
             batch_size=_EVALUATION_BATCH,
             device=device,
             dtype=model.autocast_dtype or torch.float32,
@@ -256,7 +256,7 @@ def build_trainer(
             device,
             config.precision.precision,
             config.model,
-            recipe,
+            preprocessing,
             num_classes=source.num_classes,
             images=2 * config.run.batch_size,
         ),

@@ -15,9 +15,6 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, NoReturn, TypeVar
 
-from rich.console import Console
-from rich.text import Text
-
 from gsda_fast.errors import FileWarning, Stopped, TrainingError, UsageError, UsageWarning, visible
 
 T = TypeVar("T")
@@ -31,13 +28,13 @@ _NOT_TO_BE_USED = (
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Runs a command and ends the process with its exit code.
+    """Run a command and end the process with its exit code.
 
     A `UsageError` becomes one line on standard error and exit code 2, a `TrainingError` one line and exit code 1, a
     `Stopped` one line on standard output and exit code 0; an interrupt from the keyboard one line (with what the
     `KeyboardInterrupt` says, if anything) and exit code 130, as in a shell; standard output that nobody reads any more
     (`| head`) ends the command quietly, with a shell's 141. A file or folder that cannot be used, wherever it is met,
-    is told as a `UsageError` is, and a disk that is full or fails as a `TrainingError`. Any other exception is a defect
+    is reported as a `UsageError` is, a disk that is full or fails as a `TrainingError`. Any other exception is a defect
     and keeps its traceback. A `UsageWarning` is one line on standard error, from the first of the processes that
     torchrun started; a `FileWarning` from any of them. What standard output cannot show, it shows as escapes.
 
@@ -52,7 +49,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         code = main()
         sys.stdout.flush()
     except (UsageError, TrainingError) as error:
-        if not error.told:
+        if not error.reported_elsewhere:
             print(f"error: {_one_line(str(error))}", file=sys.stderr)
         code = 2 if isinstance(error, UsageError) else 1
     except BrokenPipeError:
@@ -66,8 +63,8 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
             code = 1
         elif error.filename is not None and error.errno in _NOT_TO_BE_USED:
             expected = "permission to use it" if isinstance(error, PermissionError) else "a file or folder to use"
-            told = UsageError(str(error.filename), found=f"{error.strerror}", expected=expected)
-            print(f"error: {_one_line(str(told))}", file=sys.stderr)
+            refused = UsageError(str(error.filename), found=f"{error.strerror}", expected=expected)
+            print(f"error: {_one_line(str(refused))}", file=sys.stderr)
             code = 2
         else:
             raise
@@ -75,41 +72,13 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         # All is saved. A signal that comes while the interpreter goes down must not make a failure of that.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
-        if not stopped.told:
+        if not stopped.reported_elsewhere:
             print(stopped, flush=True)
         code = 0
     except KeyboardInterrupt as interrupt:
         print(": ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         code = 130
     sys.exit(code or 0)
-
-
-class VisibleConsole(Console):
-    """A console for text in which names of files and classes occur: what a terminal would obey is shown as escapes."""
-
-    def render_str(self, text: str, **more: Any) -> Text:
-        """Render a string: every one that is printed, a table's cells among them, comes by here."""
-        return super().render_str("\n".join(map(visible, text.split("\n"))), **more)
-
-    def on_broken_pipe(self) -> None:
-        """Leave it to `run_command`: by itself rich would end the process, with another code."""
-        raise BrokenPipeError
-
-
-def plain_console(stderr: bool = False) -> Console:
-    """Prints names as they are: rich would take the `[raw]` of a path for a style and its `:key:` for an emoji."""
-    return VisibleConsole(markup=False, emoji=False, stderr=stderr)
-
-
-def spreadsheet_text(name: str) -> str:
-    """A name for a table: control characters as escapes, and an apostrophe before what would be taken for a formula."""
-    shown = visible(name)
-    return f"'{shown}" if shown.startswith(("=", "+", "-", "@")) else shown
-
-
-def echo(text: str) -> None:
-    """Print a line on standard output in which names of files and classes may occur."""
-    print(visible(text))
 
 
 def _show_warning(
@@ -122,8 +91,8 @@ def _show_warning(
 
 
 @contextmanager
-def told_by_first_process() -> Iterator[None]:
-    """What goes wrong in this block goes wrong alike in every process that torchrun started: the first one tells of it.
+def reported_by_first_process() -> Iterator[None]:
+    """Let the first process report what goes wrong in this block, which goes wrong alike in all that torchrun started.
 
     Raises:
         UsageError, SystemExit: as raised in the block.
@@ -135,7 +104,7 @@ def told_by_first_process() -> Iterator[None]:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             yield
     except UsageError as error:
-        error.told = True
+        error.reported_elsewhere = True
         raise
 
 

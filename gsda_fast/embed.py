@@ -18,13 +18,14 @@ from msgspec import Meta
 from rich.console import Console
 from torch import nn
 
-from gsda_fast.commands import parse_command_line, plain_console, run_command
-from gsda_fast.data.benchmarks import BENCHMARKS, EMBEDDED, ImageRecipe
+from gsda_fast.commands import parse_command_line, run_command
+from gsda_fast.console import FilesDone, plain_console, progress_bars
+from gsda_fast.data.benchmarks import BENCHMARKS, EMBEDDED, Preprocessing
 from gsda_fast.data.domains import ImageDomain, default_root, open_domain, open_folder
 from gsda_fast.data.embeddings import digest_of_table, write_table
 from gsda_fast.data.sampling import stored_augmentation
 from gsda_fast.data.torch_loader import TorchLoader
-from gsda_fast.data.verify import FilesDone, progress_bars, require_readable
+from gsda_fast.data.verify import require_readable
 from gsda_fast.errors import UsageError
 from gsda_fast.files import atomic_file
 from gsda_fast.model import (
@@ -89,13 +90,13 @@ def embed(settings: EmbedSettings, progress: FilesDone | None = None) -> list[Pa
         raise UsageError("--device", found="cuda", expected="cpu or auto: PyTorch finds no CUDA device here")
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    domains, recipe = _domains(settings)
+    domains, preprocessing = _domains(settings)
     model = ModelSettings(settings.backbone, settings.weights)
     fetch_weights(model)
     wanted = input_format(settings.backbone)
     backbone, dim = build_backbone(model)
     if wanted is not None:
-        recipe = recipe.for_backbone(*wanted)
+        preprocessing = preprocessing.for_backbone(*wanted)
     on_gpu = settings.device != "cpu" and torch.cuda.is_available()
     network = _Network(backbone, dim, torch.device("cuda" if on_gpu else "cpu"))
     output = settings.output or _default_output(settings)
@@ -104,7 +105,7 @@ def embed(settings: EmbedSettings, progress: FilesDone | None = None) -> list[Pa
         output.mkdir(parents=True, exist_ok=True)
         for domain in domains:
             path = output / f"{domain.name}.npy"
-            _embed_domain(domain, path, network, recipe, settings, progress)
+            _embed_domain(domain, path, network, preprocessing, settings, progress)
             paths.append(path)
     except OSError as error:
         raise UsageError(
@@ -117,21 +118,21 @@ def _default_output(settings: EmbedSettings) -> Path:
     return default_root(settings.what + EMBEDDED) if settings.what in BENCHMARKS else Path("embeddings")
 
 
-def _domains(settings: EmbedSettings) -> tuple[Sequence[ImageDomain], ImageRecipe]:
+def _domains(settings: EmbedSettings) -> tuple[Sequence[ImageDomain], Preprocessing]:
     benchmark = BENCHMARKS.get(settings.what)
     if benchmark is None or not benchmark.domains:
         folder = Path(settings.what)
         if not folder.is_dir():
             expected = f"a folder of images, or one of {', '.join(name for name, b in BENCHMARKS.items() if b.domains)}"
             raise UsageError("TASK|FOLDER", found=f"'{settings.what}'", expected=expected)
-        return [open_folder(folder.resolve())], BENCHMARKS[_FOLDER_TASK].recipe
-    if benchmark.recipe.channels != 3:
+        return [open_folder(folder.resolve())], BENCHMARKS[_FOLDER_TASK].preprocessing
+    if benchmark.preprocessing.channels != 3:
         raise UsageError("TASK|FOLDER", found=settings.what, expected="a task whose samples are colour images")
     names = settings.domains or tuple(facts.name for facts in benchmark.domains)
     domains = [open_domain(benchmark.name, name, settings.data_root) for name in names]
     for domain in domains:
         require_readable(benchmark.name, domain, workers=settings.workers)
-    return domains, benchmark.recipe
+    return domains, benchmark.preprocessing
 
 
 class _Network:
@@ -143,7 +144,7 @@ class _Network:
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> np.ndarray:
-        """(N, C, H, W) -> (N, dim) float32."""
+        """Return (N, C, H, W) -> (N, dim) float32."""
         return self._backbone(images).flatten(1).float().cpu().numpy()
 
 
@@ -151,11 +152,11 @@ def _embed_domain(
     domain: ImageDomain,
     path: Path,
     network: _Network,
-    recipe: ImageRecipe,
+    preprocessing: Preprocessing,
     settings: EmbedSettings,
     progress: FilesDone | None,
 ) -> None:
-    made_from = _digest(domain, network, recipe, settings.views)
+    made_from = _digest(domain, network, preprocessing, settings.views)
     if digest_of_table(path) == made_from:
         return
     path.with_suffix(".json").unlink(missing_ok=True)  # from now on these are no finished rows
@@ -165,7 +166,9 @@ def _embed_domain(
     mode: Literal["r+", "w+"] = "r+" if done else "w+"
     rows = np.lib.format.open_memmap(partial, mode=mode, dtype=np.float32, shape=(views, count, network.dim))
     batch_size = settings.batch_size or (128 if network.device.type == "cuda" else 16)
-    loader = TorchLoader(domain, domain, recipe, batch_size=batch_size, device=network.device, workers=settings.workers)
+    loader = TorchLoader(
+        domain, domain, preprocessing, batch_size=batch_size, device=network.device, workers=settings.workers
+    )
     try:
         if done < count:
             centres = loader.evaluate("target", np.arange(done, count))
@@ -174,7 +177,7 @@ def _embed_domain(
                 rows[0, first:last] = network(images)
                 if views > 1:
                     drawn = [
-                        stored_augmentation(_VIEW_SEED, range(view * count + first, view * count + last), recipe)
+                        stored_augmentation(_VIEW_SEED, range(view * count + first, view * count + last), preprocessing)
                         for view in range(1, views)
                     ]
                     crops = loader.augmented("target", np.arange(first, last), drawn)
@@ -195,15 +198,15 @@ def _embed_domain(
     journal.unlink(missing_ok=True)
 
 
-def _digest(domain: ImageDomain, network: _Network, recipe: ImageRecipe, views: int) -> str:
+def _digest(domain: ImageDomain, network: _Network, preprocessing: Preprocessing, views: int) -> str:
     """What the rows are a function of: the files, as far as names, sizes and times tell, weights and settings."""
-    settings = {"recipe": asdict(recipe), "views": views, "classes": domain.classes}
+    settings = {"recipe": asdict(preprocessing), "views": views, "classes": domain.classes}
     found = hashlib.sha256(f"{json.dumps(settings)} {network.digest}".encode())
     for sample, (name, label) in enumerate(zip(domain.paths, domain.labels.tolist())):
-        state = "" if domain.frames is not None else _state(domain.file(sample))
+        state = "" if domain.packed is not None else _state(domain.file(sample))
         found.update(f"{name}\0{label}\0{state}\0".encode())
-    if domain.frames is not None:
-        found.update(repr([shard.sha256 for shard in domain.frames.shards]).encode())
+    if domain.packed is not None:
+        found.update(repr([shard.sha256 for shard in domain.packed.shards]).encode())
     return found.hexdigest()
 
 

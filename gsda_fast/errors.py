@@ -6,7 +6,7 @@ from typing import Any
 
 
 def visible(text: str) -> str:
-    """The text with escapes in place of what a terminal would obey or cannot show.
+    """Return the text with escapes in place of what a terminal would obey or cannot show.
 
     Names of files and classes are anybody's. Control characters, line separators, marks that turn the direction of
     writing, and bytes that are no UTF-8 become ``\\x1b``, ``\\u2028`` and the like.
@@ -34,10 +34,10 @@ class UsageError(ValueError):
         remedy: what to do about it; empty where `expected` already says so.
 
     Attributes:
-        told: another process of the run tells the user, so that this one need not.
+        reported_elsewhere: another process of the run prints it, so that this one need not.
     """
 
-    told = False
+    reported_elsewhere = False
 
     def __init__(self, what: str, *, found: str, expected: str, remedy: str = "") -> None:
         self.what, self.found, self.expected, self.remedy = what, found, expected, remedy
@@ -51,21 +51,21 @@ class UsageError(ValueError):
 
 
 class UsageWarning(UserWarning):
-    """Something about the user's data or machine that stops nothing; commands tell of it in one line."""
+    """Something about the user's data or machine that stops nothing; commands print it in one line."""
 
 
 class FileWarning(UsageWarning):
-    """One about a file that this process alone has met, so that it is told by whichever process it is."""
+    """One about a file that this process alone has met, so that whichever process it is prints it."""
 
 
 class TrainingError(RuntimeError):
     """A run that cannot go on, for a reason that lies in its numbers or its processes: one line, exit code 1.
 
     Attributes:
-        told: another process of the run tells the user, so that this one need not.
+        reported_elsewhere: another process of the run prints it, so that this one need not.
     """
 
-    told = False
+    reported_elsewhere = False
 
 
 class Stopped(BaseException):
@@ -74,7 +74,7 @@ class Stopped(BaseException):
     No `Exception`, like `KeyboardInterrupt`, so that nothing on its way takes it for a failure to deal with.
 
     Attributes:
-        told: another process of the run tells the user, so that this one need not.
+        reported_elsewhere: another process of the run prints it, so that this one need not.
     """
 
-    told = False
+    reported_elsewhere = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,18 +12,20 @@ import tyro
 from rich.table import Table
 
 from gsda_fast.assemble import build_trainer, resolve
-from gsda_fast.commands import parse_command_line, plain_console, run_command
+from gsda_fast.commands import parse_command_line, run_command
+from gsda_fast.console import plain_console
 from gsda_fast.data.batches import Crops
 from gsda_fast.data.domains import ImageDomain
-from gsda_fast.errors import UsageError
-from gsda_fast.results.metrics import EvaluationFigures, evaluation_figures
+from gsda_fast.data.substitutes import MEAN_COLOUR
+from gsda_fast.errors import UsageError, UsageWarning
+from gsda_fast.results.metrics import EvaluationMetrics, evaluation_metrics
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.resume import first_difference
-from gsda_fast.trained import ScoringOptions, for_scoring, load_parameters, read_checkpoint, read_settings
+from gsda_fast.trained import EvaluationOptions, for_evaluation, load_parameters, read_checkpoint, read_settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateSettings(ScoringOptions):
+class EvaluateSettings(EvaluationOptions):
     """What to evaluate."""
 
     test_crops: Crops | None = None
@@ -31,31 +34,41 @@ class EvaluateSettings(ScoringOptions):
     """Folder of the data set or of a pack; that of the run if not given."""
 
 
-def evaluate(settings: EvaluateSettings) -> tuple[int, EvaluationFigures, tuple[str, ...]]:
-    """Scores the target with a checkpoint of a run.
+def evaluate(settings: EvaluateSettings) -> tuple[int, EvaluationMetrics, tuple[str, ...]]:
+    """Score the target with a checkpoint of a run.
 
     Returns:
-        The checkpoint's step, the figures, and the names of the classes.
+        The checkpoint's step, the metrics, and the names of the classes.
 
     Raises:
         UsageError: no run, no such checkpoint, a damaged one, or data with other classes than the run's.
+
+    Warns:
+        FileWarning: of each file that cannot be read. UsageWarning: how many they are.
     """
     folder = RunFolder.existing(settings.run)
     step, state = read_checkpoint(folder, settings.checkpoint)
-    config = for_scoring(read_settings(folder), settings.device)
+    config = for_evaluation(read_settings(folder), settings.device)
     root, crops = settings.data_root or config.data.data_root, settings.test_crops or config.data.test_crops
     config, source, target = resolve(replace(config, data=replace(config.data, data_root=root, test_crops=crops)))
     _require_classes(source, state["classes"], folder)
     trainer = build_trainer(config, source, target)
     load_parameters(trainer.method, state["method"], f"{folder.path}, step {step}")
     probabilities = trainer.predict("target", trainer.test_crops)
-    figures = evaluation_figures(torch.from_numpy(target.labels), probabilities)
+    metrics = evaluation_metrics(torch.from_numpy(target.labels), probabilities)
+    if trainer.loader.failed:
+        # Each of them was named when it failed.
+        count = f"{len(trainer.loader.failed)} of {len(target)} files could not be read"
+        warnings.warn(f"{count}; each was evaluated as {MEAN_COLOUR}", UsageWarning, stacklevel=2)
     trainer.loader.close()
-    return step, figures, target.classes
+    return step, metrics, target.classes
 
 
 def _require_classes(source: ImageDomain, of_run: list[str], folder: RunFolder) -> None:
-    """Whether labels mean what the network has learnt; as many classes under other names would give wrong figures."""
+    """Require that labels mean what the network has learnt.
+
+    As many classes under other names would give wrong metrics.
+    """
     classes = list(source.classes)
     if classes != of_run:
         found, expected = first_difference(classes, of_run)
@@ -67,7 +80,7 @@ def _require_classes(source: ImageDomain, of_run: list[str], folder: RunFolder) 
         )
 
 
-def _figure(value: float | None) -> str:
+def _metric(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f} %"
 
 
@@ -75,18 +88,18 @@ def main() -> None:
     settings = parse_command_line(
         lambda: tyro.cli(EvaluateSettings, args=sys.argv[1:], prog="python -m gsda_fast.evaluate")
     )
-    step, figures, classes = evaluate(settings)
+    step, metrics, classes = evaluate(settings)
     crops = settings.test_crops or RunFolder(settings.run).setting("test_crops")
     console = plain_console()
-    told = f"{settings.run}, after step {step}{', ten-crop test' if crops == 10 else ''}"
-    console.print(told, highlight=False, soft_wrap=True)
+    message = f"{settings.run}, after step {step}{', ten-crop test' if crops == 10 else ''}"
+    console.print(message, highlight=False, soft_wrap=True)
     table = Table()
     table.add_column("target")
     table.add_column("accuracy", justify="right")
-    table.add_row("overall", _figure(figures.accuracy))
-    table.add_row("mean per class", _figure(figures.mean_per_class), end_section=True)
-    for name, accuracy in zip(classes, figures.per_class):
-        table.add_row(name, _figure(accuracy))
+    table.add_row("overall", _metric(metrics.accuracy))
+    table.add_row("mean per class", _metric(metrics.mean_per_class), end_section=True)
+    for name, accuracy in zip(classes, metrics.per_class):
+        table.add_row(name, _metric(accuracy))
     console.print(table)
 
 

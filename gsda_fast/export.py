@@ -14,7 +14,8 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from gsda_fast.commands import echo, parse_command_line, run_command
+from gsda_fast.commands import parse_command_line, run_command
+from gsda_fast.console import echo
 from gsda_fast.errors import UsageError
 from gsda_fast.files import atomic_file
 from gsda_fast.model import FEATURES, AdaptationModel, output_layer
@@ -43,7 +44,7 @@ class _Network(nn.Module):
 
 
 def export(settings: ExportSettings) -> list[Path]:
-    """Writes two files with the same float32 network, for images (N, C, crop, crop) normalised as `facts` says.
+    """Write two files with the same float32 network, for images (N, C, crop, crop) normalised as `facts` says.
 
     - ``model.safetensors``: parameters and buffers, named ``backbone.* bottleneck.* classifier.*``; the metadata has
       the facts as JSON under ``facts``.
@@ -58,15 +59,15 @@ def export(settings: ExportSettings) -> list[Path]:
     """
     trained = load_trained(settings.run, settings.checkpoint)
     folder = settings.output or RunFolder(settings.run).exported
-    told = json.dumps(facts(trained))
+    description = json.dumps(facts(trained))
     network = _Network(trained.model).to(memory_format=torch.contiguous_format)
     weights, program = (folder / name for name in EXPORTED)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(weights) as file:
-            file.write(safetensors.torch.save(network.state_dict(), {"format": "pt", "facts": told}))
+            file.write(safetensors.torch.save(network.state_dict(), {"format": "pt", "facts": description}))
         with atomic_file(program) as file:
-            torch.export.save(_program(network, trained), file, extra_files={"facts.json": told})
+            torch.export.save(_program(network, trained), file, extra_files={"facts.json": description})
     except OSError as error:
         raise UsageError("--output", found=f"{folder} ({error.strerror})", expected="a folder to write") from error
     return [weights, program]
@@ -76,8 +77,11 @@ _OF_ROWS = ("input_dim", "feature_norm", "hidden")
 
 
 def facts(trained: TrainedModel) -> dict[str, Any]:
-    """All that one has to know to use the network: what it was trained as, its layers, its images, its classes."""
-    config, model, recipe = trained.config, trained.config.model, trained.recipe
+    """Return all that one has to know to use the network.
+
+    What it was trained as, its layers, its images, its classes.
+    """
+    config, model, preprocessing = trained.config, trained.config.model, trained.preprocessing
     return {
         "task": config.task,
         "source": config.data.source,
@@ -90,15 +94,19 @@ def facts(trained: TrainedModel) -> dict[str, Any]:
         **({name: getattr(model, name) for name in _OF_ROWS} if model.backbone == FEATURES else {}),
         "bottleneck_dim": model.bottleneck_dim,
         "bottleneck_activation": model.bottleneck_activation,
-        **{name: dataclasses.asdict(recipe)[name] for name in ("resize", "crop", "channels", "mean", "std")},
+        **{name: dataclasses.asdict(preprocessing)[name] for name in ("resize", "crop", "channels", "mean", "std")},
         "classes": trained.classes,
     }
 
 
 def _program(network: _Network, trained: TrainedModel) -> torch.export.ExportedProgram:
-    model, recipe = trained.config.model, trained.recipe
+    model, preprocessing = trained.config.model, trained.preprocessing
     # Two images (or rows): a batch of one would be taken for a constant.
-    row = (model.input_dim,) if model.backbone == FEATURES else (recipe.channels, recipe.crop, recipe.crop)
+    row = (
+        (model.input_dim,)
+        if model.backbone == FEATURES
+        else (preprocessing.channels, preprocessing.crop, preprocessing.crop)
+    )
     images = torch.zeros(2, *row)
     return torch.export.export(
         network, (images,), dynamic_shapes={"images": {0: torch.export.Dim("images", min=1)}}, strict=False

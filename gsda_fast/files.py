@@ -94,8 +94,8 @@ class FolderLock:
         except OSError as error:
             self.release()
             if error.errno in _NO_LOCKS:
-                told = f"{folder} cannot be locked ({error.strerror}): make sure that no other process writes there"
-                warnings.warn(told, UsageWarning, stacklevel=3)
+                message = f"{folder} cannot be locked ({error.strerror}): make sure that no other process writes there"
+                warnings.warn(message, UsageWarning, stacklevel=3)
                 return
             if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
                 found = f"{folder}, in use by {self._holder()}"
@@ -132,7 +132,7 @@ class FolderLock:
         self.release()
 
     def _open(self) -> tuple[int, bool]:
-        """The lock file, and whether it can be written: another user's is locked by reading it, all the same."""
+        """Return the lock file, and whether it can be written: another user's is locked by reading it, all the same."""
         flags = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
             # For everybody whom the folder's owner lets in, as far as the umask does.
@@ -147,12 +147,12 @@ class FolderLock:
 
 
 def is_plain_name(name: object) -> bool:
-    """Tell whether a text that was read from a file names an entry of a folder, and of no other folder."""
+    """Return whether a text that was read from a file names an entry of a folder, and of no other folder."""
     return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\0" not in name
 
 
 def is_path_below(path: object) -> bool:
-    """Tell whether a text that was read from a file names a file below a folder, by plain names alone."""
+    """Return whether a text that was read from a file names a file below a folder, by plain names alone."""
     return isinstance(path, str) and all(map(is_plain_name, path.split("/")))
 
 

@@ -10,15 +10,17 @@ from pathlib import Path
 from pickle import UnpicklingError
 from textwrap import shorten
 from types import ModuleType
-from typing import Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import torch
-import torchvision
 from msgspec import Meta
 from torch import Tensor, nn
 
 from gsda_fast import efficientnet_lite
 from gsda_fast.errors import UsageError
+
+if TYPE_CHECKING:
+    from torchvision.models import WeightsEnum
 
 LENET = "lenet"
 EFFICIENTNET_LITE0 = "efficientnet-lite0"
@@ -152,7 +154,7 @@ class RowNormalisation(nn.Module):
     """Divide each row by its root mean square, so that features of any scale train with the same rates."""
 
     def forward(self, rows: Tensor) -> Tensor:
-        """(N, D) -> (N, D); a row of zeros stays one."""
+        """Return (N, D) -> (N, D); a row of zeros stays one."""
         return nn.functional.rms_norm(rows, rows.shape[-1:])
 
 
@@ -177,26 +179,30 @@ def build_backbone(settings: ModelSettings) -> tuple[nn.Module, int]:
 
 
 def fetch_weights(settings: ModelSettings) -> None:
-    """Puts the backbone's pretrained weights, where it starts from such, into PyTorch's cache, unless they are there.
+    """Put the backbone's pretrained weights, where it starts from such, into PyTorch's cache, unless they are there.
 
     Raises:
         UsageError: they can neither be found nor fetched.
     """
+    if settings.weights == "none":
+        return
     weights = _known_weights(settings.backbone).get(settings.weights)
     if weights is not None:
         with _fetching(weights):
             weights.get_state_dict(progress=True, check_hash=True)
 
 
-def _known_weights(backbone: str) -> dict[str, torchvision.models.WeightsEnum]:
-    """The weights that torchvision has for a backbone, by name."""
-    if backbone not in torchvision.models.list_models(module=torchvision.models):
+def _known_weights(backbone: str) -> dict[str, WeightsEnum]:
+    """Return the weights that torchvision has for a backbone, by name."""
+    from torchvision import models
+
+    if backbone not in models.list_models(module=models):
         return {}
-    return {entry.name: entry for entry in torchvision.models.get_model_weights(backbone)}
+    return {entry.name: entry for entry in models.get_model_weights(backbone)}
 
 
 @contextmanager
-def _fetching(weights: torchvision.models.WeightsEnum) -> Iterator[None]:
+def _fetching(weights: WeightsEnum) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:  # the second one for a file with another digest
@@ -266,16 +272,19 @@ def _timm_backbone(backbone: str, weights: str) -> tuple[nn.Module, int]:
     try:
         network = timm.create_model(backbone.removeprefix(TIMM), pretrained=weights == "pretrained", num_classes=0)
     except (OSError, RuntimeError) as error:
-        told = shorten(str(error), 160, placeholder=" ...")
-        raise UsageError("--weights", found=f"weights that timm could not fetch ({told})", expected="a file") from error
+        message = shorten(str(error), 160, placeholder=" ...")
+        raise UsageError(
+            "--weights", found=f"weights that timm could not fetch ({message})", expected="a file"
+        ) from error
     if path.is_file():
         _load(network, path)
     return network, network.num_features
 
 
 def _torchvision_backbone(name: str, weights: str) -> tuple[nn.Module, int]:
-    models = torchvision.models.list_models(module=torchvision.models)
-    if name not in models:
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
         raise UsageError(
             "--backbone",
             found=name,
@@ -285,11 +294,11 @@ def _torchvision_backbone(name: str, weights: str) -> tuple[nn.Module, int]:
     known = _known_weights(name)
     if weights in known:
         with _fetching(known[weights]):
-            network = torchvision.models.get_model(name, weights=known[weights])
+            network = models.get_model(name, weights=known[weights])
     elif weights == "none":
-        network = torchvision.models.get_model(name)
+        network = models.get_model(name)
     elif path.is_file():
-        network = torchvision.models.get_model(name)
+        network = models.get_model(name)
         _load(network, path)
     else:
         raise UsageError("--weights", found=weights, expected=f"none, an existing file, or one of {', '.join(known)}")
@@ -308,8 +317,10 @@ def output_layer(backbone: str) -> str:
         return ""
     if backbone == EFFICIENTNET_LITE0:
         return "_fc"
+    from torchvision import models
+
     with torch.device("meta"):
-        return _last_linear(torchvision.models.get_model(backbone))[0]
+        return _last_linear(models.get_model(backbone))[0]
 
 
 def _last_linear(network: nn.Module) -> tuple[str, nn.Linear | None]:
@@ -323,5 +334,5 @@ def _load(network: nn.Module, path: Path) -> None:
         network.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, UnpicklingError) as error:
         # The keys that do not fit follow on later lines; a large network has hundreds of them.
-        told = shorten(str(error) or type(error).__name__, 160, placeholder=" ...")
-        raise UsageError("--weights", found=f"{path} ({told})", expected="a state dict of the backbone") from error
+        message = shorten(str(error) or type(error).__name__, 160, placeholder=" ...")
+        raise UsageError("--weights", found=f"{path} ({message})", expected="a state dict of the backbone") from error

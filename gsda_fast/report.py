@@ -52,7 +52,10 @@ class ReportOptions:
 
 
 def suite_layout(benchmark: Benchmark) -> Layout:
-    """How the tables of a benchmark's suites are laid out: every method and transfer task, in the paper's order."""
+    """Return how the tables of a benchmark's suites are laid out.
+
+    Every method and transfer task, in the paper's order.
+    """
     return Layout(
         benchmark.name,
         tuple(METHODS),

@@ -30,7 +30,7 @@ class Start:
 
     Attributes:
         state: what was stored. origin: the checkpoint's file. weights_alone: nothing but the weights are taken from it.
-        own_step: that of the checkpoint, where it is of the run's own folder.
+        own_step: that of the checkpoint, where it is of the run's own folder. seed: of this run.
         warnings: a line for each damaged checkpoint that was passed over.
     """
 
@@ -38,10 +38,16 @@ class Start:
     origin: str = ""
     own_step: int | None = None
     weights_alone: bool = False
+    seed: int = 0
     warnings: list[str] = field(default_factory=list)
 
+    @property
+    def unreadable(self) -> dict[str, str]:
+        """Files that failed in the part of the run that is gone on with, and what is wrong with each."""
+        return {} if self.state is None or self.weights_alone else self.state.get("unreadable_files", {})
+
     def load_into(self, trainer: Trainer) -> list[str]:
-        """Brings the trainer there. Returns lines for the user, none for a run that starts afresh.
+        """Bring the trainer there. Returns lines for the user, none for a run that starts afresh.
 
         Raises:
             UsageError: parameters of other shapes, or more steps done than are asked for.
@@ -72,8 +78,8 @@ class Start:
                 expected="a sound checkpoint",
             ) from error
         whence = "" if self.own_step is not None else f" of {self.origin}"
-        changed = _changed_versions(self.state["versions"])
-        return [f"resuming after step {trainer.step}{whence}", *([changed] if changed else [])]
+        told = [_another_seed(self.state["identity"], self.seed), _changed_versions(self.state["versions"])]
+        return [f"resuming after step {trainer.step}{whence}", *filter(None, told)]
 
     def _load_weights(self, trainer: Trainer) -> str:
         assert self.state is not None
@@ -84,12 +90,12 @@ class Start:
         if in_the_model:
             raise _other_network(self.origin, f"no tensor {in_the_model[0]}", "weights of the same network")
         trainer.load_method_state({**own, **{name: stored[name] for name in own if name in stored}})
-        told = f"starting with the weights of {self.origin}, after its step {self.state['step']}"
-        return f"{told}; {len(missing)} tensors that it lacks start afresh" if missing else told
+        message = f"starting with the weights of {self.origin}, after its step {self.state['step']}"
+        return f"{message}; {len(missing)} tensors that it lacks start afresh" if missing else message
 
 
 def find_start(config: Config, folder: RunFolder, identity: Mapping[str, Any]) -> Start:
-    """The newest sound checkpoint of the run's own folder, else what ``--resume PATH`` names, else nothing.
+    """Return the newest sound checkpoint of the run's own folder, else what ``--resume PATH`` names, else nothing.
 
     Args:
         config: resolved. folder: the run's. identity: of this run, see `run_identity`.
@@ -105,17 +111,17 @@ def find_start(config: Config, folder: RunFolder, identity: Mapping[str, Any]) -
         origin = str(own.file(state["step"]))
         require_own(state["identity"], config, origin)
         _require_same(state["identity"], identity, origin)
-        return Start(state, origin, own_step=state["step"], warnings=damage)
+        return Start(state, origin, own_step=state["step"], seed=config.run.seed, warnings=damage)
     if config.run.resume == "auto":
         return Start(warnings=damage)
     state, origin, of_path = _from_path(Path(config.run.resume), config.run.weights_alone)
     if not config.run.weights_alone:
         _require_same(state["identity"], identity, origin)
-    return Start(state, origin, weights_alone=config.run.weights_alone, warnings=damage + of_path)
+    return Start(state, origin, None, config.run.weights_alone, config.run.seed, damage + of_path)
 
 
 def run_identity(config: Config, source: ImageDomain, target: ImageDomain, processes: int) -> dict[str, Any]:
-    """What a run cannot change on its way, each by the name under which the user knows it; plain values."""
+    """Return what a run cannot change on its way, each by the name under which the user knows it; plain values."""
     return {
         **_own(config),
         "--nproc_per_node": f"{processes} process{'es' if processes > 1 else ''}",
@@ -128,12 +134,12 @@ def run_identity(config: Config, source: ImageDomain, target: ImageDomain, proce
 
 
 def _own(config: Config) -> dict[str, str]:
-    """What tells the run of a folder from others with the same data."""
+    """Return what tells the run of a folder from others with the same data."""
     return {"--method": config.run.method, "--seed": str(config.run.seed)}
 
 
 def require_own(stored: Mapping[str, Any], config: Config, origin: str) -> None:
-    """Refuse a checkpoint of another run in a run's folder: its figures would be reported under the wrong name.
+    """Refuse a checkpoint of another run in a run's folder: its metrics would be reported under the wrong name.
 
     Args:
         stored: the identity in the checkpoint, which says nothing of this where an earlier version wrote it.
@@ -153,15 +159,25 @@ def require_own(stored: Mapping[str, Any], config: Config, origin: str) -> None:
 
 
 def versions() -> dict[str, str]:
-    """The packages that the numbers of a run depend on most."""
+    """Return the packages that the numbers of a run depend on most."""
     return {package: importlib.metadata.version(package) for package in ("torch", "gsda-fast")}
 
 
 def _changed_versions(stored: Mapping[str, str]) -> str:
-    """A line that tells of packages which are others than those of a checkpoint; empty if none is."""
+    """Return a line on packages which are others than those of a checkpoint; empty if none is."""
     now = versions()
     changed = [f"{name} {stored[name]}, now {now[name]}" for name in now if stored.get(name, now[name]) != now[name]]
-    return f"the checkpoint was written with {'; '.join(changed)}: figures may differ" if changed else ""
+    return f"the checkpoint was written with {'; '.join(changed)}: metrics may differ" if changed else ""
+
+
+def _another_seed(stored: Mapping[str, Any], seed: int) -> str:
+    """A line that tells of a beginning with another seed, which the result will not; empty for the same."""
+    if "--seed" not in stored:
+        return "the checkpoint does not say with which seed and method its steps were trained" if stored else ""
+    there = str(stored["--seed"])[:60]
+    if there == str(seed):
+        return ""
+    return f"these steps were trained with --seed {there}, the others will be with --seed {seed}: no run of either seed"
 
 
 def _from_path(path: Path, weights_alone: bool) -> tuple[dict[str, Any], str, list[str]]:
@@ -205,7 +221,7 @@ def _require_same(stored: Mapping[str, Any], now: Mapping[str, Any], origin: str
 
 
 def first_difference(found: list[str], expected: list[str]) -> tuple[str, str]:
-    """What two different lists of classes have where they first differ, each in words."""
+    """Return what two different lists of classes have where they first differ, each in words."""
     longer = max(len(found), len(expected))
     place = next(i for i in range(longer) if found[i : i + 1] != expected[i : i + 1])
     return _class_at(found, place), _class_at(expected, place)

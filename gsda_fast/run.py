@@ -16,11 +16,12 @@ from rich.console import Console
 
 from gsda_fast.assemble import build_trainer, resolve, with_choices
 from gsda_fast.config import Config
+from gsda_fast.console import progress_bars
 from gsda_fast.data.domains import ImageDomain
-from gsda_fast.data.verify import progress_bars, require_readable
+from gsda_fast.data.verify import require_readable
 from gsda_fast.errors import Stopped, TrainingError, UsageError
 from gsda_fast.model import fetch_weights
-from gsda_fast.results.metrics import evaluation_figures
+from gsda_fast.results.metrics import evaluation_metrics
 from gsda_fast.results.run_folder import FREE_TO_CHANGE, RunFolder, RunResult, flat_settings
 from gsda_fast.resume import Start, find_start, run_identity, versions
 from gsda_fast.training.checkpoint import CheckpointFolder
@@ -30,6 +31,8 @@ from gsda_fast.training.trainer import Report, Trainer
 
 FEATURE_SAMPLES = 2000
 """Samples of each domain whose features are kept for plots."""
+
+_SHOWN = 5  # files named by a line
 
 _MOST_FAILURES = 3
 """Failures to write a checkpoint, in a row, that end the run."""
@@ -65,6 +68,7 @@ class Run:
         self._checkpoints = CheckpointFolder(self.folder.checkpoints)
         self._start = Start()
         self._before_checkpoint: list[Callable[[], None]] = []
+        self._unreadable: dict[str, str] = {}
         self._tried_at, self._failures, self._warned = time.monotonic(), 0, False
 
     @classmethod
@@ -123,6 +127,7 @@ class Run:
         # Several ranks talk to each other while they build: none of them must leave.
         trainer = ranks.on_all_ranks(build if ranks.several else stop.interruptible(build))
         lines = ranks.on_all_ranks(lambda: self._start.load_into(trainer))
+        self._unreadable.update(self._start.unreadable)
         self.result = ranks.on_rank_zero(self._prepare)
         if self._say_if_finished():
             return None
@@ -182,6 +187,8 @@ class Run:
             raise self._stopped(f"{done}, saved in {self.folder.path}")
         final = self._features("final")
         result = self._result()
+        if self._unreadable:
+            self._warn(_unreadable_line(self._unreadable))
         self.ranks.on_rank_zero(lambda: self._write_last([*self._before_checkpoint, final], result))
         trainer.loader.close()
         self.console.print(f"{self.folder.path}: {_accuracy_line(result)} in {result.seconds:.0f} s", soft_wrap=True)
@@ -258,6 +265,7 @@ class Run:
         """Save the trainer's state, on all ranks. Return what went wrong, "" if nothing did."""
         trainer = self._trainer
         state = {**trainer.state_dict(), "identity": self._identity, "versions": versions()}
+        state["unreadable_files"] = self._note_unreadable()
         problem = self.ranks.on_rank_zero(lambda: self._write_checkpoint(trainer.step, state))
         self._tried_at = time.monotonic()
         if not problem:
@@ -270,7 +278,7 @@ class Run:
                 f"step {trainer.step}: {problem}, for the third time in a row; free some space, "
                 "then the same command goes on from there"
             )
-            error.told = not self.ranks.first
+            error.reported_elsewhere = not self.ranks.first
             raise error
         return problem
 
@@ -317,7 +325,8 @@ class Run:
         trainer, run = self._trainer, self.config.run
         if trainer.probabilities is None:
             trainer.probabilities = trainer.predict("target", trainer.test_crops)
-        evaluation = evaluation_figures(torch.from_numpy(self.target.labels), trainer.probabilities)
+        evaluation = evaluation_metrics(torch.from_numpy(self.target.labels), trainer.probabilities)
+        unreadable = self._note_unreadable()
         return RunResult(
             task=self.config.task,
             source=self.source.name,
@@ -333,11 +342,27 @@ class Run:
             images_per_second=trainer.images_seen / trainer.training_seconds if trainer.training_seconds else None,
             seconds=trainer.seconds,
             test_crops=trainer.test_crops,
+            unreadable_files=len(unreadable),
         )
+
+    def _note_unreadable(self) -> dict[str, str]:
+        """Gather what failed on any rank so far. Return what is wrong with each file, by its name below its domain."""
+        here = {self._name_of(path): told for path, told in self._trainer.loader.failed}
+        for of_rank in self.ranks.gather_objects(here):
+            self._unreadable.update(of_rank)
+        return dict(sorted(self._unreadable.items()))
+
+    def _name_of(self, path: str) -> str:
+        """Return the name of a file wherever the data lies: it may be at another place after an interruption."""
+        for domain in (self.source, self.target):
+            name = path.removeprefix(f"{domain.root}/")
+            if name != path:
+                return f"{domain.name}: {name}"
+        return path
 
     def _stopped(self, what: str) -> Stopped:
         stopped = Stopped(f"{what}; the same command goes on from there")
-        stopped.told = not self.ranks.first
+        stopped.reported_elsewhere = not self.ranks.first
         return stopped
 
     def _warn(self, line: str) -> None:
@@ -345,12 +370,14 @@ class Run:
 
 
 def _spread(count: int, at_most: int) -> np.ndarray:
-    """At most `at_most` numbers below `count`, evenly spread: files are sorted by class, so all classes take part."""
+    """Return at most `at_most` numbers below `count`, evenly spread: files are sorted by class, so all classes take
+    part.
+    """
     return np.unique(np.linspace(0, count - 1, min(count, at_most)).round().astype(np.int64))
 
 
 def _processes_line(config: Config, trainer: Trainer) -> str:
-    """What the number of processes makes of batch size and learning rate."""
+    """Return what the number of processes makes of batch size and learning rate."""
     count, batch = trainer.ranks.world_size, config.run.batch_size
     rate = max(group["initial_lr"] for each in trainer.optimizers.values() for group in each.param_groups)
     scaled = "scaled by their number" if config.distributed.scale_learning_rate else "not scaled by their number"
@@ -365,12 +392,18 @@ def _accuracy_line(result: RunResult) -> str:
     accuracy = result.accuracy
     if accuracy.last is None:
         return "no accuracy (the target has no labels)"
-    # A model that diverged before its first scoring has no mutual information to choose by.
+    # A model that diverged before its first evaluation has no mutual information to choose by.
     label_free = "none" if accuracy.label_free is None else f"{accuracy.label_free:.2f} %"
     return (
         f"accuracy {accuracy.last:.2f} % after the last step, {label_free} chosen without labels, "
         f"{accuracy.best:.2f} % at best on the target (an upper bound)"
     )
+
+
+def _unreadable_line(files: dict[str, str]) -> str:
+    shown = "; ".join(f"{name} ({told})" for name, told in list(files.items())[:_SHOWN])
+    more = f"; and {len(files) - _SHOWN} more" if len(files) > _SHOWN else ""
+    return f"{len(files)} files could not be read, and others took their places: {shown}{more}"
 
 
 def _device_name(device: torch.device) -> str:

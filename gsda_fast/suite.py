@@ -23,8 +23,9 @@ import tyro
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from gsda_fast.commands import parse_command_line, plain_console, run_command
+from gsda_fast.commands import parse_command_line, run_command
 from gsda_fast.config import TASKS, Config, method_options, parse_config
+from gsda_fast.console import plain_console
 from gsda_fast.data.benchmarks import Benchmark, find_benchmark
 from gsda_fast.data.torch_loader import usable_cores
 from gsda_fast.embed import with_features
@@ -75,7 +76,7 @@ class SuiteSettings:
     ablation: bool = False
     """Run the rows of the paper's Table 1, glb, glb-cls, glb-cls-grp and gsda, after source-only and entropy."""
     paired: bool = False
-    """Also tell the paired differences between the methods, of the accuracy and of the gradients' mismatch. Runs of
+    """Also report the paired differences between the methods, of the accuracy and of the gradients' mismatch. Runs of
     one transfer task and seed share initial weights, groups, samples and so the whole warm-up. With --sweep also those
     between the settings."""
     sweep: tuple[str, ...] = ()
@@ -115,7 +116,7 @@ class SuiteSettings:
 
 
 def run_suite(settings: SuiteSettings, variants: Mapping[str, Mapping[str, Config]], console: Console) -> Path:
-    """Runs what has not finished yet, writes the tables and returns the suite's folder.
+    """Run what has not finished yet, write the tables and return the suite's folder.
 
     Args:
         settings: which runs.
@@ -179,8 +180,8 @@ def run_suite(settings: SuiteSettings, variants: Mapping[str, Mapping[str, Confi
             console.print(f"page of plots: {page.resolve()}", soft_wrap=True)
     console.print(f"{len(everything) - len(failures)} runs in {time.perf_counter() - started:.0f} s")
     if failures:
-        told = f"{len(failures)} of {len(everything)} runs failed and are in no table; the first: {failures[0]}"
-        raise TrainingError(told)
+        message = f"{len(failures)} of {len(everything)} runs failed and are in no table; the first: {failures[0]}"
+        raise TrainingError(message)
     return folder
 
 
@@ -246,7 +247,7 @@ def _config_of_method(method: str, arguments: Sequence[str], methods: Sequence[s
 
 
 def _sweep_axes(sweep: Sequence[str]) -> dict[str, list[str]]:
-    """The values of each swept option: `alpha=0.02,0.1,beta=1` in one word or in several."""
+    """Return the values of each swept option: `alpha=0.02,0.1,beta=1` in one word or in several."""
     axes: dict[str, list[str]] = {}
     for text in sweep:
         name = ""
@@ -266,7 +267,7 @@ def _sweep_axes(sweep: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _run_all(configs: list[Config], jobs: int, console: Console) -> list[RunResult | TrainingError]:
-    """The result of each run, or why it failed; a failed run leaves the others alone."""
+    """Return the result of each run, or why it failed; a failed run leaves the others alone."""
     gpus = visible_gpus()
     workers = min(jobs or len(gpus) or usable_cores(), len(configs))
     # A fork would copy the threads' locks but not the threads.
@@ -292,20 +293,22 @@ def _run_all(configs: list[Config], jobs: int, console: Console) -> list[RunResu
                 index = futures[future]
                 try:
                     outcomes[index] = result = future.result()
-                    told = _line(result)
+                    message = _line(result)
                 except TrainingError as error:
                     outcomes[index] = TrainingError(f"{configs[index].run.output}: {error}")
-                    told = f"error: {outcomes[index]}"
+                    message = f"error: {outcomes[index]}"
                 progress.advance(bar)
-                console.print(told, highlight=False, soft_wrap=True)
+                console.print(message, highlight=False, soft_wrap=True)
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
             # A run that is asked to stop saves a checkpoint first.
             for process in multiprocessing.active_children():
                 process.terminate()
             if isinstance(error, KeyboardInterrupt):
-                told = f"{len(outcomes)} of {len(configs)} runs have finished; the same command goes on with the others"
-                raise KeyboardInterrupt(told) from None
+                message = (
+                    f"{len(outcomes)} of {len(configs)} runs have finished; the same command goes on with the others"
+                )
+                raise KeyboardInterrupt(message) from None
             if isinstance(error, BrokenProcessPool):
                 raise TrainingError(
                     f"the process of a run was killed (out of memory?) after {len(outcomes)} of {len(configs)} runs; "
@@ -316,9 +319,11 @@ def _run_all(configs: list[Config], jobs: int, console: Console) -> list[RunResu
 
 
 def _line(result: RunResult) -> str:
-    figures = {"overall": result.accuracy.last, "mean per class": result.mean_per_class.last}
-    told = "  ".join(f"{name} {value:5.1f} %" for name, value in figures.items() if value is not None)
-    return f"{result.source} -> {result.target}  {result.method}  seed {result.seed}  {told or 'target without labels'}"
+    metrics = {"overall": result.accuracy.last, "mean per class": result.mean_per_class.last}
+    scores = "  ".join(f"{name} {value:5.1f} %" for name, value in metrics.items() if value is not None)
+    return (
+        f"{result.source} -> {result.target}  {result.method}  seed {result.seed}  {scores or 'target without labels'}"
+    )
 
 
 @contextmanager
@@ -333,7 +338,10 @@ def _interrupts_held_back() -> Iterator[None]:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, each as CUDA_VISIBLE_DEVICES would name it alone; none without CUDA."""
+    """Return the GPUs that this process may use, each as CUDA_VISIBLE_DEVICES would name it alone.
+
+    None without CUDA.
+    """
     count = torch.cuda.device_count()
     # Where a scheduler has given this process some of the machine's GPUs, the others are somebody else's.
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -342,7 +350,7 @@ def visible_gpus() -> list[str]:
 
 
 def _prepare_worker(places: multiprocessing.Queue[str | None], command: list[str]) -> None:
-    """Gives a worker its own GPU, before CUDA is initialized in it, and ends it when the suite is killed."""
+    """Give a worker its own GPU, before CUDA is initialized in it, and end it when the suite is killed."""
     gpu = places.get()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
@@ -406,7 +414,7 @@ def _write(
 
 
 def parse_suite(arguments: list[str]) -> tuple[SuiteSettings, dict[str, dict[str, Config]]]:
-    """What a command line asks for: which runs, and what applies to all of them, as `run_suite` takes it.
+    """Return what a command line asks for: which runs, and what applies to all of them, as `run_suite` takes it.
 
     Raises:
         UsageError, SystemExit: a mistake in the options.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from types import ModuleType
 
 from rich.console import Console
 
 from gsda_fast.assemble import choose_device
-from gsda_fast.commands import plain_console, run_command, told_by_first_process
+from gsda_fast.commands import reported_by_first_process, run_command
 from gsda_fast.config import Config, parse_config
+from gsda_fast.console import plain_console
 from gsda_fast.embed import with_features
 from gsda_fast.monitor import ProgressLines, TensorBoard, profile
 from gsda_fast.results.run_folder import RunResult
@@ -51,8 +53,18 @@ def train(config: Config, console: Console | None = None) -> RunResult:
         return run.finish()
 
 
+class _CallableModule(ModuleType):
+    """`gsda_fast.train` is this module for an import statement and the function for whoever calls it."""
+
+    def __call__(self, config: Config, console: Console | None = None) -> RunResult:
+        return train(config, console)
+
+
+sys.modules[__name__].__class__ = _CallableModule
+
+
 def main() -> None:
-    with told_by_first_process():
+    with reported_by_first_process():
         arguments = with_features(sys.argv[1:], plain_console())
         config = parse_config(arguments, "python -m gsda_fast.train")
     train(config, plain_console())

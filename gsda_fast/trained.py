@@ -11,12 +11,12 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from gsda_fast.assemble import choose_device, image_recipe
+from gsda_fast.assemble import choose_device, preprocessing_of
 from gsda_fast.config import Config, config_from_dict
-from gsda_fast.data.benchmarks import ImageRecipe
+from gsda_fast.data.benchmarks import Preprocessing
 from gsda_fast.errors import UsageError
 from gsda_fast.methods import METHODS
-from gsda_fast.model import AdaptationModel, build_model
+from gsda_fast.model import AdaptationModel, ModelSettings, build_model
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.resume import require_own
 from gsda_fast.training.checkpoint import CheckpointFolder, DamagedCheckpoint, network_problem
@@ -38,7 +38,7 @@ class CheckpointOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoringOptions(CheckpointOptions):
+class EvaluationOptions(CheckpointOptions):
     """The same, of those that compute."""
 
     device: Device = "auto"
@@ -50,7 +50,7 @@ class TrainedModel:
     """Encoder and classifier of a run, in evaluation mode.
 
     Attributes:
-        model: on `device`. classes: names in label order. config: of the run, as `for_scoring` changes it.
+        model: on `device`. classes: names in label order. config: of the run, as `for_evaluation` changes it.
         step: of the checkpoint. device: where the model is.
     """
 
@@ -61,13 +61,13 @@ class TrainedModel:
     device: torch.device
 
     @property
-    def recipe(self) -> ImageRecipe:
+    def preprocessing(self) -> Preprocessing:
         """How an image file becomes what the model was evaluated on."""
-        return image_recipe(self.config)
+        return preprocessing_of(self.config)
 
 
-def load_trained(run: Path, checkpoint: int | None = None, device: Device = "cpu") -> TrainedModel:
-    """The network of a finished or interrupted run; neither its data nor pretrained weights are needed.
+def load_trained(run: Path | str, checkpoint: int | None = None, device: Device = "cpu") -> TrainedModel:
+    """Return the network of a finished or interrupted run; neither its data nor pretrained weights are needed.
 
     Args:
         run: the run's folder. checkpoint: a step; the newest checkpoint if None. device: where the network is put.
@@ -77,7 +77,7 @@ def load_trained(run: Path, checkpoint: int | None = None, device: Device = "cpu
     """
     folder = RunFolder.existing(run)
     step, state = read_checkpoint(folder, checkpoint)
-    config = for_scoring(read_settings(folder), device)
+    config = for_evaluation(read_settings(folder), device)
     head = partial(METHODS[config.run.method].method.classifier, config.method)
     model = build_model(config.model, len(state["classes"]), head)
     own = "model."
@@ -87,6 +87,20 @@ def load_trained(run: Path, checkpoint: int | None = None, device: Device = "cpu
     place = torch.device(config.run.device)
     set_arithmetic(place, config.precision.precision)
     return TrainedModel(model.to(place).eval(), tuple(state["classes"]), config, step, place)
+
+
+def require_row_size(what: str, size: int, model: ModelSettings) -> None:
+    """Raise where rows of features are of another size than a network's input.
+
+    Args:
+        what: by which the user knows the rows.
+
+    Raises:
+        UsageError: they are.
+    """
+    if size != model.input_dim:
+        expected = f"{model.input_dim}, as the run was trained with"
+        raise UsageError(what, found=f"features of {size} numbers", expected=expected)
 
 
 def load_parameters(module: nn.Module, parameters: dict[str, Tensor], origin: str) -> None:
@@ -107,12 +121,12 @@ def load_parameters(module: nn.Module, parameters: dict[str, Tensor], origin: st
 
 
 def read_settings(folder: RunFolder) -> Config:
-    """The settings that a run was trained with."""
+    """Return the settings that a run was trained with."""
     return config_from_dict(folder.read_config(), str(folder.config_path))
 
 
 def read_checkpoint(folder: RunFolder, step: int | None = None) -> tuple[int, dict[str, Any]]:
-    """The step and the state of a checkpoint, the newest one if none is named.
+    """Return the step and the state of a checkpoint, the newest one if none is named.
 
     Raises:
         UsageError: there is none, or not that one, or its file is damaged.
@@ -120,7 +134,7 @@ def read_checkpoint(folder: RunFolder, step: int | None = None) -> tuple[int, di
     checkpoints = CheckpointFolder(folder.checkpoints)
     steps = checkpoints.steps()
     if not steps:
-        raise UsageError(str(folder.path), found="no checkpoint", expected="a run that was scored at least once")
+        raise UsageError(str(folder.path), found="no checkpoint", expected="a run that was evaluated at least once")
     chosen = steps[-1] if step is None else step
     if chosen not in steps:
         raise UsageError("--checkpoint", found=str(chosen), expected=f"one of {', '.join(map(str, steps))}")
@@ -132,8 +146,8 @@ def read_checkpoint(folder: RunFolder, step: int | None = None) -> tuple[int, di
     return chosen, state
 
 
-def for_scoring(config: Config, device: Device) -> Config:
-    """The settings of a run for scoring images with its parameters, perhaps on another kind of machine.
+def for_evaluation(config: Config, device: Device) -> Config:
+    """Return the settings of a run for evaluating its network, perhaps on another kind of machine.
 
     Nothing is fetched, compiled or optimised. The precision that was chosen for the run's device stays where this one
     is of the same kind, and is chosen anew where it is not. The torch loader serves everywhere and stays. DALI may be

@@ -1,6 +1,5 @@
-"""Runs of a few steps that are killed at a chosen moment: `python killed_runs.py ORDERS`, see `Order`.
+"""Runs of a few steps that are killed at a chosen moment, each in a process of its own: see `Order`.
 
-This process imports everything, trains nothing, and forks a child for each run, which spares the time of the imports.
 A moment is the n-th of what the child does to files in its run's folder (opening one for writing, each write to it, its
 flush, its closing, fsync, rename, unlink, mkdir), or the end of one of its steps. At a write, the child leaves half of
 the bytes behind.
@@ -8,16 +7,14 @@ the bytes behind.
 
 import builtins
 import io
-import json
 import os
 import signal
-import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
+from processes import start
 from rich.console import Console
 
 from gsda_fast.config import parse_config
@@ -147,25 +144,8 @@ def child(order: Order) -> None:
 
 
 def run(order: Order) -> int:
-    """The child's exit code, negative if a signal ended it."""
-    sys.stdout.flush()
-    process = os.fork()
-    if process == 0:
-        child(order)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-
-
-def main(orders: Path) -> None:
-    for line in orders.read_text().splitlines():
-        print(run(Order(**json.loads(line))), flush=True)
-
-
-def write_orders(path: Path, orders: list[Order]) -> None:
-    path.write_text("".join(json.dumps(asdict(order)) + "\n" for order in orders))
-
-
-if __name__ == "__main__":
-    import torch
-
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    """The exit code of the run's process, negative if a signal ended it."""
+    process = start(child, order)
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode

@@ -102,6 +102,6 @@ def test_unknown_task_lists_the_known_ones() -> None:
 
 @pytest.mark.parametrize("task", list(BENCHMARKS))
 def test_recipes_are_consistent(task: str) -> None:
-    recipe = BENCHMARKS[task].recipe
-    assert recipe.crop <= recipe.resize
-    assert len(recipe.mean) == len(recipe.std) == recipe.channels
+    preprocessing = BENCHMARKS[task].preprocessing
+    assert preprocessing.crop <= preprocessing.resize
+    assert len(preprocessing.mean) == len(preprocessing.std) == preprocessing.channels

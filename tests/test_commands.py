@@ -14,7 +14,8 @@ import tyro
 from image_trees import refuse
 from rich.table import Table
 
-from gsda_fast.commands import echo, parse_command_line, plain_console, run_command, spreadsheet_text
+from gsda_fast.commands import parse_command_line, run_command
+from gsda_fast.console import echo, plain_console, spreadsheet_text
 from gsda_fast.errors import FileWarning, UsageError, UsageWarning, visible
 from gsda_fast.results.run_folder import RunFolder
 
@@ -176,7 +177,7 @@ def main():
 atexit.register(os.kill, os.getpid(), {int(number)})
 run_command(main)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "stopped\n", "")
 
 

@@ -1,7 +1,7 @@
 """The DALI loader against the torch loader: the same samples and windows bit for bit, pixels within a tolerance.
 
 Differences on the scale 0..255 between crops, as measured with DALI 2.4.0 and torchvision 0.29.1 on a CPU over 20
-training windows of each file of `FORMATS` (mean, maximum), at the recipe's crop of 224 and at 48, as in these tests:
+training windows of each file of `FORMATS` (mean, maximum), at a crop of 224 and at 48, as in these tests:
 
 ==============================================  ===========  ===========
 format                                          crop 224     crop 48
@@ -16,7 +16,7 @@ odd sizes: 1x1, 1x40, 301x17, 1203x907          0.17   1     0.18   3
 evaluation, all of them                         0.20   1     0.19   1
 ==============================================  ===========  ===========
 
-In a recipe of one channel a CMYK image and a PNG in colour differ by 0.5 in the mean: their grey is rounded otherwise.
+With one channel a CMYK image and a PNG in colour differ by 0.5 in the mean: their grey is rounded otherwise.
 """
 
 import gc
@@ -51,7 +51,7 @@ from gsda_fast.errors import UsageError
 dali_loader = pytest.importorskip("gsda_fast.data.dali_loader", reason="DALI is not installed")
 DaliLoader = dali_loader.DaliLoader
 
-PHOTOS = replace(BENCHMARKS["office31"].recipe, resize=64, crop=48)
+PHOTOS = replace(BENCHMARKS["office31"].preprocessing, resize=64, crop=48)
 LEVELS = torch.tensor(PHOTOS.std).view(3, 1, 1) * 255
 CPU = torch.device("cpu")
 
@@ -75,7 +75,7 @@ def loader(pair: Pair) -> Iterator[DaliLoader]:
 
 def plan_for(pair: Pair, **changes: int) -> SamplingPlan:
     arguments = {"batch_size": 6, "seed": 3} | changes
-    return SamplingPlan(pair[0].labels, len(pair[1]), recipe=PHOTOS, **arguments)  # type: ignore[arg-type]
+    return SamplingPlan(pair[0].labels, len(pair[1]), preprocessing=PHOTOS, **arguments)  # type: ignore[arg-type]
 
 
 def same(one: Batch, other: Batch) -> bool:
@@ -146,10 +146,10 @@ def formats(tmp_path_factory: pytest.TempPathFactory) -> ImageDomain:
 
 @pytest.mark.parametrize("channels", [3, 1])
 def test_pixels_of_every_format(formats: ImageDomain, channels: int) -> None:
-    recipe = replace(PHOTOS, channels=channels, mean=(0.5,) * channels, std=(0.5,) * channels)
+    preprocessing = replace(PHOTOS, channels=channels, mean=(0.5,) * channels, std=(0.5,) * channels)
     arguments = {"batch_size": 8, "device": CPU, "workers": 1}
-    ours, theirs = (kind(formats, formats, recipe, **arguments) for kind in (DaliLoader, TorchLoader))
-    plan = SamplingPlan(formats.labels, len(formats), recipe=recipe, batch_size=len(formats), seed=0)
+    ours, theirs = (kind(formats, formats, preprocessing, **arguments) for kind in (DaliLoader, TorchLoader))
+    plan = SamplingPlan(formats.labels, len(formats), preprocessing=preprocessing, batch_size=len(formats), seed=0)
 
     def check(found: Tensor, expected: Tensor, index: Tensor, at_most: float) -> None:
         for image, other, sample in zip(found, expected, index.tolist(), strict=True):
@@ -321,7 +321,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
     """Every batch that a loader has handed out and got back so far, as on a device that works off a queue."""
     monkeypatch.setattr(Event, "recorded", [])
     monkeypatch.setattr(dali_loader, "_end_of_queue", lambda device: Event())
-    add = dali_loader._Lent.add
+    add = dali_loader._BuffersInUse.add
 
     def noted(lent: object, images: Tensor) -> None:
         before = len(Event.recorded)
@@ -329,7 +329,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
         assert len(Event.recorded) == before + 1
         Event.recorded[-1].images = weakref.ref(images)
 
-    monkeypatch.setattr(dali_loader._Lent, "add", noted)
+    monkeypatch.setattr(dali_loader._BuffersInUse, "add", noted)
     return Event.recorded
 
 
@@ -487,7 +487,7 @@ def test_bad_file_is_named(tmp_path: Path, kind: str) -> None:
     bad = tmp_path / "new" / "cat" / "frame_0002.jpg"
     write_bad(bad, kind)
     opened = DaliLoader(source, target, replace(PHOTOS, random_scale=None), batch_size=4, device=CPU, workers=1)
-    plan = SamplingPlan(source.labels, len(target), recipe=PHOTOS, batch_size=3, seed=0)
+    plan = SamplingPlan(source.labels, len(target), preprocessing=PHOTOS, batch_size=3, seed=0)
     with pytest.raises(UsageError, match=rf"{bad}: found .*{BAD[kind]}.*; expected a readable image"):
         list(opened.train(plan, range(3)))
     with pytest.raises(UsageError, match=rf"{bad}: found"):
@@ -496,11 +496,59 @@ def test_bad_file_is_named(tmp_path: Path, kind: str) -> None:
     assert [len(index) for _, index in opened.evaluate("source")] == [4, 2]
 
 
-def test_image_that_dali_alone_refuses_is_named(tmp_path: Path) -> None:
-    class_tree(tmp_path / "photos", ["cat", "dog"], per_class=3)
-    odd = tmp_path / "photos" / "dog" / "frame_0002.jpg"
-    natural_image(1).convert("P").save(odd, format="GIF")
-    pair = open_pair("folder", "photos", "photos", tmp_path)
+def as_the_reference_reads(pair: Pair) -> bool:
+    ours, theirs = (kind(*pair, PHOTOS, batch_size=4, device=CPU, workers=1) for kind in (DaliLoader, TorchLoader))
+    batches = zip(ours.train(plan_for(pair), range(3)), theirs.train(plan_for(pair), range(3)), strict=True)
+    close = [((one.source_images - other.source_images) * LEVELS).abs().max() < 4.01 for one, other in batches]
+    assert ours.failed == []
+    ours.close(), theirs.close()
+    return all(close)
+
+
+def odd_pair(root: Path, save: Callable[[Image.Image, Path], object]) -> tuple[Pair, Path]:
+    """A pair of domains of six images, one of which is something else than the others."""
+    class_tree(root / "photos", ["cat", "dog"], per_class=3)
+    odd = root / "photos" / "dog" / "frame_0002.jpg"
+    save(natural_image(1), odd)
+    return open_pair("folder", "photos", "photos", root), odd
+
+
+OFTEN_REFUSED: dict[str, Callable[[Image.Image, Path], object]] = {
+    "GIF": lambda image, path: image.convert("P").save(path, "GIF"),
+    "AVIF": lambda image, path: image.save(path, "AVIF"),
+    "TIFF with predictor": lambda image, path: image.save(
+        path, "TIFF", compression="tiff_lzw", tiffinfo={317: 2, 278: 7}
+    ),
+    "TIFF of JPEG": lambda image, path: image.save(path, "TIFF", compression="jpeg"),
+    "TIFF of two colours": lambda image, path: image.convert("1").save(
+        path, "TIFF", compression="group4", tiffinfo={258: 1}
+    ),
+    "TIFF of CMYK": lambda image, path: image.convert("CMYK").save(path, "TIFF"),
+    "BMP, run-length": lambda image, path: image.convert("P").save(path, "BMP"),
+}
+
+
+@pytest.mark.parametrize("kind", OFTEN_REFUSED)
+def test_what_verify_calls_good_is_read(tmp_path: Path, kind: str) -> None:
+    """Whatever DALI thinks of it."""
+    pair, odd = odd_pair(tmp_path, OFTEN_REFUSED[kind])
+    assert file_problem(str(odd)) == ""
+    assert as_the_reference_reads(pair)
+
+
+def test_image_that_dali_alone_refuses_is_decoded_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kind of JPEG or PNG that it does not know, for which a GIF stands here."""
+    monkeypatch.setattr(dali_loader, "_DECODED_BY_DALI", ("JPEG", "PNG", "GIF"))
+    pair, _ = odd_pair(tmp_path, OFTEN_REFUSED["GIF"])
+    assert as_the_reference_reads(pair)
+
+
+def test_pixels_that_dali_refuses_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, odd = odd_pair(tmp_path, OFTEN_REFUSED["GIF"])
+    read = dali_loader.read_encoded
+    monkeypatch.setattr(
+        dali_loader, "read_encoded", lambda path, *rest: bytearray(9) if path == str(odd) else read(path, *rest)
+    )
     opened = DaliLoader(*pair, PHOTOS, batch_size=4, device=CPU, workers=1)
     with pytest.raises(UsageError, match=rf"{odd}: found an image that DALI refuses \(.+\); .*--loader torch"):
         list(opened.train(plan_for(pair), range(3)))

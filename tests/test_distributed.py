@@ -22,11 +22,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from processes import Command, run_ranks, start
 from same_state import differences
 from test_kill import outcome
 from test_trainer import NUM_TARGET, build, run
 from torch import Tensor, nn
-from torch.multiprocessing import start_processes
 from torch.testing import assert_close
 
 from gsda_fast.assemble import build_trainer, resolve
@@ -43,6 +43,7 @@ from gsda_fast.training.checkpoint import CheckpointFolder
 from gsda_fast.training.distributed import Ranks, digest, join
 from gsda_fast.training.optim import OptimizerSettings, build_optimizers
 from gsda_fast.training.stopping import StopRequest
+from gsda_fast.training.trainer import Trainer
 from gsda_fast.training.update import Updater
 
 NUM_CLASSES, BATCH, DIM = 4, 6, 5
@@ -212,7 +213,7 @@ def failure_of(call: Callable[[], Any]) -> tuple[str, bool]:
     try:
         call()
     except (UsageError, TrainingError, Stopped) as error:
-        return str(error), error.told
+        return str(error), error.reported_elsewhere
     return "", False
 
 
@@ -265,7 +266,6 @@ def stopped_and_resumed(ranks: Ranks, *, divide: bool = False) -> dict[str, Any]
 
 def work(rank: int, world_size: int, port: int, folder: str) -> None:
     """Everything that is asked of several processes, in one go: starting them takes longer than what they do."""
-    torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with join("cpu", timeout=60) as ranks:
@@ -331,7 +331,7 @@ def work(rank: int, world_size: int, port: int, folder: str) -> None:
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of 2 or 4 processes found."""
     world_size, folder = request.param, tmp_path_factory.mktemp("world")
-    start_processes(work, (world_size, free_port(), str(folder)), nprocs=world_size, start_method="spawn")
+    run_ranks(work, (world_size, free_port(), str(folder)), nprocs=world_size)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
@@ -520,7 +520,7 @@ def work_for_longer_than_the_timeout(rank: int, port: int, folder: str) -> None:
 
 def test_work_may_take_longer_than_the_timeout(tmp_path: Path) -> None:
     arguments = free_port(), str(tmp_path)
-    start_processes(work_for_longer_than_the_timeout, arguments, nprocs=2, start_method="spawn")
+    run_ranks(work_for_longer_than_the_timeout, arguments, nprocs=2)
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
         assert found["from first"] == "made by 0"
@@ -545,8 +545,7 @@ def test_one_that_dies_at_its_work_is_missed_within_the_timeout(tmp_path: Path) 
     # As torchrun's, the store outlives the process: no broken connection tells of its end.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     arguments = store.port, str(tmp_path)
-    started = start_processes(die_at_work, arguments, nprocs=2, join=False, start_method="spawn")
-    first, second = started.processes
+    first, second = (start(die_at_work, rank, *arguments) for rank in range(2))
     try:
         second.join(300)
         assert first.exitcode == -signal.SIGKILL
@@ -591,7 +590,7 @@ def fetch(rank: int, port: int, folder: str) -> None:
 
 
 def test_pretrained_weights_are_fetched_once_for_each_disk(tmp_path: Path) -> None:
-    start_processes(fetch, (free_port(), str(tmp_path)), nprocs=2, start_method="spawn")
+    run_ranks(fetch, (free_port(), str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
     good = ("", False)
     assert first["one machine"] == first["disk in common"] == first["own disks"] == (1, good, True)
@@ -621,9 +620,15 @@ def torchrun(*arguments: str, script: Path | None = None, restarts: int = 0) -> 
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
-def one_process(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "gsda_fast.train", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+def processes(folder: Path, *arguments: str, count: int = 1, before: Any = None) -> list[Command]:
+    """`count` processes of a training, as torchrun starts them; one alone has nothing of torchrun."""
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    own = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {} for rank in range(count)]
+    written = folder / "written"
+    return [
+        Command(written / str(rank), "gsda_fast.train", arguments, environment, before)
+        for rank, environment in enumerate(own)
+    ]
 
 
 TWO = ("digits", *STEPS, "--batch-size", "16")
@@ -633,16 +638,17 @@ TWO = ("digits", *STEPS, "--batch-size", "16")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of two processes."""
     folder = tmp_path_factory.mktemp("two") / "run"
-    done = torchrun(*TWO, "--output", str(folder))
-    assert done.returncode == 0, done.stderr
+    done = [each.wait() for each in processes(folder.parent, *TWO, "--output", str(folder), count=2)]
+    assert [each.returncode for each in done] == [0, 0], done
     # One process speaks.
-    assert done.stdout.count("2 processes on cpu, 32 + 32 images a step, learning rate 0.05 (not scaled") == 1
+    assert done[0].stdout.count("2 processes on cpu, 32 + 32 images a step, learning rate 0.05 (not scaled") == 1
+    assert done[1].stdout == ""
     return folder
 
 
 def test_two_processes_train_as_one_does(two: Path, tmp_path: Path) -> None:
-    alone = one_process("digits", *STEPS, "--batch-size", "32", "--output", str(tmp_path / "one"))
-    assert alone.returncode == 0, alone.stderr
+    (alone,) = processes(tmp_path, "digits", *STEPS, "--batch-size", "32", "--output", str(tmp_path / "one"))
+    assert alone.wait().returncode == 0, alone.wait().stderr
     runs = [RunFolder(two), RunFolder(tmp_path / "one")]
     metrics = [run.read_metrics() for run in runs]
     assert [line["step"] for line in metrics[0]] == [line["step"] for line in metrics[1]] == [10, 20, 30, 40]
@@ -711,10 +717,10 @@ def test_torchrun_starts_all_processes_again_where_one_is_killed(two: Path, tmp_
     assert differences(outcome(folder), outcome(two)) == []
 
 
-def test_another_number_of_processes_is_refused(two: Path) -> None:
+def test_another_number_of_processes_is_refused(two: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in two.rglob("*")}
     (two / "result.json").rename(two / "kept")
-    done = one_process(*TWO, "--output", str(two))
+    done = processes(tmp_path, *TWO, "--output", str(two))[0].wait()
     (two / "kept").rename(two / "result.json")
     assert done.returncode == 2
     assert "error: --nproc_per_node: found 1 process; expected 2 processes, as in " in done.stderr
@@ -725,7 +731,7 @@ def test_another_number_of_processes_is_refused(two: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_reach_the_accuracy_of_one(tmp_path: Path) -> None:
     done = torchrun("digits", "--batch-size", "32", "--output", str(tmp_path / "two"))
-    alone = one_process("digits", "--output", str(tmp_path / "one"))
+    alone = processes(tmp_path, "digits", "--output", str(tmp_path / "one"))[0].wait()
     assert done.returncode == alone.returncode == 0, done.stderr + alone.stderr
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("two", "one")]
     accuracies = [result["accuracy"]["last"] for result in results]
@@ -759,47 +765,41 @@ def test_a_mistake_is_told_once() -> None:
     assert done.stderr.count("error: --steps: found 0; expected a whole number >= 1") == 1
 
 
-# A process that fails in the middle of a step: train with one method replaced.
-FAILING = """
-import os, signal, sys, time
-from gsda_fast.commands import run_command
-from gsda_fast.train import main
-from gsda_fast.training.trainer import Trainer
+# A process that fails in the middle of a step: one method of training is replaced.
+def with_failure(failure: Callable[[], None]) -> None:
+    step = Trainer._train_step
 
-step = Trainer._train_step
-def failing(self, number, batch):
-    if number == 3 and self.ranks.rank == 1:
-        {failure}
-    return step(self, number, batch)
-Trainer._train_step = failing
-run_command(main)
-"""
+    def failing(self: Trainer, number: int, batch: Batch) -> Any:
+        if number == 3 and self.ranks.rank == 1:
+            failure()
+        return step(self, number, batch)
+
+    Trainer._train_step = failing  # type: ignore[method-assign]
+
+
+def is_killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
-    ("failure", "code"),
-    [("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL), ("signal.pause()", None)],
-    ids=["killed", "hanging"],
+    ("failure", "code"), [(is_killed, -signal.SIGKILL), (signal.pause, None)], ids=["killed", "hanging"]
 )
-def test_a_lost_process_ends_the_others(tmp_path: Path, failure: str, code: int | None) -> None:
+def test_a_lost_process_ends_the_others(tmp_path: Path, failure: Callable[[], None], code: int | None) -> None:
     # Of the two, one never ends by itself: the other's end is what is tested, not how soon a busy machine gets there.
     arguments = ("digits", *STEPS, "--output", str(tmp_path / "run"), "--timeout", "20")
-    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    start = partial(subprocess.Popen, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    command = [sys.executable, "-c", FAILING.format(failure=failure), *arguments]
-    processes = [start(command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
+    started = processes(tmp_path, *arguments, count=2, before=partial(with_failure, failure))
     try:
-        _, errors = processes[0].communicate(timeout=600)
-        assert processes[0].returncode == 1
-        lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+        done = started[0].wait()
+        assert done.returncode == 1
+        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1
         assert "process 0 of 2 lost another one, which ended or did not answer for 20 s" in lines[0]
-        assert "Traceback" not in errors
+        assert "Traceback" not in done.stderr
         if code is None:
-            assert processes[1].poll() is None
+            assert started[1].process.is_alive()
         else:
-            assert processes[1].wait(600) == code
+            assert started[1].wait().returncode == code
     finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
+        for each in started:
+            each.process.kill()
+            each.process.join()

@@ -207,12 +207,17 @@ def traffic_of_a_step(ranks: Ranks, *, divided: bool) -> list[tuple[str, int]]:
     return traffic.calls
 
 
+def cases_of(world_size: int) -> dict[str, Case]:
+    """Those that are tried with so many processes: a compiler in each of four takes longer than all else."""
+    return {name: case for name, case in CASES.items() if world_size < 4 or not case.compiled}
+
+
 def work(rank: int, world_size: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with join("cpu", timeout=60) as ranks:
-        found: dict[str, Any] = {name: trained(case, ranks) for name, case in CASES.items()}
+        found: dict[str, Any] = {name: trained(case, ranks) for name, case in cases_of(world_size).items()}
         found["traffic"] = traffic_of_a_step(ranks, divided=True)
         found["traffic undivided"] = traffic_of_a_step(ranks, divided=False)
         found["bad image"] = stopped_by(ranks, with_bad_image)
@@ -240,6 +245,8 @@ def several(world: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_ten_steps_are_those_of_one_process_that_owns_all(world: list[dict[str, Any]], name: str) -> None:
+    if name not in cases_of(len(world)):
+        pytest.skip("tried with fewer processes")
     case = replace(CASES[name], compiled=False, in_place=False)
     expected = trained(case, divided=False)
     moved = {key: value for key, value in expected["state"].items() if " " not in key}

@@ -35,7 +35,7 @@ def test_rows_are_the_backbones_features_of_the_evaluation_images(settings: Embe
     assert path.name == "photos.npy"
     read, domain = read_embeddings(path), open_folder(Path(settings.what))
     assert (read.names, read.classes, read.labels.tolist()) == (domain.paths, ("cat", "dog"), [0, 0, 0, 1, 1, 1])
-    loader = TorchLoader(domain, domain, BENCHMARKS["folder"].recipe, batch_size=6, device=torch.device("cpu"))
+    loader = TorchLoader(domain, domain, BENCHMARKS["folder"].preprocessing, batch_size=6, device=torch.device("cpu"))
     ((images, _),) = loader.evaluate("source")
     backbone, _ = command.build_backbone(ModelSettings())
     with torch.no_grad():

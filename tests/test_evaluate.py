@@ -21,7 +21,7 @@ from gsda_fast.evaluate import EvaluateSettings, evaluate
 from gsda_fast.results.records import RunResult
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.train import train
-from gsda_fast.trained import for_scoring
+from gsda_fast.trained import for_evaluation
 
 pytestmark = pytest.mark.filterwarnings("ignore:domain .* found .* images")
 
@@ -140,7 +140,7 @@ def test_the_torch_loader_stays_on_every_device(
 ) -> None:
     config = parse_config(["digits"], "train")
     config = replace(config, run=replace(config.run, device=device), data=replace(config.data, loader=loader))
-    assert for_scoring(config, "cpu").data.loader == here
+    assert for_evaluation(config, "cpu").data.loader == here
 
 
 def damaged(path: Path) -> None:

@@ -55,8 +55,8 @@ def run_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def run(task: str, *options: str) -> Path:
         TASKS[task][0](tmp_path / "data")
-        recipe = replace(BENCHMARKS[task].recipe, resize=40, crop=32)
-        monkeypatch.setitem(BENCHMARKS, task, replace(BENCHMARKS[task], recipe=recipe))
+        preprocessing = replace(BENCHMARKS[task].preprocessing, resize=40, crop=32)
+        monkeypatch.setitem(BENCHMARKS, task, replace(BENCHMARKS[task], preprocessing=preprocessing))
         monkeypatch.setattr(command, "_run_all", in_this_process)
         monkeypatch.setattr(sys, "argv", [
             "suite", task, "--methods", *METHODS, "--tasks", *TRANSFER_TASKS[task],

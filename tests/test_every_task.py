@@ -1,5 +1,6 @@
 """Every task trains a few steps on a small tree in its own layout, with both loaders, which see the same samples."""
 
+import io
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,7 +20,7 @@ from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.data.loaders import open_loader
 from gsda_fast.data.pack import pack
 from gsda_fast.data.sampling import SamplingPlan
-from gsda_fast.errors import FileWarning, UsageError
+from gsda_fast.errors import FileWarning, UsageError, UsageWarning
 from gsda_fast.evaluate import EvaluateSettings, evaluate
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.train import train
@@ -56,8 +57,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Images of 32x32 pixels instead of 224x224, for the time's sake."""
     for task in TASKS:
         benchmark = BENCHMARKS[task]
-        recipe = replace(benchmark.recipe, resize=40, crop=32)
-        monkeypatch.setitem(BENCHMARKS, task, replace(benchmark, recipe=recipe))
+        preprocessing = replace(benchmark.preprocessing, resize=40, crop=32)
+        monkeypatch.setitem(BENCHMARKS, task, replace(benchmark, preprocessing=preprocessing))
 
 
 @pytest.fixture
@@ -73,6 +74,7 @@ def run(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
         stop_at: int | None = None,
         threshold: str = "1",
         root: Path | None = None,
+        told: io.StringIO | None = None,
     ) -> SampleIds:
         seen: SampleIds = []
         _, source, target = TASKS[task]
@@ -94,7 +96,7 @@ def run(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
             "0",
             *options,
         ]
-        train(parse_config(arguments, "train"), Console(quiet=True))
+        train(parse_config(arguments, "train"), Console(file=told or io.StringIO()))
         return seen
 
     return trained
@@ -227,3 +229,44 @@ def test_files_are_looked_at_before_the_training(run: Callable[..., SampleIds], 
     (tmp_path / "bad.txt").write_text(f"{bad}\n")
     seen = run("folder", "torch", "--quarantine", str(tmp_path / "bad.txt"), output="rest")
     assert max(sample for source, _ in seen for sample in source) <= 10
+
+
+@pytest.mark.parametrize("loader", ["dali", "torch"])
+def test_files_that_fail_on_the_way_are_counted_and_named_at_the_end(
+    run: Callable[..., SampleIds], tmp_path: Path, loader: str
+) -> None:
+    """Also those of before an interruption, which are mended since, and those of an evaluation."""
+    TASKS["folder"][0](tmp_path / "folder")
+    mended = tmp_path / "folder" / "photos" / "dog" / "frame_0003.jpg"
+    sound = mended.read_bytes()
+    mended.write_bytes(b"\0" * len(sound))  # of the same size, since the run would be refused
+    with pytest.warns(FileWarning, match="another sample of its class"), pytest.raises(KeyboardInterrupt):
+        run("folder", loader, "--no-verify", output="run", stop_at=3)
+    mended.write_bytes(sound)
+    bad = min((tmp_path / "folder" / "sketches").rglob("*.png"))
+    good = bad.read_bytes()
+    bad.write_bytes(good[:-20] + bytes(20))
+    told = io.StringIO()
+    with pytest.warns(FileWarning, match=f"{bad}: a .* PNG"):
+        run("folder", loader, "--no-verify", output="run", told=told)
+    line = " ".join(told.getvalue().split("warning: 2 files")[1].split())
+    name = bad.relative_to(tmp_path / "folder" / "sketches")
+    first, second = line.split("; ")[:2]
+    assert first.startswith("could not be read, and others took their places: photos: dog/frame_0003.jpg (")
+    assert second.startswith(f"sketches: {name} (a ")
+    folder = RunFolder(tmp_path / "run")
+    result = folder.read_result()
+    assert result is not None
+    assert result.unreadable_files == 2
+    with pytest.warns(UsageWarning) as warned:
+        evaluate(EvaluateSettings(folder.path))
+    lines = [str(each.message) for each in warned if issubclass(each.category, UsageWarning)]
+    assert [line.startswith(f"{bad}: a ") for line in lines] == [True, False]
+    assert lines[0].endswith("its place, in an evaluation an image of the mean colour")
+    assert lines[1].startswith(f"1 of {len(result_labels(folder))} files could not be read")
+
+
+def result_labels(folder: RunFolder) -> np.ndarray:
+    found = folder.read_predictions()
+    assert found is not None
+    return found.labels

@@ -24,8 +24,10 @@ def domain(values: np.ndarray, classes: int = 3) -> ImageDomain:
 
 
 def plan(source: ImageDomain, target: ImageDomain, batch: int = 4, world_size: int = 1) -> SamplingPlan:
-    recipe = BENCHMARKS["features"].recipe
-    return SamplingPlan(source.labels, len(target), recipe=recipe, batch_size=batch, seed=5, world_size=world_size)
+    preprocessing = BENCHMARKS["features"].preprocessing
+    return SamplingPlan(
+        source.labels, len(target), preprocessing=preprocessing, batch_size=batch, seed=5, world_size=world_size
+    )
 
 
 def values(count: int, views: int = 1, dim: int = 3, dtype: str = "float32") -> np.ndarray:

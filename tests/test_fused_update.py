@@ -14,9 +14,12 @@ import gsda_kernels as gk
 from gsda_kernels import backends, fused_update, ops, pairs
 from gsda_kernels.native import NativeBackend
 
-BACKENDS = [name for name, why in gk.available_backends("cpu").items() if why is None]
+AVAILABLE = [name for name, why in gk.available_backends("cpu").items() if why is None]
+INTERPRETED = "triton" in AVAILABLE
+# In the interpreter's process the Triton kernels alone: the others have been tried in the other one.
+BACKENDS = ["triton"] if INTERPRETED else AVAILABLE
 FUSED = [name for name in BACKENDS if name not in ("reference", "torch")]
-INTERPRETED = "triton" in BACKENDS
+elsewhere = pytest.mark.skipif(INTERPRETED, reason="the same without the interpreter")
 DTYPE = torch.float32 if INTERPRETED else torch.float64
 NAMES = gk.DiscriminatorWeights._fields
 SHAPES: dict[str, dict[str, Any]] = {
@@ -84,20 +87,37 @@ def backward_and_sgd(
     return everything(disc, buffers)
 
 
-@pytest.fixture(params=["avx2", "avx512", None])
-def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    native = NativeBackend(request.param)
-    if request.param and native.unavailable(torch.device("cpu")):
+INSTRUCTION_SETS: dict[str, list[str | None]] = {"native": ["avx2", "avx512", None]}
+EVERY_RULE_WITH_EVERY_SHAPE = [(shape, rule) for shape in SHAPES for rule in RULES]
+# A program costs a second in the interpreter: every shape once, every rule with one of them.
+SOME_RULES_WITH_EVERY_SHAPE = [(shape, "nesterov and decay") for shape in SHAPES]
+SOME_RULES_WITH_EVERY_SHAPE += [("nothing aligned", rule) for rule in RULES if rule != "nesterov and decay"]
+
+
+@pytest.mark.parametrize(("shape", "rule"), SOME_RULES_WITH_EVERY_SHAPE if INTERPRETED else EVERY_RULE_WITH_EVERY_SHAPE)
+@pytest.mark.parametrize(
+    ("backend", "instruction_set"),
+    [(backend, each) for backend in BACKENDS for each in INSTRUCTION_SETS.get(backend, [None])],
+)
+def test_equals_backward_and_sgd(
+    backend: str, instruction_set: str | None, shape: str, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps: in the second one the momentum is not zero."""
+    native = NativeBackend(instruction_set)
+    if instruction_set and native.unavailable(torch.device("cpu")):
         pytest.skip(str(native.unavailable(torch.device("cpu"))))
     monkeypatch.setitem(backends._BACKENDS, "native", native)
+    assert_equals_backward_and_sgd(backend, SHAPES[shape], RULES[rule])
 
 
-@pytest.mark.usefixtures("instruction_set")
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_equals_backward_and_sgd(backend: str, shape: dict[str, Any], rule: dict[str, Any]) -> None:
-    """Two steps: in the second one the momentum is not zero."""
+@pytest.mark.slow
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize(("shape", "rule"), sorted({*EVERY_RULE_WITH_EVERY_SHAPE} - {*SOME_RULES_WITH_EVERY_SHAPE}))
+def test_equals_backward_and_sgd_under_every_rule(shape: str, rule: str) -> None:
+    assert_equals_backward_and_sgd("triton", SHAPES[shape], RULES[rule])
+
+
+def assert_equals_backward_and_sgd(backend: str, shape: dict[str, Any], rule: dict[str, Any]) -> None:
     problem = make_problem(dtype=DTYPE, **shape)
     # The reference's features are kept away from kinks, over which a step may carry them: small steps.
     expected = backward_and_sgd(problem, "reference", steps=2, rate=1e-3, **rule)
@@ -167,6 +187,7 @@ def test_a_learning_rate_on_the_device(backend: str) -> None:
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+@elsewhere
 def test_resumes_bit_for_bit() -> None:
     problem = make_problem(num_source=20, num_target=20, dim=16, hidden=48)
     expected, _ = fused(problem, "auto", steps=2)
@@ -341,6 +362,7 @@ BAD_INPUTS: list[tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = [
 ]
 
 
+@elsewhere
 @pytest.mark.parametrize(("change", "message"), BAD_INPUTS, ids=[message.split("(")[0] for _, message in BAD_INPUTS])
 def test_bad_input_is_refused_by_name_and_nothing_moves(
     change: Callable[[dict[str, Any]], dict[str, Any]], message: str
@@ -376,6 +398,7 @@ def test_opcheck(backend: str, batched: bool, monkeypatch: pytest.MonkeyPatch) -
     torch.library.opcheck(ops.adversarial_update, (*arguments, *rule), test_utils=tests)
 
 
+@elsewhere
 def test_example() -> None:
     assert doctest.testmod(fused_update).failed == 0
     assert doctest.testmod(fused_update).attempted > 3

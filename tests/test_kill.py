@@ -1,18 +1,15 @@
 """kill -9 at any step and at any point inside a save, then the same command again: the same run, bit for bit."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from killed_runs import Order, write_orders
+from killed_runs import Order, run
 from same_state import differences
 
 from gsda_fast.training.checkpoint import CheckpointFolder
@@ -45,7 +42,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 class Runs:
-    """Runs in forked processes, and one that nobody killed."""
+    """Runs in processes of their own, and one that nobody killed."""
 
     def __init__(self, few_digits: Path, folder: Path) -> None:
         self.arguments = ["digits", *STEPS, "--data-root", str(few_digits)]
@@ -61,18 +58,8 @@ class Runs:
 
     def run(self, orders: list[Order]) -> list[int]:
         """Exit codes, one for each."""
-        path = self.folder / "orders.jsonl"
-        write_orders(path, orders)
-        driver = Path(__file__).with_name("killed_runs.py")
-        done = subprocess.run(
-            [sys.executable, str(driver), str(path)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            check=True,
-        )
-        codes = [int(line) for line in done.stdout.splitlines()]
-        assert 1 not in codes, done.stderr
+        codes = [run(order) for order in orders]
+        assert 1 not in codes, "see the standard error"
         return codes
 
     def wrong(self, moments: list[int], kills: int = 1) -> dict[str, list[str]]:

@@ -10,12 +10,12 @@ from typing import Annotated, Any
 import pytest
 import torch
 from msgspec import Meta
+from processes import run_ranks
 from rich.console import Console
 from same_state import differences
 from test_distributed import free_port
 from test_kill import outcome
 from torch import Tensor, nn
-from torch.multiprocessing import start_processes
 from torch.testing import assert_close
 
 from gsda_fast.assemble import build_trainer, resolve
@@ -143,7 +143,6 @@ def two_steps(name: str, parts: slice, ranks: Ranks | None) -> dict[str, Tensor]
 
 
 def work(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with join("cpu", timeout=60) as ranks:
@@ -155,7 +154,7 @@ def work(rank: int, port: int, folder: str) -> None:
 def world(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
     """What two processes made of two steps of every method, each with half of the batch."""
     folder = tmp_path_factory.mktemp("world")
-    start_processes(work, (free_port(), str(folder)), nprocs=RANKS, start_method="spawn")
+    run_ranks(work, (free_port(), str(folder)), nprocs=RANKS)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 

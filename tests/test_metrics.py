@@ -6,9 +6,9 @@ import torch
 from gsda_fast.results.metrics import (
     SCORES,
     AccuracyHistory,
-    EvaluationFigures,
+    EvaluationMetrics,
     entropy,
-    evaluation_figures,
+    evaluation_metrics,
     mutual_information,
     nuclear_norm,
     soft_neighbourhood_density,
@@ -23,8 +23,8 @@ def one_hot(classes: list[int], num_classes: int) -> torch.Tensor:
 
 def figures(
     accuracy: float | None, mutual_information: float, mean_per_class: float | None = None
-) -> EvaluationFigures:
-    return EvaluationFigures(
+) -> EvaluationMetrics:
+    return EvaluationMetrics(
         accuracy, mean_per_class, (), {"mutual_information": mutual_information}, torch.zeros(0, 0)
     )
 
@@ -32,7 +32,7 @@ def figures(
 def test_figures_by_hand() -> None:
     # class 0: 3 of 4 right, class 1: 0 of 1, class 2: absent, class 3: 2 of 3
     labels = torch.tensor([0, 0, 0, 0, 1, 3, 3, 3])
-    found = evaluation_figures(labels, one_hot([0, 0, 0, 2, 0, 3, 3, 1], 4))
+    found = evaluation_metrics(labels, one_hot([0, 0, 0, 2, 0, 3, 3, 1], 4))
     assert found.accuracy == 62.5
     assert found.per_class == (75.0, 0.0, None, pytest.approx(200 / 3, abs=1e-12))
     assert found.mean_per_class == pytest.approx((75 + 0 + 200 / 3) / 3, abs=1e-12)
@@ -55,25 +55,25 @@ def test_figures_by_hand() -> None:
     ],
 )
 def test_mutual_information_by_hand(probabilities: list[list[float]], expected: float) -> None:
-    found = evaluation_figures(torch.tensor([0, 1]), torch.tensor(probabilities, dtype=torch.float64))
+    found = evaluation_metrics(torch.tensor([0, 1]), torch.tensor(probabilities, dtype=torch.float64))
     assert found.mutual_information == pytest.approx(expected, abs=1e-12)
 
 
 def test_counts_are_exact_beyond_float32() -> None:
     n = 2**24 + 2  # a float32 count stops at 2**24
     predictions = torch.tensor([[1.0, 0.0]], dtype=torch.float16).expand(n, 2)
-    found = evaluation_figures(torch.zeros(n, dtype=torch.int64), predictions)
+    found = evaluation_metrics(torch.zeros(n, dtype=torch.int64), predictions)
     assert found.confusion.tolist() == [[n, 0], [0, 0]]
 
 
 def test_unlabelled_target_has_no_accuracy() -> None:
-    found = evaluation_figures(torch.full((3,), -1), one_hot([0, 1, 1], 2))
+    found = evaluation_metrics(torch.full((3,), -1), one_hot([0, 1, 1], 2))
     assert (found.accuracy, found.mean_per_class, found.per_class) == (None, None, (None, None))
     assert found.mutual_information == pytest.approx(math.log(3) - 2 / 3 * math.log(2))
 
 
 def test_samples_without_a_label_count_for_mutual_information_alone() -> None:
-    found = evaluation_figures(torch.tensor([0, -1]), one_hot([0, 1], 2))
+    found = evaluation_metrics(torch.tensor([0, -1]), one_hot([0, 1], 2))
     assert found.accuracy == 100.0
     assert int(found.confusion.sum()) == 1
     assert found.mutual_information == pytest.approx(math.log(2))
@@ -91,7 +91,7 @@ def test_samples_without_a_label_count_for_mutual_information_alone() -> None:
 )
 def test_bad_input(labels: torch.Tensor, probabilities: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"^labels.*found .*expected"):
-        evaluation_figures(labels, probabilities)
+        evaluation_metrics(labels, probabilities)
 
 
 def test_selection() -> None:
@@ -244,7 +244,7 @@ def test_every_score_is_float64_and_survives_a_model_that_diverged(name: str) ->
 
 
 def test_an_evaluation_has_every_score() -> None:
-    found = evaluation_figures(torch.tensor([0, 1, 2, 2]), ROWS)
+    found = evaluation_metrics(torch.tensor([0, 1, 2, 2]), ROWS)
     assert found.scores == {name: float(score.function(ROWS)) for name, score in SCORES.items()}
     assert found.mutual_information == float(mutual_information(ROWS))
 
@@ -259,7 +259,7 @@ def test_each_score_chooses_its_own_evaluation() -> None:
             (40.0, {"entropy": math.nan, "nuclear_norm": 0.1, "mutual_information": 1.5}),
         ]
     ):
-        history.add(step, EvaluationFigures(accuracy, accuracy / 2, (), scores, torch.zeros(0, 0)))
+        history.add(step, EvaluationMetrics(accuracy, accuracy / 2, (), scores, torch.zeros(0, 0)))
     assert history.label_free_by == {
         "mutual_information": {"accuracy": 30.0, "mean_per_class": 15.0},
         "entropy": {"accuracy": 20.0, "mean_per_class": 10.0},

@@ -1,4 +1,4 @@
-"""Packs: written by `gsda_fast.data.pack`, read through `gsda_fast.data.frames`."""
+"""Packs: written by `gsda_fast.data.pack`, read through `gsda_fast.data.packed_images`."""
 
 import errno
 import io
@@ -15,10 +15,10 @@ import torch
 from image_trees import class_tree, natural_image, save
 from rich.console import Console
 
-from gsda_fast.data import frames as frames_module
 from gsda_fast.data import pack as pack_module
+from gsda_fast.data import packed_images
 from gsda_fast.data.__main__ import main
-from gsda_fast.data.benchmarks import BENCHMARKS, ImageRecipe
+from gsda_fast.data.benchmarks import BENCHMARKS, Preprocessing
 from gsda_fast.data.domains import ImageDomain, open_pair
 from gsda_fast.data.loaders import DataSettings, open_loader, resolve_loader
 from gsda_fast.data.pack import pack
@@ -28,7 +28,7 @@ from gsda_fast.data.verify import unreadable_files, verify
 from gsda_fast.errors import TrainingError, UsageError
 from gsda_fast.files import FolderLock
 
-RECIPE = BENCHMARKS["folder"].recipe
+PREPROCESSING = BENCHMARKS["folder"].preprocessing
 OFFICE31 = BENCHMARKS["office31"].classes or ()
 CPU = torch.device("cpu")
 
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:domain .* published")
 @pytest.fixture(autouse=True)
 def _small_shards_and_own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    for module in (frames_module, pack_module):
+    for module in (packed_images, pack_module):
         monkeypatch.setattr(module, "SHARD_IMAGES", 4)
 
 
@@ -73,17 +73,17 @@ def test_pack_opens_like_the_raw_tree(raw: Path, packed: Path) -> None:
     for ours, theirs in zip(open_folders(packed), open_folders(raw), strict=True):
         assert (ours.name, ours.paths, ours.classes) == (theirs.name, theirs.paths, theirs.classes)
         assert ours.labels.tolist() == theirs.labels.tolist()
-        assert ours.frames is not None
-        assert len(ours.frames) == len(theirs)
+        assert ours.packed is not None
+        assert len(ours.packed) == len(theirs)
 
 
 @pytest.mark.parametrize("cache", [False, True])
 def test_same_samples_and_close_pixels(raw: Path, packed: Path, cache: bool) -> None:
     ours, theirs = open_folders(packed), open_folders(raw)
     arguments = {"batch_size": 4, "device": CPU, "workers": 2}
-    fast = TorchLoader(*ours, RECIPE, **arguments, cache_on_device=cache)
-    direct = TorchLoader(*theirs, RECIPE, **arguments)
-    plan = SamplingPlan(theirs[0].labels, len(theirs[1]), recipe=RECIPE, batch_size=5, seed=1)
+    fast = TorchLoader(*ours, PREPROCESSING, **arguments, cache_on_device=cache)
+    direct = TorchLoader(*theirs, PREPROCESSING, **arguments)
+    plan = SamplingPlan(theirs[0].labels, len(theirs[1]), preprocessing=PREPROCESSING, batch_size=5, seed=1)
     for a, b in zip(fast.train(plan, range(3)), direct.train(plan, range(3)), strict=True):
         for name in ("source_index", "source_labels", "target_index"):
             assert torch.equal(getattr(a, name), getattr(b, name))
@@ -99,14 +99,14 @@ def test_same_samples_and_close_pixels(raw: Path, packed: Path, cache: bool) -> 
 
 def test_frames_are_those_of_the_samples_and_cannot_be_spoilt(raw: Path, packed: Path) -> None:
     source, _ = open_folders(packed)
-    assert source.frames is not None
+    assert source.packed is not None
     for sample in range(len(source)):
-        frame = source.frames[sample]
+        frame = source.packed[sample]
         assert frame.shape == (256, 256, 3)
         assert abs(float(frame.mean()) - np.asarray(natural_image(_seed(source.paths[sample]))).mean()) < 3
     before = file_times(packed)
-    source.frames[0][:] = 0
-    assert open_folders(packed)[0].frames[0].any()  # type: ignore[index]
+    source.packed[0][:] = 0
+    assert open_folders(packed)[0].packed[0].any()  # type: ignore[index]
     assert file_times(packed) == before
 
 
@@ -126,11 +126,11 @@ def test_partial_and_full_tasks_share_a_pack(tmp_path: Path) -> None:
                 assert (ours.name, ours.paths, ours.classes) == (theirs.name, theirs.paths, theirs.classes)
                 assert ours.labels.tolist() == theirs.labels.tolist()
     target = open_pair("office31-partial", "A", "W", packed)[1]
-    assert target.frames is not None
+    assert target.packed is not None
     whole = open_pair("office31", "A", "W", packed)[1]
-    assert whole.frames is not None
+    assert whole.packed is not None
     sample = target.paths.index("projector/frame_0001.jpg")
-    np.testing.assert_array_equal(target.frames[sample], whole.frames[whole.paths.index("projector/frame_0001.jpg")])
+    np.testing.assert_array_equal(target.packed[sample], whole.packed[whole.paths.index("projector/frame_0001.jpg")])
     assert [finding.good for finding in verify("office31", data_root=packed)] == [True] * 3
 
 
@@ -184,7 +184,7 @@ def test_shards_that_an_interrupted_call_was_to_replace_do_not_stay(
     shutil.rmtree(raw / "photos" / "horse")
     shutil.rmtree(raw / "new" / "horse")
     with monkeypatch.context() as patch:
-        patch.setattr(pack_module, "read_frame", interrupted)
+        patch.setattr(pack_module, "read_resized", interrupted)
         with pytest.raises(KeyboardInterrupt):
             pack("folder", "photos", "new", raw, output=packed, workers=1)
     pack("folder", "photos", "new", raw, output=packed)
@@ -202,10 +202,10 @@ def test_folders_whose_names_differ_in_a_slash_have_shards_of_their_own(raw: Pat
     assert len(file_times(output)) == 3
     for seed, name in enumerate(names):
         packed, _ = open_pair("folder", name, name, output)
-        assert packed.frames is not None
+        assert packed.packed is not None
         assert unreadable_files(packed) == []
         for i in range(2):
-            assert abs(float(packed.frames[i].mean()) - np.asarray(natural_image(2 * seed + i)).mean()) < 3
+            assert abs(float(packed.packed[i].mean()) - np.asarray(natural_image(2 * seed + i)).mean()) < 3
 
 
 def test_pack_with_other_names_of_shards_is_read_and_followed(raw: Path, packed: Path) -> None:
@@ -225,16 +225,16 @@ def visible_files(folder: Path) -> list[str]:
 
 
 def pack_six_of_photos(raw: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read_frame, reads = pack_module.read_frame, []
+    read_resized, reads = pack_module.read_resized, []
 
-    def interrupted(domain: ImageDomain, sample: int, recipe: ImageRecipe) -> torch.Tensor:
+    def interrupted(domain: ImageDomain, sample: int, preprocessing: Preprocessing) -> torch.Tensor:
         reads.append(sample)
         if len(reads) > 6:
             raise KeyboardInterrupt
-        return read_frame(domain, sample, recipe)
+        return read_resized(domain, sample, preprocessing)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pack_module, "read_frame", interrupted)
+        patch.setattr(pack_module, "read_resized", interrupted)
         with pytest.raises(KeyboardInterrupt):
             pack("folder", "photos", "new", raw, output=output, workers=1)
 
@@ -243,7 +243,7 @@ def test_interrupted_pack_goes_on(raw: Path, monkeypatch: pytest.MonkeyPatch) ->
     output = raw.parent / "pack"
     pack_six_of_photos(raw, output, monkeypatch)
     assert visible_files(output) == ["pack.partial.json", "photos-00000.npy"]
-    assert not frames_module.is_pack(output)
+    assert not packed_images.is_pack(output)
     before, steps = file_times(output), []
     pack("folder", "photos", "new", raw, output=output, progress=lambda *done: steps.append(done))
     assert file_times(output)["photos-00000.npy"] == before["photos-00000.npy"]
@@ -288,7 +288,7 @@ def test_damaged_shard_is_found_by_its_digest(packed: Path) -> None:
 )
 def test_shard_that_is_no_shard(packed: Path, spoil: object, message: str) -> None:
     spoil(packed / "photos-00000.npy")  # type: ignore[operator]
-    loader = open_loader(DataSettings(), *open_folders(packed), RECIPE, batch_size=4, device=CPU)
+    loader = open_loader(DataSettings(), *open_folders(packed), PREPROCESSING, batch_size=4, device=CPU)
     with pytest.raises(UsageError, match=message):
         list(loader.evaluate("source"))
     loader.close()
@@ -306,8 +306,8 @@ def test_pack_that_does_not_fit(raw: Path, packed: Path) -> None:
         open_pair("office31", data_root=packed)
     with pytest.raises(UsageError, match=r"--data-root: found .*pack, a pack; expected images to pack"):
         pack("folder", "photos", "new", packed, output=raw.parent / "again")
-    with pytest.raises(UsageError, match=r"a pack of frames of shape \(256, 256, 3\); expected .*\(64, 64, 3\)"):
-        TorchLoader(*open_folders(packed), replace(RECIPE, resize=64, crop=48), batch_size=4, device=CPU)
+    with pytest.raises(UsageError, match=r"a pack of images of shape \(256, 256, 3\); expected .*\(64, 64, 3\)"):
+        TorchLoader(*open_folders(packed), replace(PREPROCESSING, resize=64, crop=48), batch_size=4, device=CPU)
 
 
 def test_loaders_of_a_pack(packed: Path) -> None:
@@ -374,11 +374,11 @@ def test_a_damaged_shard_is_mended(raw: Path, packed: Path, spoil: str) -> None:
 
 def test_a_shard_that_is_cut_while_it_is_read_is_an_error(packed: Path) -> None:
     source, _ = open_folders(packed)
-    assert source.frames is not None
-    assert source.frames[0].any()
+    assert source.packed is not None
+    assert source.packed[0].any()
     os.truncate(packed / "photos-00000.npy", 1000)
     with pytest.raises(UsageError, match=r"photos-00000.npy: found a file that was cut while it was in use"):
-        source.frames[1]
+        source.packed[1]
 
 
 @pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fsync"])

@@ -197,7 +197,7 @@ def test_average_of_a_part_is_set_against_the_same_part() -> None:
 
 
 def test_mean_per_class_is_not_set_against_overall_accuracy() -> None:
-    table = office31([run("office31", "amazon", "webcam", 90.0)], figure="mean_per_class")
+    table = office31([run("office31", "amazon", "webcam", 90.0)], metric="mean_per_class")
     assert [kind for (_, kind, _), _ in table.rows] == ["ours"]
 
 

@@ -19,7 +19,7 @@ from gsda_fast import predict as command
 from gsda_fast.commands import run_command
 from gsda_fast.config import parse_config
 from gsda_fast.data.domains import open_images
-from gsda_fast.data.torch_loader import read_frame
+from gsda_fast.data.torch_loader import read_resized
 from gsda_fast.predict import predict
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.train import train
@@ -120,8 +120,8 @@ def test_ten_crops_where_the_run_is_tested_so(own_classes: Path, tmp_path: Path)
     trained = load_trained(own_classes)
     images = open_images(tmp_path / "images", trained.classes)
     ((_, centre),) = predict(trained, images)
-    frame = read_frame(images, 0, trained.recipe)
-    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (trained.recipe.mean, trained.recipe.std))
+    frame = read_resized(images, 0, trained.preprocessing)
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (trained.preprocessing.mean, trained.preprocessing.std))
     batch = torch.stack([(crop / 255 - mean) / std for crop in transforms.ten_crop(frame, [224, 224])])
     with torch.no_grad():
         expected = trained.model(batch).logits.softmax(1).mean(0)

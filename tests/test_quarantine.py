@@ -59,7 +59,7 @@ def test_entries_that_match_nothing_are_told(tmp_path: Path) -> None:
 
 
 def test_a_shard_on_the_list_takes_its_samples_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("pack", "frames"):
+    for module in ("pack", "packed_images"):
         monkeypatch.setattr(f"gsda_fast.data.{module}.SHARD_IMAGES", 3)
     class_tree(tmp_path / "photos", ["cat", "dog"], per_class=4)
     packed = pack("folder", "photos", "photos", tmp_path, output=tmp_path / "pack")
@@ -70,5 +70,5 @@ def test_a_shard_on_the_list_takes_its_samples_with_it(tmp_path: Path, monkeypat
     source, _ = open_pair("folder", "photos", "photos", packed, listed)
     assert source.paths == [f"cat/frame_000{i}.jpg" for i in (1, 2, 3)] + [f"dog/frame_000{i}.jpg" for i in (3, 4)]
     assert check_files(source).unreadable == []
-    assert source.frames is not None
-    assert source.frames[4].shape == (256, 256, 3)
+    assert source.packed is not None
+    assert source.packed[4].shape == (256, 256, 3)

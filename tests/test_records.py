@@ -10,7 +10,7 @@ RESULT = RunResult(
     task="digits", source="mnist", target="fonts", method="gsda", seed=1, steps=4,
     accuracy=Selection(80.0, 82.5, 81.0), mean_per_class=Selection(70.0, None, 71.0), per_class=(50.0, None),
     classes=("cat", "dog"), images_per_second=None, seconds=1.5, test_crops=10,
-    label_free_by={"entropy": {"accuracy": 79.0, "mean_per_class": None}},
+    label_free_by={"entropy": {"accuracy": 79.0, "mean_per_class": None}}, unreadable_files=3,
 )  # fmt: skip
 
 
@@ -20,10 +20,11 @@ def test_a_result_comes_back_from_json() -> None:
 
 def test_what_an_earlier_version_lacked_has_its_default_and_what_a_later_one_added_is_ignored() -> None:
     stored = dataclasses.asdict(RESULT) | {"unheard_of": 1}
-    for name in ("label_free_by", "test_crops", "label_free_criterion"):
+    for name in ("label_free_by", "test_crops", "label_free_criterion", "unreadable_files"):
         del stored[name]
     found = RunResult.from_json(stored)
     assert (found.label_free_by, found.test_crops, found.label_free_criterion) == ({}, 1, "mutual_information")
+    assert found.unreadable_files == 0
     del stored["accuracy"]
     with pytest.raises(KeyError, match="accuracy"):
         RunResult.from_json(stored)

@@ -88,6 +88,19 @@ def test_of_a_folder_the_newest_sound_checkpoint_is_taken(first: First, tmp_path
     assert differences(last_state(tmp_path / "run"), last_state(first.folder)) == []
 
 
+def test_steps_of_another_seed_are_told_and_a_checkpoint_that_does_not_say(first: First, tmp_path: Path) -> None:
+    told = run(*first.arguments, "--seed", "7", "--resume", str(first.file(4)), "--output", str(tmp_path / "run"))
+    expected = "these steps were trained with --seed 0, the others will be with --seed 7: no run of either seed"
+    assert expected in " ".join(told.split())
+    state = first.state(4)
+    del state["identity"]["--seed"], state["identity"]["--method"]
+    CheckpointFolder(tmp_path / "old").save(4, state)
+    told = run(
+        *first.arguments, "--resume", str(tmp_path / "old" / "step-00000004.pt"), "--output", str(tmp_path / "2")
+    )
+    assert "the checkpoint does not say with which seed and method its steps were trained" in " ".join(told.split())
+
+
 def test_more_steps_of_the_same_run(first: First, tmp_path: Path) -> None:
     run(*first.arguments, "--resume", str(first.folder), "--steps", "8", "--output", str(tmp_path / "run"))
     assert [line["step"] for line in RunFolder(tmp_path / "run").read_metrics()] == [8]
@@ -294,7 +307,7 @@ def test_a_pack_is_no_folder_of_files(first: First, few_digits: Path, tmp_path: 
     pack("digits", data_root=few_digits, output=tmp_path / "pack", workers=1)
     config, packed_source, packed_target = opened(first, "--data-root", str(tmp_path / "pack"))
     assert packed_source.paths == source.paths
-    with pytest.raises(UsageError, match=r"--source: found \d+ frames of a pack with digest .*; expected \d+ files"):
+    with pytest.raises(UsageError, match=r"--source: found \d+ images of a pack with digest .*; expected \d+ files"):
         find_start(config, RunFolder(first.folder), run_identity(config, packed_source, packed_target, 1))
 
 

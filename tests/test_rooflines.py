@@ -12,7 +12,7 @@ from gsda_fast.training import rooflines
 from gsda_fast.training.rooflines import PEAKS, Floors, Peaks, Work, device_floors, floors, training_work
 from gsda_fast.training.trainer import Report
 
-DIGITS, OFFICE = BENCHMARKS["digits"].recipe, BENCHMARKS["office31"].recipe
+DIGITS, OFFICE = BENCHMARKS["digits"].preprocessing, BENCHMARKS["office31"].preprocessing
 LENET = ModelSettings("lenet", "none", bottleneck_dim=128, bottleneck_activation="relu")
 
 

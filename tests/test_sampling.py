@@ -10,13 +10,13 @@ from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.data.sampling import SamplingPlan, random_windows, source_window, uniforms
 from gsda_fast.errors import UsageError
 
-DIGITS, PHOTOS, VISDA = (BENCHMARKS[name].recipe for name in ("digits", "office31", "visda"))
+DIGITS, PHOTOS, VISDA = (BENCHMARKS[name].preprocessing for name in ("digits", "office31", "visda"))
 # Very unequal classes, one absent (4), in no order.
 LABELS = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 3, 5], [3, 40, 7, 100, 11]))
 
 
 def plan_for(**changes: object) -> SamplingPlan:
-    arguments: dict[str, object] = {"recipe": PHOTOS, "batch_size": 16, "seed": 0} | changes
+    arguments: dict[str, object] = {"preprocessing": PHOTOS, "batch_size": 16, "seed": 0} | changes
     return SamplingPlan(LABELS, 90, **arguments)  # type: ignore[arg-type]
 
 
@@ -117,7 +117,7 @@ def test_a_batch_depends_on_nothing_that_was_asked_before() -> None:
 
 def test_seeds_and_domains_are_independent() -> None:
     labels = np.zeros(64, dtype=np.int64)
-    zero, one = (SamplingPlan(labels, 64, recipe=PHOTOS, batch_size=64, seed=seed) for seed in (0, 1))
+    zero, one = (SamplingPlan(labels, 64, preprocessing=PHOTOS, batch_size=64, seed=seed) for seed in (0, 1))
     batch = zero.batch(0)
     assert not np.array_equal(batch.source_index, one.batch(0).source_index)
     assert not np.array_equal(batch.target_index, one.batch(0).target_index)
@@ -158,7 +158,7 @@ def test_window_that_never_fits_is_the_whole_frame() -> None:
 
 
 def test_recipes_without_random_windows() -> None:
-    digits, visda = plan_for(recipe=DIGITS).batch(0), plan_for(recipe=VISDA, batch_size=400).batch(0)
+    digits, visda = plan_for(preprocessing=DIGITS).batch(0), plan_for(preprocessing=VISDA, batch_size=400).batch(0)
     assert (digits.source_augmentation.window == [0, 0, 16, 16]).all()
     assert not digits.source_augmentation.flip.any()
     assert (visda.source_augmentation.window == [16, 16, 224, 224]).all()
@@ -208,9 +208,9 @@ def test_arguments_that_do_not_fit(arguments: dict[str, object], message: str) -
 
 def test_source_without_labels_or_images() -> None:
     with pytest.raises(UsageError, match="--source: found 1 images without a label"):
-        SamplingPlan(np.array([0, -1]), 5, recipe=DIGITS, batch_size=4, seed=0)
+        SamplingPlan(np.array([0, -1]), 5, preprocessing=DIGITS, batch_size=4, seed=0)
     with pytest.raises(UsageError, match="found 0 source and 5 target images"):
-        SamplingPlan(np.array([], dtype=np.int64), 5, recipe=DIGITS, batch_size=4, seed=0)
+        SamplingPlan(np.array([], dtype=np.int64), 5, preprocessing=DIGITS, batch_size=4, seed=0)
 
 
 def test_a_batch_of_64_and_64_draws_no_more_than_it_shows(monkeypatch: pytest.MonkeyPatch) -> None:

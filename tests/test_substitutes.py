@@ -22,7 +22,7 @@ from gsda_fast.data.substitutes import Substitutes
 from gsda_fast.data.torch_loader import TorchLoader
 from gsda_fast.errors import FileWarning, UsageError
 
-PHOTOS = replace(BENCHMARKS["office31"].recipe, resize=64, crop=48)
+PHOTOS = replace(BENCHMARKS["office31"].preprocessing, resize=64, crop=48)
 CPU = torch.device("cpu")
 KINDS = ["torch", "dali"]
 
@@ -57,7 +57,7 @@ def open_kind(kind: str, pair: Pair, **more: Any) -> Loader:
 
 
 def plan_for(pair: Pair, **more: Any) -> SamplingPlan:
-    return SamplingPlan(pair[0].labels, len(pair[1]), recipe=PHOTOS, batch_size=4, seed=0, **more)
+    return SamplingPlan(pair[0].labels, len(pair[1]), preprocessing=PHOTOS, batch_size=4, seed=0, **more)
 
 
 def jpeg_that_only_a_decoder_refuses(path: str) -> None:

@@ -17,12 +17,12 @@ def test_it_stands_in_for_every_task(task: str) -> None:
     assert set(source.labels) == set(range(source.num_classes))
     assert source.classes == target.classes
     assert benchmark.classes is None or source.classes == benchmark.classes
-    loader = SyntheticLoader(source, target, benchmark.recipe, batch_size=40, device=torch.device("cpu"))
-    plan = SamplingPlan(source.labels, len(target), recipe=benchmark.recipe, batch_size=3, seed=0)
+    loader = SyntheticLoader(source, target, benchmark.preprocessing, batch_size=40, device=torch.device("cpu"))
+    plan = SamplingPlan(source.labels, len(target), preprocessing=benchmark.preprocessing, batch_size=3, seed=0)
     (batch,) = loader.train(plan, range(5, 6))
-    side = benchmark.recipe.crop
+    side = benchmark.preprocessing.crop
     for images in (batch.source_images, batch.target_images):
-        assert images.shape == (3, benchmark.recipe.channels, side, side)
+        assert images.shape == (3, benchmark.preprocessing.channels, side, side)
         assert images.is_contiguous(memory_format=torch.channels_last)
     assert not torch.equal(batch.source_images, batch.target_images)
     assert torch.equal(batch.source_labels, torch.from_numpy(source.labels[plan.batch(5).source_index]))
@@ -32,7 +32,7 @@ def test_it_stands_in_for_every_task(task: str) -> None:
 def test_evaluation_hands_out_each_sample_once(domain: Role) -> None:
     benchmark = find_benchmark("digits")
     pair = synthetic_pair(benchmark)
-    loader = SyntheticLoader(*pair, benchmark.recipe, batch_size=40, device=torch.device("cpu"))
+    loader = SyntheticLoader(*pair, benchmark.preprocessing, batch_size=40, device=torch.device("cpu"))
     parts = list(loader.evaluate(domain))
     assert [len(images) for images, _ in parts] == [40, 24]
     assert torch.equal(torch.cat([index for _, index in parts]), torch.arange(64))

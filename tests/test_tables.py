@@ -75,7 +75,7 @@ def test_cells_by_hand() -> None:
 def test_figure_and_choice() -> None:
     assert means(transfer_table(results(), choice="best"), "gsda")[0] == 62.0
     assert means(transfer_table(results(), choice="label_free"), "gsda")[0] == 60.0
-    assert means(transfer_table(results(), figure="mean_per_class"), "gsda")[0] == 30.5
+    assert means(transfer_table(results(), metric="mean_per_class"), "gsda")[0] == 30.5
     assert "upper bound" in transfer_table(results(), choice="best").title
     assert "upper bound" not in transfer_table(results(), choice="label_free").title
 

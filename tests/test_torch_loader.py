@@ -22,12 +22,12 @@ from gsda_fast.data import torch_loader
 from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.data.domains import ImageDomain, open_pair
 from gsda_fast.data.sampling import SamplingPlan, source_window
-from gsda_fast.data.torch_loader import TorchLoader, crop_frames, read_image, usable_cores
+from gsda_fast.data.torch_loader import TorchLoader, crop_windows, read_image, usable_cores
 from gsda_fast.data.verify import file_problem
 from gsda_fast.errors import UsageError
 
-PHOTOS = replace(BENCHMARKS["office31"].recipe, resize=64, crop=48)
-DIGITS = BENCHMARKS["digits"].recipe
+PHOTOS = replace(BENCHMARKS["office31"].preprocessing, resize=64, crop=48)
+DIGITS = BENCHMARKS["digits"].preprocessing
 CPU = torch.device("cpu")
 
 Pair = tuple[ImageDomain, ImageDomain]
@@ -57,7 +57,7 @@ def cached(pair: Pair) -> Iterator[TorchLoader]:
 
 def plan_for(pair: Pair, **changes: int) -> SamplingPlan:
     arguments = {"batch_size": 6, "seed": 3} | changes
-    return SamplingPlan(pair[0].labels, len(pair[1]), recipe=PHOTOS, **arguments)  # type: ignore[arg-type]
+    return SamplingPlan(pair[0].labels, len(pair[1]), preprocessing=PHOTOS, **arguments)  # type: ignore[arg-type]
 
 
 def normalised(image: Tensor) -> Tensor:
@@ -210,7 +210,7 @@ def test_crop_of_frames_is_cut_then_resize() -> None:
     frames = torch.stack([with_natural(seed) for seed in range(4)])
     window = torch.tensor([[0, 0, 64, 64], [3, 10, 20, 31], [40, 2, 24, 9], [63, 63, 1, 1]])
     flip = torch.tensor([False, True, False, True])
-    ours = crop_frames(frames, window, flip, 48)
+    ours = crop_windows(frames, window, flip, 48)
     for i, (top, left, height, width) in enumerate(window.tolist()):
         part = frames[i, :, top : top + height, left : left + width].float()
         part = transforms.resize(part, [48, 48], antialias=False)
@@ -236,7 +236,7 @@ def digits_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 def test_digits_are_the_same_pixels_both_ways_and_cheap(digits_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     direct = TorchLoader(*digits_pair, DIGITS, batch_size=8, device=CPU, workers=2)
     fast = TorchLoader(*digits_pair, DIGITS, batch_size=8, device=CPU, workers=2, cache_on_device=True)
-    plan = SamplingPlan(digits_pair[0].labels, 500, recipe=DIGITS, batch_size=64, seed=0)
+    plan = SamplingPlan(digits_pair[0].labels, 500, preprocessing=DIGITS, batch_size=64, seed=0)
     for first, second in zip(direct.train(plan, range(3)), fast.train(plan, range(3)), strict=True):
         assert torch.equal(first.source_images, second.source_images)
         assert torch.equal(first.target_images, second.target_images)
@@ -436,7 +436,7 @@ def test_bad_file_is_named(tmp_path: Path, kind: str, cache: bool) -> None:
 
     def train() -> None:
         opened = TorchLoader(source, target, PHOTOS, batch_size=4, device=CPU, workers=2, cache_on_device=cache)
-        plan = SamplingPlan(source.labels, len(target), recipe=PHOTOS, batch_size=3, seed=0)
+        plan = SamplingPlan(source.labels, len(target), preprocessing=PHOTOS, batch_size=3, seed=0)
         try:
             list(opened.train(plan, range(1)))
         finally:
@@ -450,8 +450,7 @@ def test_bad_file_is_named(tmp_path: Path, kind: str, cache: bool) -> None:
 THREADS = """
 import json, sys, threading
 from pathlib import Path
-import torch
-from gsda_fast.data import decoding
+import torch, torchvision
 from gsda_fast.data.benchmarks import find_benchmark
 from gsda_fast.data.domains import open_pair
 from gsda_fast.data.pack import pack
@@ -460,19 +459,20 @@ from gsda_fast.data.torch_loader import TorchLoader
 from gsda_fast.data.verify import require_readable
 
 torch.set_num_threads(4)
-found, opened = {}, decoding.decode_image
+found, opened = {}, torchvision.io.decode_image
 def counting(data, mode):
     found[threading.current_thread().name.partition("_")[0]] = torch.get_num_threads()
     return opened(data, mode=mode)
-decoding.decode_image = counting
+torchvision.io.decode_image = counting
 
-root, recipe = Path(sys.argv[1]), find_benchmark("folder").recipe
+root, preprocessing = Path(sys.argv[1]), find_benchmark("folder").preprocessing
 source, target = open_pair("folder", "photos", "photos", root)
 require_readable("folder", source, target)
 found["main, before it computes"] = torch.get_num_threads()
 pack("folder", "photos", "photos", root, output=root / "pack")
-loader = TorchLoader(source, target, recipe, batch_size=2, device="cpu")
-list(loader.train(SamplingPlan(source.labels, len(target), recipe=recipe, batch_size=2, seed=0), range(1)))
+loader = TorchLoader(source, target, preprocessing, batch_size=2, device="cpu")
+plan = SamplingPlan(source.labels, len(target), preprocessing=preprocessing, batch_size=2, seed=0)
+list(loader.train(plan, range(1)))
 loader.close()
 found["main"] = torch.get_num_threads()
 print(json.dumps(found))

@@ -11,23 +11,25 @@ import sys
 import time
 import tomllib
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from image_trees import class_tree, save
+from processes import Command, start
 from rich.console import Console
 
 from gsda_fast import run as run_module
 from gsda_fast import train as command
 from gsda_fast.assemble import resolve
 from gsda_fast.commands import run_command
-from gsda_fast.config import parse_config, preset
+from gsda_fast.config import Config, parse_config, preset
 from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.errors import Stopped, UsageError
 from gsda_fast.report import suite_layout
-from gsda_fast.results.metrics import EvaluationFigures, evaluation_figures
+from gsda_fast.results.metrics import EvaluationMetrics, evaluation_metrics
 from gsda_fast.results.page import write_page
 from gsda_fast.results.records import RunResult
 from gsda_fast.results.run_folder import RunFolder, flat_settings
@@ -158,10 +160,10 @@ def test_what_a_run_tells(quick: Quick) -> None:
 def test_a_run_without_any_mutual_information_chose_none(
     quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def diverged(*arguments: Any) -> EvaluationFigures:
-        return replace(evaluation_figures(*arguments), scores={"mutual_information": math.nan})
+    def diverged(*arguments: Any) -> EvaluationMetrics:
+        return replace(evaluation_metrics(*arguments), scores={"mutual_information": math.nan})
 
-    monkeypatch.setattr(trainer, "evaluation_figures", diverged)
+    monkeypatch.setattr(trainer, "evaluation_metrics", diverged)
     arguments = (*quick.settings, "--output", str(tmp_path / "run"))
     for _ in ("run", "told again"):
         result, told = run(*arguments)
@@ -263,17 +265,14 @@ def test_a_run_killed_at_its_very_end_finishes(quick: Quick, tmp_path: Path) -> 
     assert outcome(folder) == quick.outcome
 
 
-def earlier_run(folder: Path, lacking: str, result: RunResult, *arguments: str) -> tuple[str, ...]:
-    """A finished run of a version that had every setting but one, and the arguments that made it."""
-    arguments = (*arguments, "--output", str(folder))
-    config, *_ = resolve(parse_config(list(arguments), "train"))
-    tables = config.to_dict()
+def earlier_run(folder: Path, lacking: str, result: RunResult, resolved: Config) -> None:
+    """A finished run of a version that had every setting but one."""
+    tables = resolved.to_dict()
     table, _, setting = lacking.partition(".")
     del tables[table][setting]
     run_folder = RunFolder(folder)
     run_folder.write_config(tables)
     run_folder.write_result(result)
-    return arguments
 
 
 NAMES_THE_DATA = ("task", "data.source", "data.target")
@@ -289,11 +288,13 @@ def test_a_run_from_before_a_setting_was_added_had_its_default(task: str, quick:
     added = [name for name in flat_settings(preset(task).to_dict()) if name not in NAMES_THE_DATA]
     added = [name for name in added if name != "data.data_root" or task == "digits"]
     assert len(added) > 35
+    config = parse_config([task, *data, "--output", str(folder)], "train")
+    resolved, *_ = resolve(config)
     for name in added:
-        arguments = earlier_run(folder, name, quick.result, task, *data)
-        result, told = run(*arguments)
-        assert "finished already" in told, name
-        assert result == quick.result
+        earlier_run(folder, name, quick.result, resolved)
+        told = io.StringIO()
+        assert train(config, Console(file=told)) == quick.result
+        assert "finished already" in told.getvalue(), name
 
 
 @pytest.mark.parametrize(
@@ -314,7 +315,8 @@ def test_a_run_from_before_a_setting_was_added_is_no_run_with_another_value(
     (tmp_path / "list.txt").write_text("")
     (tmp_path / "run").mkdir()
     places = {"few_digits": few_digits, "list": tmp_path / "list.txt", "quick": quick.folder}
-    arguments = earlier_run(tmp_path / "run", lacking, quick.result, "digits")
+    arguments = ("digits", "--output", str(tmp_path / "run"))
+    earlier_run(tmp_path / "run", lacking, quick.result, resolve(parse_config(list(arguments), "train"))[0])
     with pytest.raises(UsageError, match=rf"other settings \([^,]*{told}\)"):
         run(*arguments, *[word.format(**places) for word in option])
 
@@ -447,21 +449,31 @@ def test_resume_never_needs_no_readable_folder(quick: Quick, tmp_path: Path) -> 
     assert outcome(folder)["metrics"] == quick.outcome["metrics"]
 
 
+def hold(output: Path, held: Path) -> None:
+    folder = RunFolder(output)
+    folder.path.mkdir()
+    folder.hold()
+    held.touch()
+    signal.pause()
+
+
 def test_a_folder_in_use_is_refused(quick: Quick, tmp_path: Path) -> None:
     """The lock of another process, which the kernel takes back when that process is killed."""
     output = tmp_path / "run"
-    holder = "import sys, time; from gsda_fast.results.run_folder import RunFolder\n"
-    holder += "folder = RunFolder(sys.argv[1]); folder.path.mkdir(); folder.hold(); print(flush=True); time.sleep(100)"
-    with subprocess.Popen([sys.executable, "-c", holder, str(output)], stdout=subprocess.PIPE) as other:
-        assert other.stdout is not None
-        other.stdout.readline()
+    other = start(hold, output, tmp_path / "held")
+    try:
+        while not (tmp_path / "held").exists():
+            assert other.is_alive()
+            time.sleep(0.02)
         for resume in ("auto", "never"):
             with pytest.raises(UsageError) as error:
                 run(*quick.settings, "--output", str(output), "--resume", resume)
             assert error.value.what == "--output"
             assert f"in use by process {other.pid} on {socket.gethostname()}" in error.value.found
         assert [file.name for file in output.iterdir()] == [".lock"]
+    finally:
         other.kill()
+        other.join()
     run(*quick.settings, "--output", str(output))
     assert outcome(output) == quick.outcome
 
@@ -550,23 +562,20 @@ def test_a_signal_while_the_last_files_are_written_is_too_late_to_stop(
     assert outcome(tmp_path / "run") == quick.outcome
 
 
-# A process that says when it is in a step, and stays there until it is asked to stop, or for good.
-WAITING = """
-import time
-from gsda_fast.commands import run_command
-from gsda_fast.train import main
-from gsda_fast.training.trainer import Trainer
+def wait_in_step_6(folder: Path, for_good: bool) -> None:
+    """Make a file there in a run's sixth step, and stay there until the run is asked to stop, or for good."""
+    step = Trainer._train_step
 
-step = Trainer._train_step
-def waiting(self, number, batch):
-    if number == 5:
-        print("in step 6", flush=True)
-        while {for_good} or not self._stop():
-            time.sleep(0.02)
-    return step(self, number, batch)
-Trainer._train_step = waiting
-run_command(main)
-"""
+    def waiting(self: Trainer, number: int, batch: Any) -> Any:
+        if number == 5:
+            (folder / "in step 6").touch()
+            while for_good or not self._stop():
+                time.sleep(0.02)
+        return step(self, number, batch)
+
+    Trainer._train_step = waiting  # type: ignore[method-assign]
+
+
 TERM, INT = signal.SIGTERM, signal.SIGINT
 # What is sent (None: some time passes), and the code that the process ends with.
 SIGNALS = {
@@ -578,29 +587,26 @@ SIGNALS = {
 
 
 def test_the_command_ends_with_code_0_or_at_a_second_signal_at_once(quick: Quick, tmp_path: Path) -> None:
-    def start(name: str, code: int) -> subprocess.Popen[str]:
-        script = WAITING.format(for_good=code != 0)
-        return subprocess.Popen(
-            [sys.executable, "-c", script, *quick.settings, "--output", str(tmp_path / name)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+    def started(name: str, code: int) -> Command:
+        written = tmp_path / "written" / name
+        waits = partial(wait_in_step_6, written, code != 0)
+        return Command(written, "gsda_fast.train", [*quick.settings, "--output", str(tmp_path / name)], before=waits)
 
-    processes = {name: start(name, code) for name, (_, code) in SIGNALS.items()}
+    processes = {name: started(name, code) for name, (_, code) in SIGNALS.items()}
     try:
         for name, (signals, code) in SIGNALS.items():
             process = processes[name]
-            assert process.stdout is not None
-            assert any("in step 6" in line for line in iter(process.stdout.readline, ""))
+            while not (tmp_path / "written" / name / "in step 6").exists():
+                assert process.process.is_alive(), process.wait()
+                time.sleep(0.02)
             for number in signals:
                 if number is None:
                     time.sleep(stopping.SAME_REQUEST + 0.2)
                 else:
-                    process.send_signal(number)
-            out, err = process.communicate(timeout=60)
-            assert process.returncode == code, name
+                    assert process.process.pid is not None
+                    os.kill(process.process.pid, number)
+            returned, out, err = process.wait()
+            assert returned == code, name
             assert "Traceback" not in err
             steps = CheckpointFolder(tmp_path / name / "checkpoints").steps()
             if code == 0:
@@ -610,7 +616,8 @@ def test_the_command_ends_with_code_0_or_at_a_second_signal_at_once(quick: Quick
             assert outcome(tmp_path / name) == quick.outcome
     finally:
         for process in processes.values():
-            process.kill()
+            process.process.kill()
+            process.process.join()
 
 
 # ------------------------------------------------------------------------------------------- folders of one's own
@@ -744,25 +751,11 @@ def test_an_image_that_cannot_be_read_is_named(
 
 
 def test_the_command_itself_ends_with_one_line_and_code_2(tmp_path: Path) -> None:
-    commands = {
-        "--data-root": ["visda", "--data-root", str(tmp_path / "missing"), "--output", str(tmp_path / "run")],
-        "--stesp": ["digits", "--stesp", "5", "--output", str(tmp_path / "run")],
-    }
-    started = {
-        mentioned: subprocess.Popen(
-            [sys.executable, "-m", "gsda_fast.train", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for mentioned, arguments in commands.items()
-    }
-    for mentioned, process in started.items():
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 2
-        assert out == ""
-        assert "Traceback" not in err
-        assert mentioned in err
+    arguments = ["visda", "--data-root", str(tmp_path / "missing"), "--output", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "gsda_fast.train", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("error: --data-root: found ")
     assert list(tmp_path.iterdir()) == []

@@ -39,6 +39,8 @@ OPTIMIZER = OptimizerSettings(learning_rate=0.1, backbone_learning_rate=0.05)
 class TensorLoader:
     """Vectors in place of images, handed out as the plan says; keeps a record of what it was asked for."""
 
+    failed: tuple[tuple[str, str], ...] = ()
+
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(3)
         self.labels: dict[Role, Tensor] = {
@@ -106,13 +108,13 @@ def build(
     built = loader.method = build_method(method, model, settings, TaskFacts(NUM_CLASSES), adaptation)
     paths = [f"{number}.png" for number in range(NUM_TARGET)]
     target = ImageDomain("target", Path("nowhere"), paths, loader.labels["target"].numpy(), tuple("abcd"))
-    recipe = find_benchmark("digits").recipe
+    preprocessing = find_benchmark("digits").preprocessing
     ranks = ranks or Ranks()
     if divide:
         built.divide(Division(built.costs_of_parts(), ranks))
     torch.manual_seed(seed + ranks.rank)
     labels, sizes = loader.labels["source"].numpy(), {"batch_size": BATCH_SIZE, "world_size": ranks.world_size}
-    plan = SamplingPlan(labels, NUM_TARGET, recipe=recipe, seed=0, **sizes)
+    plan = SamplingPlan(labels, NUM_TARGET, preprocessing=preprocessing, seed=0, **sizes)
     return Trainer(
         built,
         loader,

@@ -89,23 +89,24 @@ def test_no_race_no_stray_access_and_the_same_numbers_in_every_order(case: str) 
     with recorded() as recorder:
         expected = _step(**CASES[case])
         assert all(each.isfinite().all() for each in expected)
-        for order in ("reversed", 7):
-            recorder.order = order
-            for found, value in zip(_step(**CASES[case]), expected, strict=True):
-                assert torch.equal(found, value), f"order {order}"
+        # One other order for each case, by turns: what matters is that it is another one.
+        recorder.order = ("reversed", 7)[list(CASES).index(case) % 2]
+        for found, value in zip(_step(**CASES[case]), expected, strict=True):
+            assert torch.equal(found, value), f"order {recorder.order}"
     assert not recorder.findings
     assert {"route_kernel", "first_layer_kernel", "terms_kernel"} <= recorder.programs.keys()
 
 
-@pytest.mark.parametrize("skip", [0.0, 1.0], ids=["moves", "skipped"])
 @pytest.mark.parametrize(
-    "case",
+    ("case", "skip"),
     [
-        "two tiles of pairs, several of H and D, nothing aligned",
-        "half precision, aligned",
-        "mixed, first and last empty",
-        "no pair",
-        "one pair",
+        ("two tiles of pairs, several of H and D, nothing aligned", 0.0),
+        ("half precision, aligned", 0.0),
+        ("mixed, first and last empty", 0.0),
+        ("mixed, first and last empty", 1.0),
+        ("no pair", 0.0),
+        ("one pair", 0.0),
+        ("one pair", 1.0),
     ],
 )
 def test_an_update_in_place_reads_nothing_that_another_program_writes(case: str, skip: float) -> None:

@@ -12,7 +12,7 @@ from image_trees import class_tree, natural_image, save
 from rich.console import Console
 from test_torch_loader import BAD, write_bad
 
-from gsda_fast.commands import plain_console
+from gsda_fast.console import plain_console
 from gsda_fast.data import verify as verify_module
 from gsda_fast.data.__main__ import main
 from gsda_fast.data.benchmarks import BENCHMARKS

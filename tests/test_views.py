@@ -15,13 +15,13 @@ from gsda_fast.data.sampling import SamplingPlan, colour_maps
 from gsda_fast.data.torch_loader import TorchLoader
 from gsda_fast.data.views import recoloured, shifted
 
-RECIPE = replace(find_benchmark("office31").recipe, resize=40, crop=32)
+PREPROCESSING = replace(find_benchmark("office31").preprocessing, resize=40, crop=32)
 LABELS = np.arange(12) % 3
 
 
 def plan(views: int = 2, strong: bool = False, **changes: object) -> SamplingPlan:
     return SamplingPlan(
-        LABELS, 12, recipe=RECIPE, batch_size=4, seed=3, target_views=views, strong_view=strong, **changes
+        LABELS, 12, preprocessing=PREPROCESSING, batch_size=4, seed=3, target_views=views, strong_view=strong, **changes
     )
 
 
@@ -43,14 +43,14 @@ def test_views_are_drawn_independently_and_again_alike() -> None:
 
 
 def test_two_ranks_draw_what_one_draws() -> None:
-    whole = SamplingPlan(LABELS, 12, recipe=RECIPE, batch_size=8, seed=3, target_views=2).batch(4)
+    whole = SamplingPlan(LABELS, 12, preprocessing=PREPROCESSING, batch_size=8, seed=3, target_views=2).batch(4)
     parts = [plan(world_size=2).batch(4, rank) for rank in (0, 1)]
     assert np.array_equal(whole.further_views[0].window, np.concatenate([p.further_views[0].window for p in parts]))
 
 
 def test_images_that_are_used_whole_are_shifted_instead() -> None:
-    digits = find_benchmark("digits").recipe
-    batch = SamplingPlan(LABELS, 12, recipe=digits, batch_size=200, seed=0, target_views=2).batch(0)
+    digits = find_benchmark("digits").preprocessing
+    batch = SamplingPlan(LABELS, 12, preprocessing=digits, batch_size=200, seed=0, target_views=2).batch(0)
     shift = batch.further_views[0].shift
     assert shift is not None
     assert set(np.unique(shift)) == {-2, -1, 0, 1, 2}
@@ -75,10 +75,10 @@ def test_colour_maps_leave_a_grey_pixel_grey_and_can_remove_colour() -> None:
 
 
 def test_recoloured_works_on_pixels_and_not_on_normalised_values() -> None:
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (RECIPE.mean, RECIPE.std))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (PREPROCESSING.mean, PREPROCESSING.std))
     pixels = torch.rand(2, 3, 5, 5)
     colour = torch.cat([0.5 * torch.eye(3), torch.full((3, 1), 0.7)], dim=1).expand(2, -1, -1)
-    found = recoloured((pixels - mean) / std, colour, RECIPE)
+    found = recoloured((pixels - mean) / std, colour, PREPROCESSING)
     assert torch.allclose(found * std + mean, (0.5 * pixels + 0.7).clamp(0, 1), atol=1e-6)
 
 
@@ -92,7 +92,7 @@ def domains(tmp_path_factory: pytest.TempPathFactory) -> tuple[ImageDomain, Imag
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_loader_gives_every_view_of_the_plan(domains: tuple[ImageDomain, ImageDomain], cached: bool) -> None:
-    loader = TorchLoader(*domains, RECIPE, batch_size=4, device=torch.device("cpu"), cache_on_device=cached)
+    loader = TorchLoader(*domains, PREPROCESSING, batch_size=4, device=torch.device("cpu"), cache_on_device=cached)
     (batch,) = loader.train(plan(3, strong=True), range(1, 2))
     (plain,) = loader.train(plan(1), range(1, 2))
     loader.close()
@@ -104,8 +104,8 @@ def test_a_loader_gives_every_view_of_the_plan(domains: tuple[ImageDomain, Image
 
 def test_dali_gives_the_same_views(domains: tuple[ImageDomain, ImageDomain]) -> None:
     loaders = [
-        TorchLoader(*domains, RECIPE, batch_size=4, device=torch.device("cpu")),
-        DaliLoader(*domains, RECIPE, batch_size=4, device=torch.device("cpu")),
+        TorchLoader(*domains, PREPROCESSING, batch_size=4, device=torch.device("cpu")),
+        DaliLoader(*domains, PREPROCESSING, batch_size=4, device=torch.device("cpu")),
     ]
     batches = [list(loader.train(plan(3, strong=True), range(2, 4))) for loader in loaders]
     for loader in loaders:

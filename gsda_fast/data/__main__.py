@@ -13,14 +13,15 @@ import tyro
 from rich.console import Console
 from rich.text import Text
 
-from gsda_fast.commands import parse_command_line, plain_console, run_command
+from gsda_fast.commands import parse_command_line, run_command
+from gsda_fast.console import plain_console, progress_bars
 from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.data.digits import cache_home
 from gsda_fast.data.domains import default_root
 from gsda_fast.data.pack import pack
 from gsda_fast.data.pictures.build import DIGEST, MANIFEST, Manifest, build
 from gsda_fast.data.pictures.build import verify as compare_with_manifest
-from gsda_fast.data.verify import findings_table, progress_bars, verify, write_quarantine
+from gsda_fast.data.verify import findings_table, verify, write_quarantine
 from gsda_fast.errors import UsageError, visible
 
 _PROGRAM = "python -m gsda_fast.data"
@@ -81,7 +82,7 @@ class BuildSettings:
 
 
 def run_build(settings: BuildSettings, console: Console) -> int:
-    """Makes the data set; returns the exit code."""
+    """Make the data set; returns the exit code."""
     if settings.task not in _BUILDABLE:
         raise UsageError("TASK", found=f"'{settings.task}'", expected=f"one that is made: {', '.join(_BUILDABLE)}")
     root = settings.data_root or default_root(settings.task)
@@ -108,7 +109,7 @@ def _digest_line(manifest: Manifest) -> str:
 
 
 def run_pack(settings: PackSettings, console: Console) -> int:
-    """Writes the pack; returns the exit code."""
+    """Write the pack; returns the exit code."""
     output = settings.output or Path("packs") / settings.task
     with progress_bars(console) as progress:
         pack(
@@ -127,7 +128,7 @@ def run_pack(settings: PackSettings, console: Console) -> int:
 
 
 def run_verify(settings: VerifySettings, console: Console) -> int:
-    """Prints what was found; returns the exit code."""
+    """Print what was found; returns the exit code."""
     with progress_bars(console) as progress:
         findings = verify(
             settings.task,
@@ -161,8 +162,8 @@ def run_verify(settings: VerifySettings, console: Console) -> int:
     return int(not good)
 
 
-def _problem(subject: str, told: str, colour: str = "red") -> Text:
-    return Text.assemble((f"{visible(subject)}:", colour), f" {visible(told)}")
+def _problem(subject: str, found: str, colour: str = "red") -> Text:
+    return Text.assemble((f"{visible(subject)}:", colour), f" {visible(found)}")
 
 
 _COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Console], int]]] = {
@@ -173,7 +174,7 @@ _COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Console], int]]] = {
 
 
 def main(arguments: list[str], console: Console) -> int:
-    """Runs a subcommand; returns its exit code."""
+    """Run a subcommand; returns its exit code."""
     if arguments[:1] in (["-h"], ["--help"]):
         print(f"usage: {_PROGRAM} {'|'.join(_COMMANDS)} TASK [options]\n\n{_PROGRAM} COMMAND --help lists the options")
         return 0

@@ -14,12 +14,15 @@ Crops = Literal[1, 10]
 
 
 def samples_in_batch(images: int, crops: Crops) -> int:
-    """Samples whose crops together make up a test batch of about that many images."""
+    """Return samples whose crops together make up a test batch of about that many images."""
     return max(1, images // crops)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`, without waiting for the transfer: page-locked memory of torch's own outlasts it."""
+    """Return the tensor on `device`, without waiting for the transfer.
+
+    Page-locked memory of torch's own outlasts it.
+    """
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
@@ -29,7 +32,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 class Batch:
     """One training step of one process. All tensors are on the training device.
 
-    Images are normalised, of the loader's dtype (float32 unless told otherwise), in channels_last memory format. The
+    Images are normalised, of the loader's dtype (float32 by default), in channels_last memory format. The
     target's labels are no part of a batch.
     """
 
@@ -60,7 +63,7 @@ class Loader(Protocol):
         ...
 
     def train(self, plan: SamplingPlan, steps: range, rank: int = 0) -> Iterator[Batch]:
-        """One batch for each step, under one plan: a segment between two refreshes of the pseudo-labels.
+        """One batch for each step, under one plan: the steps between two evaluations of the target.
 
         On a GPU, whatever reads a batch is queued, on the current stream, before the next one is asked for; what is
         wanted longer is copied. So it is with the batches of `evaluate`.
@@ -73,14 +76,14 @@ class Loader(Protocol):
     def evaluate(
         self, domain: Role, samples: IntArray | None = None, crops: Crops = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images (n * crops, C, H, W), index (n,) int64) over `samples`, or over the whole domain, as they are tested.
+        """Yield (images (n * crops, C, H, W), index (n,) int64) of `samples`, or of the whole domain, as tested.
 
-        Each sample comes exactly once, in the order given, the last partial batch included. A process that scores its
-        share of a domain passes ``np.arange(rank, len(domain), world_size)``. The test image is the frame's centre;
-        with 10 crops it is its corners and its centre and then the mirror images of these, one after another.
+        Each sample comes exactly once, in the order given, the last partial batch included. A process that evaluates
+        its share of a domain passes ``np.arange(rank, len(domain), world_size)``. A test image is the centre of
+        a resized one; with 10 crops, its corners and its centre and then the mirror images of these, in turn.
         """
         ...
 
     def close(self) -> None:
-        """Gives threads and memory back."""
+        """Give threads and memory back."""
         ...

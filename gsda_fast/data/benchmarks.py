@@ -1,4 +1,4 @@
-"""The one table of benchmarks: domains, layouts, class order, counts, transfer tasks, recipes.
+"""The one table of benchmarks: domains, layouts, class order, counts, transfer tasks, preprocessings.
 
 A new data set is one new entry in `BENCHMARKS`; nothing else in the package knows a data set by name.
 """
@@ -11,20 +11,20 @@ from gsda_fast.errors import UsageError
 
 
 @dataclass(frozen=True)
-class ImageRecipe:
+class Preprocessing:
     """How an image file becomes a training or an evaluation image.
 
-    An image is thought of as resized to a square frame of `resize` x `resize` pixels (aspect not kept). Training takes
-    a random window of that frame (or its centre, where `random_scale` is None) and resamples it to `crop` x `crop`;
+    An image is thought of as resized to a square of `resize` x `resize` pixels (aspect not kept). Training takes
+    a random window of that (or its centre, where `random_scale` is None) and resamples it to `crop` x `crop`;
     evaluation takes the centre. Values are scaled to 0..1 and then normalised: ``(x - mean) / std`` for each channel.
     """
 
     resize: int
-    """side of the square frame, in pixels"""
+    """side of the square resized image, in pixels"""
     crop: int
     """side of the square image that the network sees, in pixels"""
     random_scale: tuple[float, float] | None
-    """area of the random training window, as a share of the frame (least, most); None: the centre crop"""
+    """area of the random training window, as a share of the resized image (least, most); None: the centre crop"""
     flip: bool
     """mirror half of the training images"""
     channels: int
@@ -34,8 +34,8 @@ class ImageRecipe:
     std: tuple[float, ...]
     """one value a channel, on the scale 0..1"""
 
-    def for_backbone(self, side: int, mean: tuple[float, ...], std: tuple[float, ...]) -> "ImageRecipe":
-        """The same with the size of crop and the normalisation of a backbone; the frame grows or shrinks with it."""
+    def for_backbone(self, side: int, mean: tuple[float, ...], std: tuple[float, ...]) -> "Preprocessing":
+        """Return the same with a backbone's crop and normalisation; the resized image grows with the crop."""
         return replace(self, resize=round(self.resize * side / self.crop), crop=side, mean=mean, std=std)
 
 
@@ -78,7 +78,7 @@ class Benchmark:
     default_target: str | None
     transfer_tasks: tuple[tuple[str, str], ...]
     """(source, target) in the order of the paper's tables"""
-    recipe: ImageRecipe
+    preprocessing: Preprocessing
     roots: tuple[str, ...] = ("",)
     """folders below the data root in which the domains may lie, tried in order"""
     reported_by_class: bool = False
@@ -96,7 +96,7 @@ class Benchmark:
         return {domain.name: domain.short for domain in self.domains}
 
     def domain(self, name_or_alias: str) -> DomainFacts:
-        """The domain of that name or alias, in upper or lower case.
+        """Return the domain of that name or alias, in upper or lower case.
 
         Raises:
             UsageError: the benchmark has no such domain.
@@ -116,7 +116,7 @@ EMBEDDED = "-features"
 
 
 def plain_name(name: str) -> str:
-    """The name as compared: copies of the data sets differ in case, spaces, hyphens and underscores.
+    """Return the name as compared: copies of the data sets differ in case, spaces, hyphens and underscores.
 
     An accented letter may be one character or, as archives made on a Mac have it, a letter and its accent.
     """
@@ -124,7 +124,7 @@ def plain_name(name: str) -> str:
 
 
 def find_benchmark(task: str) -> Benchmark:
-    """The benchmark of that task name.
+    """Return the benchmark of that task name.
 
     Raises:
         UsageError: there is no such task.
@@ -143,7 +143,7 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-_IMAGENET_RECIPE = ImageRecipe(
+_IMAGENET_PREPROCESSING = Preprocessing(
     resize=256,
     crop=224,
     random_scale=(0.08, 1.0),
@@ -153,29 +153,33 @@ _IMAGENET_RECIPE = ImageRecipe(
     std=(0.229, 0.224, 0.225),
 )
 # VisDA's literature trains on the centre crop: its source images are rendered around the object.
-_VISDA_RECIPE = ImageRecipe(
+_VISDA_PREPROCESSING = Preprocessing(
     resize=256,
     crop=224,
     random_scale=None,
     flip=True,
     channels=3,
-    mean=_IMAGENET_RECIPE.mean,
-    std=_IMAGENET_RECIPE.std,
+    mean=_IMAGENET_PREPROCESSING.mean,
+    std=_IMAGENET_PREPROCESSING.std,
 )
-_DIGITS_RECIPE = ImageRecipe(resize=16, crop=16, random_scale=None, flip=False, channels=1, mean=(0.5,), std=(0.5,))
+_DIGITS_PREPROCESSING = Preprocessing(
+    resize=16, crop=16, random_scale=None, flip=False, channels=1, mean=(0.5,), std=(0.5,)
+)
 
 # Rows of features: nothing to crop. The loader knows their size.
-_FEATURES_RECIPE = ImageRecipe(resize=1, crop=1, random_scale=None, flip=False, channels=1, mean=(0.0,), std=(1.0,))
+_FEATURES_PREPROCESSING = Preprocessing(
+    resize=1, crop=1, random_scale=None, flip=False, channels=1, mean=(0.0,), std=(1.0,)
+)
 
 # Whole pictures are tested: the builder leaves a margin of its own. Windows of less than a quarter are often all white.
-_PICTURES_RECIPE = ImageRecipe(
+_PICTURES_PREPROCESSING = Preprocessing(
     resize=224,
     crop=224,
     random_scale=(0.25, 1.0),
     flip=True,
     channels=3,
-    mean=_IMAGENET_RECIPE.mean,
-    std=_IMAGENET_RECIPE.std,
+    mean=_IMAGENET_PREPROCESSING.mean,
+    std=_IMAGENET_PREPROCESSING.std,
 )
 
 _DIGITS_CLASSES = tuple("0123456789")
@@ -264,7 +268,7 @@ _TABLE: Sequence[Benchmark] = (
         default_source="fonts",
         default_target="optdigits",
         transfer_tasks=_DIGITS_TASKS,
-        recipe=_DIGITS_RECIPE,
+        preprocessing=_DIGITS_PREPROCESSING,
         built_in=True,
     ),
     Benchmark(
@@ -275,7 +279,7 @@ _TABLE: Sequence[Benchmark] = (
         default_source="fonts",
         default_target="optdigits",
         transfer_tasks=_DIGITS_TASKS,
-        recipe=_DIGITS_RECIPE,
+        preprocessing=_DIGITS_PREPROCESSING,
         built_in=True,
     ),
     Benchmark(
@@ -286,7 +290,7 @@ _TABLE: Sequence[Benchmark] = (
         default_source="clipart",
         default_target="photo",
         transfer_tasks=_PICTURES_TASKS,
-        recipe=_PICTURES_RECIPE,
+        preprocessing=_PICTURES_PREPROCESSING,
         roots=("", "pictures"),
         reported_by_class=True,
         buildable=True,
@@ -299,7 +303,7 @@ _TABLE: Sequence[Benchmark] = (
         default_source="clipart",
         default_target="photo",
         transfer_tasks=_PICTURES_TASKS,
-        recipe=_FEATURES_RECIPE,
+        preprocessing=_FEATURES_PREPROCESSING,
         reported_by_class=True,
         embedded=True,
     ),
@@ -312,7 +316,7 @@ _TABLE: Sequence[Benchmark] = (
         default_source=None,
         default_target=None,
         transfer_tasks=(),
-        recipe=_FEATURES_RECIPE,
+        preprocessing=_FEATURES_PREPROCESSING,
         embedded=True,
     ),
     Benchmark(
@@ -343,7 +347,7 @@ _TABLE: Sequence[Benchmark] = (
         default_source="train",
         default_target="validation",
         transfer_tasks=(("train", "validation"),),
-        recipe=_VISDA_RECIPE,
+        preprocessing=_VISDA_PREPROCESSING,
         roots=("", "visda", "visda-2017", "VisDA-2017", "visda2017"),
         reported_by_class=True,
     ),
@@ -355,7 +359,7 @@ _TABLE: Sequence[Benchmark] = (
         default_source="amazon",
         default_target="webcam",
         transfer_tasks=_OFFICE31_TASKS,
-        recipe=_IMAGENET_RECIPE,
+        preprocessing=_IMAGENET_PREPROCESSING,
         roots=_OFFICE31_ROOTS,
     ),
     Benchmark(
@@ -366,7 +370,7 @@ _TABLE: Sequence[Benchmark] = (
         default_source="amazon",
         default_target="webcam",
         transfer_tasks=_OFFICE31_TASKS,
-        recipe=_IMAGENET_RECIPE,
+        preprocessing=_IMAGENET_PREPROCESSING,
         roots=_OFFICE31_ROOTS,
     ),
     Benchmark(
@@ -377,7 +381,7 @@ _TABLE: Sequence[Benchmark] = (
         default_source="art",
         default_target="clipart",
         transfer_tasks=_OFFICE_HOME_TASKS,
-        recipe=_IMAGENET_RECIPE,
+        preprocessing=_IMAGENET_PREPROCESSING,
         roots=_OFFICE_HOME_ROOTS,
     ),
     Benchmark(
@@ -388,7 +392,7 @@ _TABLE: Sequence[Benchmark] = (
         default_source="art",
         default_target="clipart",
         transfer_tasks=_OFFICE_HOME_TASKS,
-        recipe=_IMAGENET_RECIPE,
+        preprocessing=_IMAGENET_PREPROCESSING,
         roots=_OFFICE_HOME_ROOTS,
     ),
     # The user's own two folders, named by --source and --target; the source's folders are the classes.
@@ -400,7 +404,7 @@ _TABLE: Sequence[Benchmark] = (
         default_source=None,
         default_target=None,
         transfer_tasks=(),
-        recipe=_IMAGENET_RECIPE,
+        preprocessing=_IMAGENET_PREPROCESSING,
     ),
 )
 

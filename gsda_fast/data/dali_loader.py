@@ -1,9 +1,9 @@
 """The DALI loader: order and files in Python, pixels in DALI; on the GPU where there is one, else on the CPU.
 
 A callback hands each step's files, windows and flips to the pipeline, straight from the sampling plan. Threads in
-Python read the files one batch ahead and check what can be checked without decoding (`decoding.read_sound`): a pipe is
-no file, a PNG's checksums hold, and no profile that libpng complains of is passed on. Decoding and resampling happen in
-DALI's threads. Both domains are one DALI batch: the source's B images, then the target's. Between two segments the
+Python read the files one batch ahead and check what can be checked without decoding (`decoding.read_encoded`): a pipe
+is no file, a PNG's checksums hold, and no profile that libpng complains of is passed on. Decoding and resampling happen
+in DALI's threads. Both domains are one DALI batch: the source's B images, then the target's. Between two calls the
 pipeline is reset, not rebuilt, whatever plan comes next.
 
 A file that fails gives its place to another sample of its class (`substitutes`). One that only DALI finds out about
@@ -11,9 +11,11 @@ ends its pipeline, and the batches go on with another.
 
 - Training decodes the window alone (region of interest) and resamples it once, antialiased bilinear. The window is
   found from the size in the file's header, with the integer arithmetic of `sampling.source_window`.
-- Evaluation resamples the whole image onto the centre crop of the recipe's frame, as resize and centre crop do; for
-  ten crops onto the whole frame, which is cut up afterwards.
-- As with the reference loader an EXIF orientation is ignored and alpha is dropped. DALI reads no GIF and no AVIF.
+- Evaluation resamples the whole image onto the centre crop of the resized image, as resize and centre crop do; for
+  ten crops onto the whole resized image, which is cut up afterwards.
+- As with the reference loader an EXIF orientation is ignored and alpha is dropped.
+- DALI decodes JPEG and PNG alone. Of TIFF, BMP and WebP it reads less than the reference, of GIF and AVIF nothing:
+  these, and whatever else it refuses, come to it as pixels that the reference's decoder made.
 
 Pixels differ from the reference's (torchvision resamples 8 bits in two rounded passes) by 0.2 levels of 255 in the
 mean and by at most 4, evaluation images by at most 1: on the CPU, for JPEG (baseline, progressive, grey, CMYK), PNG (8
@@ -36,8 +38,8 @@ from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 
 from gsda_fast.data.batches import Batch, Crops, Role, samples_in_batch, to_device
-from gsda_fast.data.benchmarks import ImageRecipe
-from gsda_fast.data.decoding import inspect, read_sound
+from gsda_fast.data.benchmarks import Preprocessing
+from gsda_fast.data.decoding import inspect, read_encoded
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.sampling import Augmentation, IntArray, SamplingPlan
 from gsda_fast.data.substitutes import Substitutes
@@ -46,6 +48,7 @@ from gsda_fast.data.views import finish_view
 from gsda_fast.errors import UsageError
 
 _AHEAD = 2  # batches that DALI prepares beyond the one that is handed out
+_DECODED_BY_DALI = ("JPEG", "PNG")
 _DOT = b"P5 1 1 255\n\0"  # an image of one pixel, in place of one that cannot be read
 
 
@@ -54,7 +57,7 @@ class DaliLoader:
 
     Args:
         source, target: the two domains.
-        recipe: sizes, augmentation and normalisation.
+        preprocessing: sizes, augmentation and normalisation.
         batch_size: images in a batch of `evaluate`.
         device: where batches are put; with a CUDA device, where JPEG is decoded and images are resampled too.
         workers: threads; 0 = the usable cores, divided by the processes that share this machine.
@@ -66,7 +69,7 @@ class DaliLoader:
         self,
         source: ImageDomain,
         target: ImageDomain,
-        recipe: ImageRecipe,
+        preprocessing: Preprocessing,
         *,
         batch_size: int,
         device: torch.device,
@@ -76,16 +79,17 @@ class DaliLoader:
     ) -> None:
         self._domains: dict[Role, ImageDomain] = {"source": source, "target": target}
         self._substitutes = Substitutes(self._domains, most_failed)
-        self._recipe, self._batch_size, self._device = recipe, batch_size, torch.device(device)
+        self._preprocessing, self._batch_size, self._device = preprocessing, batch_size, torch.device(device)
         if self._device == torch.device("cuda"):
             self._device = torch.device("cuda", torch.cuda.current_device())
         self._dtype = dtype
-        self._graph = _Graph(recipe, self._device, workers or usable_cores(), dtype)
+        self._graph = _Graph(preprocessing, self._device, workers or usable_cores(), dtype)
         self._readers = image_threads(workers, "read")
         self._labels = torch.from_numpy(source.labels).to(self._device)
-        self._lent = _Lent(self._device)
-        self._training: _Feed | None = None
-        self._evaluation: dict[Crops, _Feed] = {}
+        self._in_use = _BuffersInUse(self._device)
+        self._training: _FeedQueue | None = None
+        self._evaluation: dict[Crops, _FeedQueue] = {}
+        self._refused: set[tuple[Role, int]] = set()
 
     @property
     def failed(self) -> list[tuple[str, str]]:
@@ -99,10 +103,10 @@ class DaliLoader:
         size, numbers = plan.batch_size, iter(steps)
         capacity = (1 + plan.target_views) * size
 
-        def feed() -> _Feed:
+        def feed() -> _FeedQueue:
             kept = self._training
             if kept is None or not kept.idle or kept.capacity != capacity:
-                kept = self._training = _Feed(capacity, self._graph.training, self._lent, self._readers)
+                kept = self._training = _FeedQueue(capacity, self._graph.training, self._in_use, self._readers)
             return kept
 
         def read(requests: _Requests, i: int) -> Any:
@@ -119,7 +123,7 @@ class DaliLoader:
                 target_images=target,
                 source_index=source_index,
                 target_index=index[size : 2 * size],
-                further_views=tuple(finish_view(*each, self._recipe) for each in zip(views, drawn)),
+                further_views=tuple(finish_view(*each, self._preprocessing) for each in zip(views, drawn)),
             )
 
     def _requests(self, plan: SamplingPlan, step: int, rank: int) -> "_Requests":
@@ -138,12 +142,12 @@ class DaliLoader:
 
     def _batches(
         self,
-        feed: Callable[[], "_Feed"],
+        feed: Callable[[], "_FeedQueue"],
         requests: Callable[[int], "_Requests"],
         length: int,
         read: Callable[["_Requests", int], Any],
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of a segment, from as many pipelines as it takes: DALI ends one at a file it cannot decode.
+        """Yield the batches of one call, from as many pipelines as it takes: DALI ends one at a file it cannot decode.
 
         Raises:
             UsageError: more files than are borne with.
@@ -159,21 +163,30 @@ class DaliLoader:
                 self._note_culprits(failed)
 
     def _read_or_substitute(self, requests: "_Requests", i: int, role: Role, labels: IntArray | None) -> Any:
-        """The bytes for request `i`, whose number becomes that of a substitute where a file fails."""
+        """Return the bytes for request `i`, whose number becomes that of a substitute where a file fails."""
         sample = int(requests.index[i])
         if self._substitutes.has_failed(role, sample):
             sample = self._substitutes.of(role, sample, labels)
         while True:
             try:
-                data = read_sound(self._domains[role].file(sample)).data
+                data = self._read(role, sample)
                 requests.index[i] = sample
-                return np.frombuffer(data, dtype=np.uint8)
+                return data
             except UsageError as error:
                 self._substitutes.note(role, sample, error)
                 sample = self._substitutes.of(role, sample, labels)
 
+    def _read(self, role: Role, sample: int) -> Any:
+        """Return what DALI is given for a file, as an array of bytes."""
+        formats = () if (role, sample) in self._refused else _DECODED_BY_DALI
+        data = read_encoded(self._domains[role].file(sample), self._preprocessing.channels, formats)
+        return np.frombuffer(data, dtype=np.uint8)
+
     def _note_culprits(self, failed: "_DecodingFailed") -> None:
-        """The files behind an error of DALI, which names a sample number at most; they may belong to a batch ahead.
+        """Note the files behind an error of DALI, which names a sample number at most.
+
+        They may belong to a batch ahead. Files that DALI alone refuses are decoded by the reference's decoder from
+        now on.
 
         Raises:
             UsageError: more than are borne with, or none is found.
@@ -183,35 +196,38 @@ class DaliLoader:
         doubtful = sorted(each for each in asked if not self._substitutes.has_failed(*each))
         for role, sample in doubtful:
             try:
-                inspect(self._domains[role].file(sample), self._recipe.channels)
+                inspect(self._domains[role].file(sample), self._preprocessing.channels)
             except UsageError as bad_file:
                 self._substitutes.note(role, sample, bad_file)
         if len(self._substitutes.failed) > before:
             return
+        refused: set[tuple[Role, int]] = set()
         for alone in (requests.one(i) for requests in failed.asked for i in range(len(requests.roles))):
             role, sample = alone.roles[0], int(alone.index[0])
             refusal = "" if self._substitutes.has_failed(role, sample) else self._refusal(alone, failed.graph)
-            if refusal:
+            if refusal and (role, sample) in self._refused:
                 error = UsageError(
                     self._domains[role].file(sample),
                     found=f"an image that DALI refuses ({refusal})",
-                    expected="a format that it reads",
-                    remedy="convert the file, or use --loader torch",
+                    expected="one that it resamples",
+                    remedy="take it out of the data set, or use --loader torch",
                 )
                 self._substitutes.note(role, sample, error)
-        if len(self._substitutes.failed) == before:
+            elif refusal:
+                refused.add((role, sample))
+        self._refused |= refused
+        if not refused and len(self._substitutes.failed) == before:
             reason = _reason(failed.error)
             raise UsageError(
                 "--loader", found=f"dali, which failed ({reason})", expected="torch, or another try"
             ) from failed.error
 
     def _refusal(self, alone: "_Requests", graph: "_MakePipeline") -> str:
-        """What DALI says to a single request; nothing where it has no objection."""
-        feed = _Feed(1, graph, self._lent, self._readers)
+        """Return what DALI says to a single request; nothing where it has no objection."""
+        feed = _FeedQueue(1, graph, self._in_use, self._readers)
 
         def read(requests: _Requests, i: int) -> Any:
-            file = self._domains[requests.roles[i]].file(int(requests.index[i]))
-            return np.frombuffer(read_sound(file).data, dtype=np.uint8)
+            return self._read(requests.roles[i], int(requests.index[i]))
 
         try:
             next(feed.run(lambda _: alone, 1, read))
@@ -228,12 +244,12 @@ class DaliLoader:
         chosen = np.arange(len(self._domains[domain])) if samples is None else np.asarray(samples)
         size = samples_in_batch(self._batch_size, crops)
 
-        def feed() -> _Feed:
+        def feed() -> _FeedQueue:
             kept = self._evaluation.get(crops)
             if kept is None or not kept.idle:
-                side = self._recipe.crop if crops == 1 else self._recipe.resize
+                side = self._preprocessing.crop if crops == 1 else self._preprocessing.resize
                 graph = partial(self._graph.evaluation, side=side)
-                kept = self._evaluation[crops] = _Feed(size, graph, self._lent, self._readers)
+                kept = self._evaluation[crops] = _FeedQueue(size, graph, self._in_use, self._readers)
             return kept
 
         def requests(i: int) -> _Requests:
@@ -244,7 +260,7 @@ class DaliLoader:
             sample = int(requests.index[i])
             try:
                 if not self._substitutes.has_failed(domain, sample):
-                    return np.frombuffer(read_sound(self._domains[domain].file(sample)).data, dtype=np.uint8)
+                    return self._read(domain, sample)
             except UsageError as error:
                 self._substitutes.note(domain, sample, error)
             return np.frombuffer(_DOT, dtype=np.uint8)
@@ -253,12 +269,12 @@ class DaliLoader:
             for row, sample in enumerate(index.tolist() if self._substitutes.failed else ()):
                 if self._substitutes.has_failed(domain, sample):
                     images[row] = 0  # the mean colour
-            cropped = images if crops == 1 else cut_crops(images, self._recipe.crop, crops)
+            cropped = images if crops == 1 else cut_crops(images, self._preprocessing.crop, crops)
             yield cropped.to(self._dtype, memory_format=torch.channels_last), index
 
     def close(self) -> None:
         """See `Loader.close`."""
-        self._lent.take_back()
+        self._in_use.take_back()
         self._readers.shutdown(cancel_futures=True)
         self._training, self._evaluation = None, {}
 
@@ -300,22 +316,24 @@ class _DecodingFailed(Exception):
         self.error, self.asked, self.graph = error, asked, graph
 
 
-class _Feed:
-    """A pipeline and the requests of its present segment.
+class _FeedQueue:
+    """A pipeline and the requests of the present call.
 
     DALI calls back some batches ahead of the training, so what it asks is answered by pure functions of the step.
 
     Args:
         capacity: images in a full batch.
         graph: makes the pipeline of that capacity from the callback.
-        lent: takes what the consumer of a batch has done with.
+        in_use: takes what the consumer of a batch has done with.
         readers: threads that read files, one batch ahead of the callback.
     """
 
-    def __init__(self, capacity: int, graph: _MakePipeline, lent: "_Lent", readers: ThreadPoolExecutor) -> None:
-        self.capacity, self._graph, self._lent, self._readers = capacity, graph, lent, readers
+    def __init__(
+        self, capacity: int, graph: _MakePipeline, in_use: "_BuffersInUse", readers: ThreadPoolExecutor
+    ) -> None:
+        self.capacity, self._graph, self._in_use, self._readers = capacity, graph, in_use, readers
         self.idle = True
-        """False during a segment, and for good after one that failed or was left early: DALI resets at an end only."""
+        """False during a call, and for good after one that failed or was left early: DALI resets at an end only."""
         self._requests: Callable[[int], _Requests] | None = None
         self._read: Callable[[_Requests, int], Any] | None = None
         self._length = 0
@@ -341,7 +359,7 @@ class _Feed:
     def run(
         self, requests: Callable[[int], _Requests], length: int, read: Callable[[_Requests, int], Any]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images (n, C, H, W), index (n,)) of each of the `length` batches of a segment.
+        """Yield (images (n, C, H, W), index (n,)) of each of the `length` batches of a call.
 
         The images share DALI's memory. On a GPU they are safe from what is queued until the next batch is asked for.
 
@@ -374,12 +392,12 @@ class _Feed:
                 self._pipeline.reset()
                 self.idle = True
             try:
-                yield pixels, to_device(numbers, self._lent.device)
+                yield pixels, to_device(numbers, self._in_use.device)
             finally:
-                self._lent.add(pixels)
+                self._in_use.add(pixels)
 
 
-class _Lent:
+class _BuffersInUse:
     """Images in DALI's memory that work on a GPU may have yet to read.
 
     A GPU works off a queue, far behind the host. DALI takes memory back as soon as the host refers to it no more and
@@ -395,7 +413,7 @@ class _Lent:
         self._waiting: deque[tuple[torch.cuda.Event, Tensor]] = deque()
 
     def add(self, images: Tensor) -> None:
-        """Keeps images until what is queued now is over. Waits for older ones where more than `_AHEAD` are kept."""
+        """Keep images until what is queued now is over. Waits for older ones where more than `_AHEAD` are kept."""
         event = _end_of_queue(self.device)
         if event is None:
             return
@@ -404,7 +422,7 @@ class _Lent:
             self._take_back_oldest()
 
     def take_back(self) -> None:
-        """Waits until nothing that is queued reads any of the images, and lets go of them."""
+        """Wait until nothing that is queued reads any of the images, and let go of them."""
         while self._waiting:
             self._take_back_oldest()
 
@@ -415,7 +433,7 @@ class _Lent:
 
 
 def _end_of_queue(device: torch.device) -> torch.cuda.Event | None:
-    """An event that is over when all is that is queued now; None where nothing is ever queued."""
+    """Return an event that is over when all is that is queued now; None where nothing is ever queued."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event()
@@ -426,13 +444,13 @@ def _end_of_queue(device: torch.device) -> torch.cuda.Event | None:
 class _Graph:
     """The two pipelines: what happens to a file."""
 
-    def __init__(self, recipe: ImageRecipe, device: torch.device, threads: int, dtype: torch.dtype) -> None:
-        self._recipe, self._threads = recipe, threads
+    def __init__(self, preprocessing: Preprocessing, device: torch.device, threads: int, dtype: torch.dtype) -> None:
+        self._preprocessing, self._threads = preprocessing, threads
         self._dtype = types.FLOAT16 if dtype == torch.float16 else types.FLOAT
         # None, not a missing argument: DALI then needs no driver.
         self._device_id: int | None = device.index if device.type == "cuda" else None
         self._decode: dict[str, Any] = {
-            "output_type": types.RGB if recipe.channels == 3 else types.GRAY,
+            "output_type": types.RGB if preprocessing.channels == 3 else types.GRAY,
             "adjust_orientation": False,
             "device": "cpu",
         }
@@ -452,17 +470,17 @@ class _Graph:
                 ndim=[1, 0, 1, 0],
             )
             size = fn.peek_image_shape(encoded, adjust_orientation=False, dtype=types.INT32)[:2]
-            first, last = _source_window(window, size, self._recipe.resize)
+            first, last = _source_window(window, size, self._preprocessing.resize)
             part = fn.decoders.image_slice(encoded, start=first, end=last, axes=(0, 1), **self._decode)
-            crop = self._recipe.crop
+            crop = self._preprocessing.crop
             part = fn.resize(part, size=[crop, crop], interp_type=types.INTERP_LINEAR, antialias=True)
             pipeline.set_outputs(self._normalised(part, flip), index)
         return pipeline
 
     def evaluation(self, capacity: int, answer: Callable[[Any], tuple[Any, ...]], side: int) -> Pipeline:
-        """Decode, resample what falls on the frame's central `side` x `side` pixels, normalise."""
-        frame = self._recipe.resize
-        first = round((frame - side) / 2)  # as torchvision's center_crop rounds
+        """Decode, resample what falls on the resized image's central `side` x `side` pixels, normalise."""
+        whole = self._preprocessing.resize
+        first = round((whole - side) / 2)  # as torchvision's center_crop rounds
         with self._pipeline(capacity) as pipeline:
             encoded, index = fn.external_source(
                 answer, num_outputs=2, batch=True, batch_info=True, dtype=[types.UINT8, types.INT64], ndim=[1, 0]
@@ -471,8 +489,8 @@ class _Graph:
             image = fn.resize(
                 image,
                 size=[side, side],
-                roi_start=[first / frame] * 2,
-                roi_end=[(first + side) / frame] * 2,
+                roi_start=[first / whole] * 2,
+                roi_end=[(first + side) / whole] * 2,
                 roi_relative=True,
                 interp_type=types.INTERP_LINEAR,
                 antialias=True,
@@ -490,30 +508,30 @@ class _Graph:
         )
 
     def _normalised(self, images: Any, flip: Any) -> Any:
-        """(x / 255 - mean) / std, height x width x channels."""
+        """Return (x / 255 - mean) / std, height x width x channels."""
         return fn.crop_mirror_normalize(
             images,
             mirror=flip,
-            mean=[255 * value for value in self._recipe.mean],
-            std=[255 * value for value in self._recipe.std],
+            mean=[255 * value for value in self._preprocessing.mean],
+            std=[255 * value for value in self._preprocessing.std],
             dtype=self._dtype,
             output_layout="HWC",
         )
 
 
-def _source_window(window: Any, size: Any, frame: int) -> tuple[Any, Any]:
+def _source_window(window: Any, size: Any, whole: int) -> tuple[Any, Any]:
     """First and one past the last (row, column): `sampling.source_window` as a graph of 32-bit integers.
 
-    It holds for images of up to two million pixels a side, at a frame of 512.
+    It holds for images of up to two million pixels a side, resized to 512.
     """
     start, length = window[0:2], window[2:4]
-    first = nvidia.dali.math.min((2 * start * size + frame) // (2 * frame), size - 1)
-    last = nvidia.dali.math.max((2 * (start + length) * size + frame) // (2 * frame), first + 1)
+    first = nvidia.dali.math.min((2 * start * size + whole) // (2 * whole), size - 1)
+    last = nvidia.dali.math.max((2 * (start + length) * size + whole) // (2 * whole), first + 1)
     return first, last
 
 
 def _reason(error: RuntimeError) -> str:
-    """What DALI's message of twenty lines says."""
+    """Return what DALI's message of twenty lines says."""
     text = str(error).split("encountered:")[-1]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[0] if lines else "no message"

@@ -21,7 +21,7 @@ would read in different ways is refused by name: animations, further pages, Lab,
 import os
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from typing import Any, NamedTuple
@@ -30,7 +30,6 @@ import numpy as np
 import torch
 from PIL import Image, TiffImagePlugin
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 
 from gsda_fast.errors import UsageError, visible
 
@@ -93,27 +92,22 @@ def read_image(path: str, channels: int) -> Tensor:
         return _decode(_read_sound(path), channels)
 
 
-def read_sound(path: str) -> Sound:
+def read_encoded(path: str, channels: int, formats: Sequence[str]) -> bytearray:
     """Read an image file for another decoder, which gets to see nothing that can be refused before it.
+
+    Args:
+        path: of the file. channels: 3 for RGB, 1 for grey. formats: of `FORMATS`, which that decoder is trusted with.
+
+    Returns:
+        The bytes of a file of these formats, of a PNG only the chunks that make pixels; of any other file its pixels,
+        uncompressed (binary PPM or PGM).
 
     Raises:
         UsageError: as `read_image`, but for what decoding alone brings to light.
     """
     with _naming(path):
-        return _read_sound(path)
-
-
-def format_of_file(path: str) -> str:
-    """What the first bytes of a file say it is (see `format_of`); nothing where they cannot be read."""
-    try:
-        _require_regular(os.stat(path))
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            return format_of(os.read(descriptor, 32))
-        finally:
-            os.close(descriptor)
-    except (OSError, _Refused):
-        return ""
+        sound = _read_sound(path)
+        return sound.data if sound.format in formats else _uncompressed(_decode(sound, channels))
 
 
 def inspect(path: str, channels: int) -> str:
@@ -146,12 +140,20 @@ def _read_sound(path: str) -> Sound:
 
 def _decode(sound: Sound, channels: int) -> Tensor:
     if sound.format == "JPEG":
+        from torchvision.io import ImageReadMode, decode_image
+
         mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
         try:
             return decode_image(torch.frombuffer(sound.data, dtype=torch.uint8), mode=mode)
         except RuntimeError:
             pass  # CMYK in some of its forms, for one
     return _decode_with_pillow(sound.data, sound.format, channels)
+
+
+def _uncompressed(pixels: Tensor) -> bytearray:
+    channels, height, width = pixels.shape
+    header = bytearray(f"{'P6' if channels == 3 else 'P5'} {width} {height} 255\n".encode())
+    return header + pixels.permute(1, 2, 0).contiguous().numpy().tobytes()
 
 
 @contextmanager
@@ -198,7 +200,9 @@ def _require_regular(status: os.stat_result) -> None:
 
 
 def format_of(data: bytes | bytearray) -> str:
-    """Which format the first bytes of a file (32 are enough) say it is: one of `FORMATS`, or why it is none of them."""
+    """Return which format the first bytes of a file (32 are enough) say it is: one of `FORMATS`, or why it is none of
+    them.
+    """
     start = bytes(data[:32])
     if start[:3] == b"\xff\xd8\xff":
         return "JPEG"
@@ -262,7 +266,7 @@ def _check_jpeg(data: bytearray) -> None:
 
 
 def _checked_png(data: bytearray) -> bytearray:
-    """A PNG reduced to the chunks that make its pixels, all checksums and the size of the pixels checked.
+    """Return a PNG reduced to the chunks that make its pixels, all checksums and the size of the pixels checked.
 
     Texts, profiles and times can be bombs of their own, and decoders complain about them.
     """
@@ -332,7 +336,7 @@ def _require_whole_pixels(data: bytearray) -> None:
 
 
 def _bytes_of_pixels(header: memoryview) -> int:
-    """Rows of whole bytes, each after a byte for its filter, in one pass or in the seven of an interlaced image."""
+    """Return rows of whole bytes, each after a byte for its filter, in one pass or an interlaced image's seven."""
     width, height = int.from_bytes(header[:4]), int.from_bytes(header[4:8])
     bits = _CHANNELS_OF_PNG[header[9]] * header[8]
     # First column and row, and the distance to the next.

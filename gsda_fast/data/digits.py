@@ -42,13 +42,15 @@ _SUPERSAMPLING = 8
 
 
 def cache_home() -> Path:
-    """Where this package keeps what it can make again: ``$XDG_CACHE_HOME`` (or ``~/.cache``) ``/gsda_fast``."""
+    """Return where this package keeps what it can make again: ``$XDG_CACHE_HOME`` (or ``~/.cache``) ``/gsda_fast``."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "gsda_fast"
 
 
 def default_cache() -> Path:
-    """A folder of `cache_home` for the packages that are installed: other versions of them may draw other pixels."""
+    """Return a folder of `cache_home` for the packages that are installed: other versions of them may draw other
+    pixels.
+    """
     made_with = json.dumps(_made_with()).encode()
     return cache_home() / f"digits-v1-{hashlib.sha256(made_with).hexdigest()[:8]}"
 
@@ -58,7 +60,7 @@ def _made_with() -> dict[str, str]:
 
 
 def build(cache_dir: Path | None = None) -> Path:
-    """The folder that holds the three domains, written first if it is not there.
+    """Return the folder that holds the three domains, written first if it is not there.
 
     The files are ``<domain>/<class>/<nnnn>.png``. They appear all at once (a temporary folder, then a rename), so
     several processes may call this at the same time, and one that is killed leaves no half-written set behind.
@@ -124,7 +126,7 @@ def _optdigits() -> Iterator[tuple[int, Image.Image]]:
 
 
 def digit_fonts() -> list[Path]:
-    """The font files of matplotlib that have the ten digits, sorted by name."""
+    """Return the font files of matplotlib that have the ten digits, sorted by name."""
     import matplotlib
     from matplotlib.ft2font import FT2Font
 
@@ -144,7 +146,7 @@ def _fonts() -> Iterator[tuple[int, Image.Image]]:
 
 
 def _glyph(font: ImageFont.FreeTypeFont, text: str) -> Image.Image:
-    """The ink of one character, cropped to its box."""
+    """Return the ink of one character, cropped to its box."""
     canvas = Image.new("L", (256, 256))
     ImageDraw.Draw(canvas).text((128, 128), text, fill=255, font=font, anchor="mm")
     return canvas.crop(canvas.getbbox())

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from gsda_fast.data import digits
 from gsda_fast.data.benchmarks import EMBEDDED, Benchmark, DomainFacts, find_benchmark, plain_name
 from gsda_fast.data.embeddings import SUFFIXES, Embeddings, Rows, read_embeddings
-from gsda_fast.data.frames import PackedDomain, PackedFrames, is_pack, read_domain
+from gsda_fast.data.packed_images import PackedDomain, PackedImages, is_pack, read_domain
 from gsda_fast.data.quarantine import read_list
 from gsda_fast.errors import UsageError, UsageWarning
 from gsda_fast.files import is_path_below
@@ -31,7 +31,7 @@ IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif"}
 )
 UNKNOWN = -1
-"""Label of a sample whose class the files do not tell."""
+"""Label of a sample whose class the files do not show."""
 
 _VERIFY = "check the copy of the data set"
 _HEIF = ("heic", "heif", "hif")
@@ -56,9 +56,9 @@ class ImageDomain:
     paths: list[str]
     """files, relative to `root`, sorted"""
     labels: NDArray[np.int64]
-    """(n,), `UNKNOWN` (-1) where the files do not tell"""
+    """(n,), `UNKNOWN` (-1) where the files do not show it"""
     classes: tuple[str, ...]
-    frames: PackedFrames | None = None
+    packed: PackedImages | None = None
     """the images themselves, where they come from a pack; `paths` then says where they once came from"""
     rows: Rows | None = None
     """features, where these take the place of images; `paths` then names what they were computed from"""
@@ -79,7 +79,7 @@ class ImageDomain:
         return bool((self.labels >= 0).all())
 
     def file(self, index: int) -> str:
-        """The full path of sample `index`."""
+        """Return the full path of sample `index`."""
         return os.path.join(self.root, self.paths[index])
 
     @cached_property  # a look at every file, which on a network disk takes its time
@@ -89,16 +89,16 @@ class ImageDomain:
         Of a pack, of the digests of its shards. A file that is not there counts as one of no size.
         """
         found = hashlib.sha256(repr((self.paths, self.labels.tolist())).encode())
-        if self.frames is not None:
-            found.update(repr([(shard.sha256, shard.images) for shard in self.frames.shards]).encode())
-            return f"{len(self)} frames of a pack with digest {found.hexdigest()[:12]}"
+        if self.packed is not None:
+            found.update(repr([(shard.sha256, shard.images) for shard in self.packed.shards]).encode())
+            return f"{len(self)} images of a pack with digest {found.hexdigest()[:12]}"
         if self.rows is not None:
             return f"{len(self)} rows of features with digest {found.hexdigest()[:12]}, {self.rows.digest[:12]}"
         found.update(repr([_size(self.file(i)) for i in range(len(self))]).encode())
         return f"{len(self)} files with digest {found.hexdigest()[:12]}"
 
     def told_passed_over(self) -> str:
-        """What was not looked at, in a line."""
+        """Return what was not looked at, in a line."""
         kinds = []
         for reason, count in sorted(self.passed_over.items(), key=lambda each: (-each[1], each[0])):
             hint = " (no decoder here reads HEIC: convert them, with the package pillow-heif for one)"
@@ -106,11 +106,11 @@ class ImageDomain:
         return f"{sum(self.passed_over.values())} entries not looked at: {', '.join(kinds)}"
 
     def take(self, samples: list[int]) -> "ImageDomain":
-        """The domain reduced to some of its samples."""
-        frames = None if self.frames is None else self.frames.take(samples)
+        """Return the domain reduced to some of its samples."""
+        packed = None if self.packed is None else self.packed.take(samples)
         rows = None if self.rows is None else replace(self.rows, index=self.rows.index[samples])
         paths = [self.paths[i] for i in samples]
-        return replace(self, paths=paths, labels=self.labels[samples], frames=frames, rows=rows)
+        return replace(self, paths=paths, labels=self.labels[samples], packed=packed, rows=rows)
 
 
 def open_pair(
@@ -203,7 +203,7 @@ def _naming_what_cannot_be_read() -> Iterator[None]:
 
 @_naming_what_cannot_be_read()
 def open_images(folder: Path, classes: tuple[str, ...]) -> ImageDomain:
-    """All images below a folder, sorted by path, without labels.
+    """Return all images below a folder, sorted by path, without labels.
 
     Args:
         classes: the label space.
@@ -216,6 +216,22 @@ def open_images(folder: Path, classes: tuple[str, ...]) -> ImageDomain:
     domain = _unlabelled(str(folder), folder, classes)
     _warn_of_pictures(domain)
     return domain
+
+
+@_naming_what_cannot_be_read()
+def open_image(path: Path, classes: tuple[str, ...]) -> ImageDomain:
+    """One image file, without a label.
+
+    Args:
+        classes: the label space.
+
+    Raises:
+        UsageError: its name is none of an image.
+    """
+    if not _is_image(path.name):
+        kinds = " ".join(sorted(IMAGE_SUFFIXES))
+        raise UsageError(str(path), found=f"a file of another kind ({_why_not(path.name)})", expected=f"one of {kinds}")
+    return _domain(str(path), path.parent, [(path.name, UNKNOWN)], classes)
 
 
 def _unlabelled(name: str, folder: Path, classes: tuple[str, ...]) -> ImageDomain:
@@ -245,7 +261,7 @@ def _root_of(benchmark: Benchmark, data_root: Path | None) -> Path:
 
 @_naming_what_cannot_be_read()
 def open_folder(folder: Path) -> ImageDomain:
-    """A folder of class folders as a domain of its own; one of images alone as a domain without labels.
+    """Return a folder of class folders as a domain of its own; one of images alone as a domain without labels.
 
     Raises:
         UsageError: there is no such folder, no image in it, or part of it cannot be read.
@@ -257,7 +273,7 @@ def open_folder(folder: Path) -> ImageDomain:
 
 
 def default_root(task: str) -> Path:
-    """Where `data build` puts a data set that it makes."""
+    """Return where `data build` puts a data set that it makes."""
     return digits.cache_home() / task
 
 
@@ -305,8 +321,8 @@ def _open_domain(
         )
     expected = facts.expected_target_images if partial else facts.expected_images
     if expected is not None and len(domain) != expected:
-        told = f"domain {facts.name}: found {len(domain)} images in {domain.root}, published {expected}"
-        warnings.warn(told, UsageWarning, stacklevel=5)
+        message = f"domain {facts.name}: found {len(domain)} images in {domain.root}, published {expected}"
+        warnings.warn(message, UsageWarning, stacklevel=5)
     return domain
 
 
@@ -314,7 +330,7 @@ def _open_domain(
 def _find_domain(
     benchmark: Benchmark, facts: DomainFacts, root: Path, classes: tuple[str, ...], kept: tuple[str, ...]
 ) -> ImageDomain:
-    """The domain in a pack, or the first of its layouts that is there."""
+    """Return the domain in a pack, or the first of its layouts that is there."""
     if benchmark.embedded:
         path = root / f"{facts.name}.npy"
         embeddings = read_embeddings(path)
@@ -362,7 +378,10 @@ def _read_benchmark_tree(
 
 
 def _read_list(name: str, list_file: Path, start: Path, classes: tuple[str, ...], kept: tuple[str, ...]) -> ImageDomain:
-    """Lines ``path label``, or ``path`` alone. Paths may contain spaces: the label is what follows the last one."""
+    """Return lines ``path label``, or ``path`` alone.
+
+    Paths may contain spaces: the label is what follows the last one.
+    """
     wanted = {label for label, class_name in enumerate(classes) if class_name in kept}
     samples: list[tuple[str, int]] = []
     try:
@@ -516,7 +535,7 @@ def _open_own_features(
 
 @_naming_what_cannot_be_read()
 def open_features(path: Path, classes: tuple[str, ...]) -> ImageDomain:
-    """All rows of a file of features, without labels.
+    """Return all rows of a file of features, without labels.
 
     Args:
         classes: the label space.
@@ -541,7 +560,7 @@ def _from_embeddings(
 def _from_pack(
     name: str, root: Path, packed: PackedDomain, classes: tuple[str, ...], kept: tuple[str, ...]
 ) -> ImageDomain:
-    """A packed domain in the label space `classes`, without the samples of classes that are not `kept`."""
+    """Return a packed domain in the label space `classes`, without the samples of classes that are not `kept`."""
     known = {plain_name(class_name): label for label, class_name in enumerate(classes)}
     lacking = {packed.classes[label] for label in packed.labels.tolist() if label >= 0} - {
         class_name for class_name in packed.classes if plain_name(class_name) in known
@@ -552,7 +571,7 @@ def _from_pack(
         )
     renamed = [known.get(plain_name(class_name), UNKNOWN) for class_name in packed.classes]
     labels = np.array([renamed[label] if label >= 0 else UNKNOWN for label in packed.labels.tolist()], dtype=np.int64)
-    domain = ImageDomain(name, root, packed.paths, labels, classes, packed.frames)
+    domain = ImageDomain(name, root, packed.paths, labels, classes, packed.images)
     wanted = {label for label, class_name in enumerate(classes) if class_name in kept} | {UNKNOWN}
     return domain.take([i for i, label in enumerate(labels.tolist()) if label in wanted])
 
@@ -563,7 +582,7 @@ def _from_pack(
 def _read_tree(
     name: str, root: Path, folders: dict[str, str], labels: dict[str, int], classes: tuple[str, ...]
 ) -> ImageDomain:
-    """All images of the class folders whose plain name is in `labels`."""
+    """Return all images of the class folders whose plain name is in `labels`."""
     samples: list[tuple[str, int]] = []
     passed_over = _beside(root)
     above = (Path(os.path.realpath(root)),)
@@ -576,7 +595,7 @@ def _read_tree(
 
 
 def _beside(root: Path) -> Counter[str]:
-    """What lies directly in a folder of class folders and is none."""
+    """Return what lies directly in a folder of class folders and is none."""
     passed_over: Counter[str] = Counter()
     for entry in os.scandir(root):
         if entry.is_dir():
@@ -612,7 +631,7 @@ class _Quarantine:
         self._roots: list[str] = []
 
     def without(self, domain: ImageDomain) -> ImageDomain:
-        """The domain without the files of the list, or without the samples of a pack's shards on it.
+        """Return the domain without the files of the list, or without the samples of a pack's shards on it.
 
         Raises:
             UsageError: nothing of a class is left.
@@ -623,8 +642,8 @@ class _Quarantine:
         kept = []
         for i in range(len(domain)):
             names = {os.path.abspath(domain.file(i))}
-            if domain.frames is not None:
-                names.add(os.path.abspath(domain.frames.file(i)))
+            if domain.packed is not None:
+                names.add(os.path.abspath(domain.packed.file(i)))
             listed = names & self._entries
             self._met |= listed
             if not listed:
@@ -647,12 +666,12 @@ class _Quarantine:
         below = tuple(f"{root}{os.sep}" for root in self._roots)
         strangers = sorted(entry for entry in self._entries - self._met if not self._met or entry.startswith(below))
         if strangers:
-            told = f"{self._listed}: {len(strangers)} of {len(self._entries)} entries are no images here"
-            warnings.warn(f"{told}: {_some(strangers, 3)}", UsageWarning, stacklevel=3)
+            message = f"{self._listed}: {len(strangers)} of {len(self._entries)} entries are no images here"
+            warnings.warn(f"{message}: {_some(strangers, 3)}", UsageWarning, stacklevel=3)
 
 
 def _warn_of_pictures(domain: ImageDomain) -> None:
-    """Warn of what looks like pictures among what was passed over. Of everything else, `data verify` tells."""
+    """Warn of what looks like pictures among what was passed over. `data verify` reports everything else."""
     pictures = [
         reason for reason in domain.passed_over if reason == _BESIDE or reason.removeprefix(".") in _OTHER_PICTURES
     ]
@@ -668,7 +687,7 @@ def _size(path: str) -> int:
 
 
 def _class_folders(root: Path) -> dict[str, str]:
-    """Class folders by plain name, in sorted order."""
+    """Return class folders by plain name, in sorted order."""
     found: dict[str, str] = {}
     names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not _is_left_out(entry.name))
     _require_utf8(root, names)
@@ -689,7 +708,7 @@ def _images_in(folder: Path) -> list[str]:
 
 
 def _images_below(root: Path, folder: str, passed_over: Counter[str], above: tuple[Path, ...] = ()) -> Iterator[str]:
-    """Paths of all images in `folder` and below, relative to `root`.
+    """Yield paths of all images in `folder` and below, relative to `root`.
 
     Symbolic links are followed, except to a folder that they lie in: images would be found again and again. What is no
     regular file counts, too: whoever reads it says so.

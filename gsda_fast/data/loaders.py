@@ -9,21 +9,17 @@ import torch
 from msgspec import Meta
 
 from gsda_fast.data.batches import Batch, Crops, Loader, Role
-from gsda_fast.data.benchmarks import ImageRecipe
-from gsda_fast.data.decoding import format_of_file
+from gsda_fast.data.benchmarks import Preprocessing
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.feature_loader import FeatureLoader
 from gsda_fast.data.substitutes import MOST_FAILED
 from gsda_fast.data.synthetic_loader import SyntheticLoader
-from gsda_fast.data.torch_loader import TorchLoader, image_threads
+from gsda_fast.data.torch_loader import TorchLoader
 from gsda_fast.errors import UsageError
 
 __all__ = ["Batch", "DataSettings", "Loader", "Role", "open_loader", "resolve_loader"]
 
 LoaderName = Literal["dali", "torch"]
-
-NOT_READ_BY_DALI = ("GIF", "AVIF")
-"""Of what the torch loader reads."""
 
 _INSTALL_DALI = "python -m pip install nvidia-dali-cuda130 (or nvidia-dali-cuda120), on x86-64 Linux"
 
@@ -49,7 +45,7 @@ class DataSettings:
     cache_on_device: bool = False
     """Decode every image once and keep all of them as 8-bit pixels on the training device."""
     test_crops: Crops = 1
-    """Test images: the centre of each frame, or four corners, centre and their mirror images, as older papers test."""
+    """Test the centre of each resized image, or four corners, centre and their mirror images, as older papers do."""
     synthetic: bool = False
     """Random images instead of data: a dry run, for what a machine can do."""
 
@@ -57,11 +53,10 @@ class DataSettings:
 def resolve_loader(
     settings: DataSettings, source: ImageDomain, target: ImageDomain, device: torch.device
 ) -> LoaderName:
-    """The loader that the settings mean here: `settings.loader` with ``auto`` decided.
+    """Return the loader that the settings mean here: `settings.loader` with ``auto`` decided.
 
-    On a GPU that is DALI, where it is installed and reads every file, by what that holds and not by its name. On a CPU
-    it is the torch loader, the faster of the two there, as it is for images that are decoded already (a pack) or only
-    once (`cache_on_device`).
+    On a GPU that is DALI, where it is installed. On a CPU it is the torch loader, the faster of the two there, as it is
+    for images that are decoded already (a pack) or only once (`cache_on_device`).
 
     Raises:
         UsageError: there is no such loader, or DALI is asked for and cannot serve.
@@ -88,31 +83,24 @@ def _obstacle_to_dali(settings: DataSettings, source: ImageDomain, target: Image
             expected="torch or auto, as every image is decoded once",
             remedy="or add --no-cache-on-device",
         )
-    if source.frames is not None or target.frames is not None:
+    if source.packed is not None or target.packed is not None:
         return UsageError("--loader", found="dali, with a pack", expected="torch or auto: nothing is left to decode")
     try:
         importlib.import_module("nvidia.dali")
     except (ImportError, OSError) as error:
         found = f"dali, which cannot be imported here ({error})"
         return UsageError("--loader", found=found, expected="DALI installed", remedy=_INSTALL_DALI)
-    with image_threads(settings.workers, "formats") as pool:
-        for domain in (source, target):
-            files = [domain.file(i) for i in range(len(domain))]
-            for file, found in zip(files, pool.map(format_of_file, files)):
-                if found in NOT_READ_BY_DALI:
-                    told = f"dali, with {file} among the images ({found})"
-                    return UsageError("--loader", found=told, expected=f"torch or auto: DALI reads no {found}")
     return None
 
 
-def require_room(crops: Crops, recipe: ImageRecipe) -> None:
-    """Whether test images can be cropped in several ways.
+def require_room(crops: Crops, preprocessing: Preprocessing) -> None:
+    """Require that test images can be cropped in several ways.
 
     Raises:
         UsageError: ten crops of images that are as small as a crop.
     """
-    if crops > 1 and recipe.crop == recipe.resize:
-        side = f"{recipe.resize}x{recipe.resize}"
+    if crops > 1 and preprocessing.crop == preprocessing.resize:
+        side = f"{preprocessing.resize}x{preprocessing.resize}"
         raise UsageError(
             "--test-crops", found=f"{crops}, for images that are used whole, {side} pixels", expected="1 for this task"
         )
@@ -122,18 +110,18 @@ def open_loader(
     settings: DataSettings,
     source: ImageDomain,
     target: ImageDomain,
-    recipe: ImageRecipe,
+    preprocessing: Preprocessing,
     *,
     batch_size: int,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Loader:
-    """The loader that the settings ask for, which bears with `MOST_FAILED` files that fail on the way.
+    """Return the loader that the settings ask for, which bears with `MOST_FAILED` files that fail on the way.
 
     Args:
         settings: all but the names of the domains and their folder.
         source, target: as `open_pair` gives them.
-        recipe: sizes, augmentation and normalisation; of the task's entry in `BENCHMARKS`.
+        preprocessing: sizes, augmentation and normalisation; of the task's entry in `BENCHMARKS`.
         batch_size: images in a batch of `evaluate`; a training batch has the plan's size.
         device: where batches are wanted.
         dtype: of the images: float32, or what the network's first product runs in.
@@ -143,7 +131,7 @@ def open_loader(
             read or the images do not fit.
     """
     if settings.synthetic:
-        return SyntheticLoader(source, target, recipe, batch_size=batch_size, device=device, dtype=dtype)
+        return SyntheticLoader(source, target, preprocessing, batch_size=batch_size, device=device, dtype=dtype)
     if settings.workers < 0:
         raise UsageError("--workers", found=str(settings.workers), expected="0 (automatic) or more")
     if source.rows is not None:
@@ -163,7 +151,7 @@ def open_loader(
         return DaliLoader(
             source,
             target,
-            recipe,
+            preprocessing,
             batch_size=batch_size,
             device=device,
             workers=settings.workers,
@@ -173,7 +161,7 @@ def open_loader(
     return TorchLoader(
         source,
         target,
-        recipe,
+        preprocessing,
         batch_size=batch_size,
         device=device,
         workers=settings.workers,

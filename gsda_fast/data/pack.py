@@ -1,9 +1,9 @@
 """`data pack`: decode and resize every image once, for data sets whose files a GPU cannot decode, and for slow disks.
 
-Frames are stored as plain uint8 pixels, which memory-map, rather than as JPEG of quality 95, which takes an eighth of
-the space: reading, cropping and resizing runs 2.6 times as fast (6500 against 2500 images per CPU-second, 256x256), and
-no second compression touches the pixels. A training window of a pack is resampled twice, once to the frame and once to
-the crop, as the literature's resize-then-crop is; one resample from the raw tree differs from that by 0.8 levels of 255
+Resized images are stored as plain uint8 pixels rather than as JPEG of quality 95, which takes an eighth of the
+space: reading, cropping and resizing runs 2.6 times as fast (6500 against 2500 images per CPU-second, 256x256), and
+no second compression touches the pixels. A training window of a pack is resampled twice, to the stored size and to the
+crop, as the literature's resize-then-crop is; one resample from the raw tree differs from that by 0.8 levels of 255
 in the mean and by at most 9 (500x375 JPEG, crop 224). Evaluation images are the torch loader's, bit for bit.
 
 A pack that is being made has its table in ``pack.partial.json``: a first line with what was there before, then a line
@@ -24,9 +24,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from gsda_fast.data.benchmarks import ImageRecipe, find_benchmark
+from gsda_fast.console import FilesDone
+from gsda_fast.data.benchmarks import Preprocessing, find_benchmark
 from gsda_fast.data.domains import ImageDomain, open_domain, open_pair
-from gsda_fast.data.frames import (
+from gsda_fast.data.packed_images import (
     FORMAT,
     SHARD_IMAGES,
     TABLE,
@@ -38,8 +39,8 @@ from gsda_fast.data.frames import (
     shard_problem,
     table_problem,
 )
-from gsda_fast.data.torch_loader import image_threads, read_frame
-from gsda_fast.data.verify import FilesDone, require_readable
+from gsda_fast.data.torch_loader import image_threads, read_resized
+from gsda_fast.data.verify import require_readable
 from gsda_fast.errors import TrainingError, UsageError
 from gsda_fast.files import FolderLock, atomic_file, file_state, is_plain_name, new_file, sync_folder
 
@@ -79,10 +80,10 @@ def pack(
             that is none, or no space for the pack.
         TrainingError: the disk is full, or fails, on the way; the same call goes on from there.
     """
-    recipe = find_benchmark(task).recipe
+    preprocessing = find_benchmark(task).preprocessing
     domains = _open_domains(task, source, target, data_root, quarantine)
     for domain in domains:
-        if domain.frames is not None:
+        if domain.packed is not None:
             raise UsageError("--data-root", found=f"{domain.root}, a pack", expected="images to pack")
     with _naming_what_cannot_be_written(output):
         # Held before minutes of checking, where it is there already.
@@ -91,7 +92,7 @@ def pack(
             require_readable(task, *domains, workers=workers)
             output.mkdir(parents=True, exist_ok=True)
             lock = lock or FolderLock(output)
-            _pack(output, domains, recipe, workers, progress)
+            _pack(output, domains, preprocessing, workers, progress)
         finally:
             if lock is not None:
                 lock.release()
@@ -99,13 +100,13 @@ def pack(
 
 
 def _pack(
-    output: Path, domains: list[ImageDomain], recipe: ImageRecipe, workers: int, progress: FilesDone | None
+    output: Path, domains: list[ImageDomain], preprocessing: Preprocessing, workers: int, progress: FilesDone | None
 ) -> None:
-    table = _earlier_table(output, recipe)
+    table = _earlier_table(output, preprocessing)
     earlier = _files(table) | set(table.pop(_REPLACED, ()))
     with image_threads(workers, "pack") as pool:
-        known = _sound_shards(output, domains, table, recipe, pool)
-        _require_space(output, domains, recipe, sum(shard.images for shard in known.values()))
+        known = _sound_shards(output, domains, table, preprocessing, pool)
+        _require_space(output, domains, preprocessing, sum(shard.images for shard in known.values()))
         with atomic_file(output / _UNFINISHED) as file:
             file.write(json.dumps({**table, _REPLACED: sorted(earlier)}).encode() + b"\n")
         (output / TABLE).unlink(missing_ok=True)  # no pack until all its shards are whole again
@@ -116,15 +117,15 @@ def _pack(
                 shards = []
                 for number, samples in enumerate(_shards(domain)):
                     file_name = _shard_name(domain, number)
-                    made_from = _state(domain, samples, recipe)
+                    made_from = _state(domain, samples, preprocessing)
                     shard = known.get((made_from, file_name))
                     if shard is None:
-                        _write_shard(output / file_name, domain, samples, recipe, pool, progress)
+                        _write_shard(output / file_name, domain, samples, preprocessing, pool, progress)
                         shard = Shard(file_name, len(samples), file_digest(output / file_name), made_from)
                     shards.append(asdict(shard))
                     _add_line(journal, {"domain": domain.name, "shard": asdict(shard)})
                 table["domains"][domain.name] = {**entry, "shards": shards}
-    # One that an earlier call was interrupted in, and that this one was not asked for, has lost its last frames.
+    # One that an earlier call was interrupted in, and that this one was not asked for, has lost its last images.
     table["domains"] = {name: entry for name, entry in table["domains"].items() if _is_whole(entry)}
     for unused in earlier - _files(table):  # whatever else lies in the folder is the user's
         (output / unused).unlink(missing_ok=True)
@@ -135,7 +136,7 @@ def _pack(
 
 @contextmanager
 def _naming_what_cannot_be_written(output: Path) -> Iterator[None]:
-    """One line for a folder without permission or on a disk that is full.
+    """Report in one line a folder without permission or on a disk that is full.
 
     Raises:
         UsageError, TrainingError: in place of an `OSError`.
@@ -145,8 +146,8 @@ def _naming_what_cannot_be_written(output: Path) -> Iterator[None]:
     except OSError as error:
         reason, place = error.strerror or str(error), error.filename or output
         if error.errno in _CANNOT_BE_MENDED:
-            told = f"{place} cannot be written ({reason}); free some space, then the same command goes on from there"
-            raise TrainingError(told) from error
+            message = f"{place} cannot be written ({reason}); free some space, then the same command goes on from there"
+            raise TrainingError(message) from error
         found = f"{output} ({reason})"
         raise UsageError("--output", found=found, expected="a folder that can be made and written") from error
 
@@ -168,7 +169,7 @@ def _open_domains(
 
 
 def _shard_name(domain: ImageDomain, number: int) -> str:
-    """The domain's name without slashes, distinct for distinct names, and no hidden file's."""
+    """Return the domain's name without slashes, distinct for distinct names, and no hidden file's."""
     name = domain.name.replace("%", "%25").replace("/", "%2F")
     return f"{'%2E' + name[1:] if name.startswith('.') else name}-{number:05d}.npy"
 
@@ -178,20 +179,26 @@ def _shards(domain: ImageDomain) -> Iterator[range]:
         yield range(start, min(start + SHARD_IMAGES, len(domain)))
 
 
-def _state(domain: ImageDomain, samples: range, recipe: ImageRecipe) -> str:
-    """A digest of what a shard is made from: the same files at another place are the same."""
-    digest = hashlib.sha256(f"{FORMAT} {recipe.resize} {recipe.channels}".encode())
+def _state(domain: ImageDomain, samples: range, preprocessing: Preprocessing) -> str:
+    """Return a digest of what a shard is made from: the same files at another place are the same."""
+    digest = hashlib.sha256(f"{FORMAT} {preprocessing.resize} {preprocessing.channels}".encode())
     for sample in samples:
         digest.update(f"{domain.paths[sample]}\0{file_state(domain.file(sample))}\0".encode())
     return digest.hexdigest()
 
 
 def _sound_shards(
-    output: Path, domains: list[ImageDomain], table: dict[str, Any], recipe: ImageRecipe, pool: ThreadPoolExecutor
+    output: Path,
+    domains: list[ImageDomain],
+    table: dict[str, Any],
+    preprocessing: Preprocessing,
+    pool: ThreadPoolExecutor,
 ) -> dict[tuple[str, str], Shard]:
-    """The shards of an earlier call that are as they were written and show what is to be packed, by what they are."""
+    """Return the shards of an earlier call that are as they were written and show what is to be packed, by what they
+    are.
+    """
     wanted = {
-        (_state(domain, samples, recipe), _shard_name(domain, number))
+        (_state(domain, samples, preprocessing), _shard_name(domain, number))
         for domain in domains
         for number, samples in enumerate(_shards(domain))
     }
@@ -209,13 +216,13 @@ def _write_shard(
     path: Path,
     domain: ImageDomain,
     samples: range,
-    recipe: ImageRecipe,
+    preprocessing: Preprocessing,
     pool: ThreadPoolExecutor,
     progress: FilesDone | None,
 ) -> None:
-    """Write frames where the disk has set room aside: a mapped file that it lacks room for ends the process."""
+    """Write images where the disk has set room aside: a mapped file that it lacks room for ends the process."""
     temporary = path.with_name(f".{path.name}.partial")
-    shape = (recipe.resize, recipe.resize, recipe.channels)
+    shape = (preprocessing.resize, preprocessing.resize, preprocessing.channels)
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False}
     try:
         with new_file(temporary) as file:
@@ -226,9 +233,9 @@ def _write_shard(
             os.posix_fallocate(descriptor, 0, start + len(samples) * each)
 
             def decode(sample: int) -> None:
-                frame = read_frame(domain, sample, recipe).permute(1, 2, 0).contiguous().numpy()
+                image = read_resized(domain, sample, preprocessing).permute(1, 2, 0).contiguous().numpy()
                 place = start + (sample - samples.start) * each
-                if os.pwrite(descriptor, frame.data, place) != each:
+                if os.pwrite(descriptor, image.data, place) != each:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(temporary))
 
             for done, _ in enumerate(pool.map(decode, samples), start=samples.start + 1):
@@ -249,23 +256,23 @@ def _files(table: dict[str, Any]) -> set[str]:
     return {shard["file"] for entry in table["domains"].values() for shard in entry["shards"]}
 
 
-def _earlier_table(output: Path, recipe: ImageRecipe) -> dict[str, Any]:
-    fresh = {"format": FORMAT, "side": recipe.resize, "channels": recipe.channels, "domains": {}}
+def _earlier_table(output: Path, preprocessing: Preprocessing) -> dict[str, Any]:
+    fresh = {"format": FORMAT, "side": preprocessing.resize, "channels": preprocessing.channels, "domains": {}}
     if (output / _UNFINISHED).is_file():
         table = _read_unfinished(output / _UNFINISHED)
     elif (output / TABLE).is_file():
         table = read_table(output / TABLE)
     else:
         return fresh
-    if (table["side"], table["channels"]) != (recipe.resize, recipe.channels):
-        found = f"{output}, a pack of {table['side']}x{table['side']}x{table['channels']} frames"
+    if (table["side"], table["channels"]) != (preprocessing.resize, preprocessing.channels):
+        found = f"{output}, a pack of {table['side']}x{table['side']}x{table['channels']} images"
         raise UsageError("--output", found=found, expected="a new folder")
     # Nothing else that a table may hold is carried over.
     return {name: table[name] for name in (*fresh, _REPLACED) if name in table}
 
 
 def _read_unfinished(path: Path) -> dict[str, Any]:
-    """The table that the lines of an interrupted call make up; a kill may have torn the last one.
+    """Return the table that the lines of an interrupted call make up; a kill may have torn the last one.
 
     Raises:
         UsageError: it is damaged, or names something outside of the pack.
@@ -316,12 +323,12 @@ def _add_line(journal: IO[bytes], record: dict[str, Any]) -> None:
     os.fsync(journal.fileno())
 
 
-def _require_space(output: Path, domains: list[ImageDomain], recipe: ImageRecipe, there: int) -> None:
-    needed = (sum(map(len, domains)) - there) * recipe.channels * recipe.resize**2
+def _require_space(output: Path, domains: list[ImageDomain], preprocessing: Preprocessing, there: int) -> None:
+    needed = (sum(map(len, domains)) - there) * preprocessing.channels * preprocessing.resize**2
     free = shutil.disk_usage(output).free
     if needed > free:
         raise UsageError(
             "--output",
             found=f"{output}, with {free / 2**30:.1f} GiB of free space",
-            expected=f"the {needed / 2**30:.1f} GiB that the frames take",
+            expected=f"the {needed / 2**30:.1f} GiB that the images take",
         )

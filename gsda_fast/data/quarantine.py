@@ -13,13 +13,13 @@ _WRITTEN_BY = "a list that `data verify --quarantine` wrote"
 
 
 def list_line(path: str) -> bytes:
-    """The line of a full path, which begins with a slash, so that a line in quotes is told from others."""
+    """Return the line of a full path, which begins with a slash, so that a line in quotes differs from others."""
     plain = path.isprintable() and path == path.strip()
     return (path if plain else json.dumps(path)).encode(errors="surrogateescape") + b"\n"
 
 
 def read_list(listed: Path) -> list[str]:
-    """The paths of a list.
+    """Return the paths of a list.
 
     Raises:
         UsageError: it cannot be read, or is none.

@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gsda_fast.data.benchmarks import ImageRecipe
+from gsda_fast.data.benchmarks import Preprocessing
 from gsda_fast.errors import UsageError
 
 IntArray = NDArray[np.int64]
@@ -57,10 +57,10 @@ def _to_unit(raw: NDArray[np.uint64]) -> NDArray[np.float64]:
 
 @dataclass(frozen=True, eq=False)
 class Augmentation:
-    """Training windows of a batch, in the recipe's frame, and mirroring."""
+    """Training windows of a batch, in the resized image, and mirroring."""
 
     window: IntArray
-    """(B, 4): top, left, height, width, in pixels of the `resize` x `resize` frame"""
+    """(B, 4): top, left, height, width, in pixels of the `resize` x `resize` image"""
     flip: NDArray[np.bool_]
     """(B,): mirror left and right, after cropping"""
     shift: IntArray | None = None
@@ -90,14 +90,14 @@ class SamplingPlan:
     Args:
         source_labels: (n_s,) class of every source sample, all >= 0. Classes without a sample take no slot.
         num_target: number of target samples n_t.
-        recipe: the frame and crop of the augmentation windows.
+        preprocessing: sizes of the resized image and of the crop.
         batch_size: samples of each domain in the batch of one process.
         seed: of order and augmentation.
         world_size: number of processes.
         balance_target: once there are pseudo-labels, let every pseudo-class take equally many slots.
         target_views: independent augmentations of each target sample in a batch. The first is that of a plan with one.
         strong_view: change the colours of the last view, which is to be a hard one.
-        target_table: (n_t,) pseudo-labels, -1 = not confident and left out; None = not scored yet: all train.
+        target_table: (n_t,) pseudo-labels, -1 = not confident and left out; None = not evaluated yet: all train.
 
     A plan is its arguments: made again from the same ones it gives the same batches, so a checkpoint needs
     `target_table` alone.
@@ -109,7 +109,7 @@ class SamplingPlan:
 
     source_labels: IntArray
     num_target: int
-    recipe: ImageRecipe = field(kw_only=True)
+    preprocessing: Preprocessing = field(kw_only=True)
     batch_size: int = field(kw_only=True)
     seed: int = field(kw_only=True)
     world_size: int = field(default=1, kw_only=True)
@@ -151,22 +151,24 @@ class SamplingPlan:
         return _PlainOrder(self.seed, _TARGET_ORDER, np.flatnonzero(table >= 0))
 
     def with_target(self, pseudo_labels: IntArray) -> "SamplingPlan":
-        """The same plan with another table of pseudo-labels, (n_t,), -1 = not confident.
+        """Return the same plan with another table of pseudo-labels, (n_t,), -1 = not confident.
 
-        If no sample at all is confident, the whole target trains, as before the first scoring.
+        If no sample at all is confident, the whole target trains, as before the first evaluation.
         """
         return replace(self, target_table=pseudo_labels)
 
     def batch(self, step: int, rank: int = 0) -> BatchPlan:
-        """The batch of process `rank` at the global step `step`, both counted from 0."""
+        """Return the batch of process `rank` at the global step `step`, both counted from 0."""
         slots = self._slots(step, rank)
         return BatchPlan(
             source_index=self._source(slots),
             target_index=self._target(slots),
-            source_augmentation=_augmentation(self.seed, _SOURCE_AUGMENTATION, slots, self.recipe),
-            target_augmentation=_augmentation(self.seed, _TARGET_AUGMENTATION, slots, self.recipe),
+            source_augmentation=_augmentation(self.seed, _SOURCE_AUGMENTATION, slots, self.preprocessing),
+            target_augmentation=_augmentation(self.seed, _TARGET_AUGMENTATION, slots, self.preprocessing),
             further_views=tuple(
-                _further_view(self.seed, view, slots, self.recipe, self.strong_view and view == self.target_views - 1)
+                _further_view(
+                    self.seed, view, slots, self.preprocessing, self.strong_view and view == self.target_views - 1
+                )
                 for view in range(1, self.target_views)
             ),
         )
@@ -196,14 +198,14 @@ def view_numbers(
     return (draws * views).astype(np.int64)
 
 
-def stored_augmentation(seed: int, samples: range, recipe: ImageRecipe) -> Augmentation:
+def stored_augmentation(seed: int, samples: range, preprocessing: Preprocessing) -> Augmentation:
     """Draw the augmentation of views that are computed once and kept.
 
     Args:
         seed: of the draws. samples: numbers of the pictures, those of view v of n images being v n to (v + 1) n - 1.
-        recipe: the frame and crop of the windows.
+        preprocessing: sizes of the resized image and of the crop.
     """
-    return _augmentation(seed, _STORED_VIEWS, samples, recipe)
+    return _augmentation(seed, _STORED_VIEWS, samples, preprocessing)
 
 
 class _PlainOrder:
@@ -271,32 +273,32 @@ def _permutation(seed: int, stream: int, place: tuple[int, int], length: int) ->
     return np.argsort(_raw(seed, stream, (0, *place, _WITHIN_CLASS), length), kind="stable")
 
 
-def _augmentation(seed: int, stream: int, slots: range, recipe: ImageRecipe) -> Augmentation:
-    frame, count = recipe.resize, len(slots)
-    if recipe.random_scale is None and not recipe.flip:
-        return Augmentation(_centre_windows(recipe, count), np.zeros(count, dtype=np.bool_))
+def _augmentation(seed: int, stream: int, slots: range, preprocessing: Preprocessing) -> Augmentation:
+    side, count = preprocessing.resize, len(slots)
+    if preprocessing.random_scale is None and not preprocessing.flip:
+        return Augmentation(_centre_windows(preprocessing, count), np.zeros(count, dtype=np.bool_))
     raw = _raw(seed, stream, (slots[0] * (_DRAWS // 4), 0, 0, 0), count * _DRAWS)
     draws = _to_unit(raw).reshape(count, _DRAWS)
-    flip = draws[:, 2 * _TRIES + 2] < 0.5 if recipe.flip else np.zeros(count, dtype=np.bool_)
-    if recipe.random_scale is None:
-        return Augmentation(_centre_windows(recipe, count), flip)
-    return Augmentation(random_windows(draws[:, : 2 * _TRIES + 2], frame, recipe.random_scale), flip)
+    flip = draws[:, 2 * _TRIES + 2] < 0.5 if preprocessing.flip else np.zeros(count, dtype=np.bool_)
+    if preprocessing.random_scale is None:
+        return Augmentation(_centre_windows(preprocessing, count), flip)
+    return Augmentation(random_windows(draws[:, : 2 * _TRIES + 2], side, preprocessing.random_scale), flip)
 
 
-def _further_view(seed: int, view: int, slots: range, recipe: ImageRecipe, strong: bool) -> Augmentation:
+def _further_view(seed: int, view: int, slots: range, preprocessing: Preprocessing, strong: bool) -> Augmentation:
     """Draw a crop of the same distribution; for images that are used whole a shift; colours for a strong view."""
-    drawn = _augmentation(seed, _FURTHER_VIEWS + 2 * view, slots, recipe)
+    drawn = _augmentation(seed, _FURTHER_VIEWS + 2 * view, slots, preprocessing)
     counters = 3
     raw = _raw(seed, _FURTHER_VIEWS + 2 * view + 1, (slots[0] * counters, 0, 0, 0), 4 * counters * len(slots))
     draws = _to_unit(raw).reshape(len(slots), 4 * counters)
-    if recipe.random_scale is None:
+    if preprocessing.random_scale is None:
         reach = 2 * _MOST_SHIFT + 1
         drawn = replace(drawn, shift=np.floor(draws[:, :2] * reach).astype(np.int64) - _MOST_SHIFT)
-    return replace(drawn, colour=colour_maps(draws[:, 2:7], recipe.channels)) if strong else drawn
+    return replace(drawn, colour=colour_maps(draws[:, 2:7], preprocessing.channels)) if strong else drawn
 
 
 def colour_maps(draws: NDArray[np.float64], channels: int) -> NDArray[np.float32]:
-    """Maps of colours: brightness, contrast and saturation between 0.6 and 1.4 times, a fifth without colour.
+    """Map of colours: brightness, contrast and saturation between 0.6 and 1.4 times, a fifth without colour.
 
     Contrast is about middle grey, so that a map is one matrix and one offset, whatever the image.
 
@@ -319,53 +321,53 @@ def colour_maps(draws: NDArray[np.float64], channels: int) -> NDArray[np.float32
 
 
 def _hue_rotations(angle: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Rotations about the grey axis, (B, 3, 3), by Rodrigues' formula."""
+    """Return rotations about the grey axis, (B, 3, 3), by Rodrigues' formula."""
     axis = np.array([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / np.sqrt(3)
     sine, cosine = np.sin(angle)[:, None, None], np.cos(angle)[:, None, None]
     return np.asarray(np.eye(3) + sine * axis + (1 - cosine) * (axis @ axis))
 
 
-def _centre_windows(recipe: ImageRecipe, count: int) -> IntArray:
-    margin = (recipe.resize - recipe.crop) // 2
-    return np.tile(np.array([margin, margin, recipe.crop, recipe.crop], dtype=np.int64), (count, 1))
+def _centre_windows(preprocessing: Preprocessing, count: int) -> IntArray:
+    margin = (preprocessing.resize - preprocessing.crop) // 2
+    return np.tile(np.array([margin, margin, preprocessing.crop, preprocessing.crop], dtype=np.int64), (count, 1))
 
 
-def random_windows(draws: NDArray[np.float64], frame: int, scale: tuple[float, float]) -> IntArray:
-    """Windows with the distribution of torchvision's `RandomResizedCrop` on a square frame, aspect 3/4 to 4/3.
+def random_windows(draws: NDArray[np.float64], side: int, scale: tuple[float, float]) -> IntArray:
+    """Return windows with the distribution of torchvision's `RandomResizedCrop` on a square image, aspect 3/4 to 4/3.
 
-    Ten tries of (area, aspect); the first that fits is placed uniformly; if none fits, the whole (square) frame.
+    Ten tries of (area, aspect); the first that fits is placed uniformly; if none fits, the whole (square) image.
 
     Args:
         draws: (B, 22) uniform in [0, 1): ten areas, ten aspects, row, column.
-        frame: side of the frame in pixels.
-        scale: least and most area, as a share of the frame.
+        side: of the resized image, in pixels.
+        scale: least and most area, as a share of the resized image.
 
     Returns:
         (B, 4): top, left, height, width.
     """
-    area = frame * frame * (scale[0] + (scale[1] - scale[0]) * draws[:, :_TRIES])
+    area = side * side * (scale[0] + (scale[1] - scale[0]) * draws[:, :_TRIES])
     log_ratio = np.log(4 / 3) * (2 * draws[:, _TRIES : 2 * _TRIES] - 1)
     widths = np.rint(np.sqrt(area * np.exp(log_ratio)))
     heights = np.rint(np.sqrt(area * np.exp(-log_ratio)))
-    fits = (widths > 0) & (widths <= frame) & (heights > 0) & (heights <= frame)
+    fits = (widths > 0) & (widths <= side) & (heights > 0) & (heights <= side)
     chosen = np.argmax(fits, axis=1)
     rows = np.arange(len(draws))
     found = fits[rows, chosen]
-    height = np.where(found, heights[rows, chosen], frame)
-    width = np.where(found, widths[rows, chosen], frame)
-    top = np.floor(draws[:, 2 * _TRIES] * (frame - height + 1))
-    left = np.floor(draws[:, 2 * _TRIES + 1] * (frame - width + 1))
+    height = np.where(found, heights[rows, chosen], side)
+    width = np.where(found, widths[rows, chosen], side)
+    top = np.floor(draws[:, 2 * _TRIES] * (side - height + 1))
+    left = np.floor(draws[:, 2 * _TRIES + 1] * (side - width + 1))
     return np.stack([top, left, height, width], axis=1).astype(np.int64)
 
 
-def source_window(window: IntArray, height: int, width: int, frame: int) -> tuple[int, int, int, int]:
-    """A window of the frame in the pixels of an image of `height` x `width`: top, left, height, width.
+def source_window(window: IntArray, height: int, width: int, side: int) -> tuple[int, int, int, int]:
+    """Return a window of the resized image in the pixels of an image of `height` x `width`: top, left, height, width.
 
     Edges are rounded to whole pixels (halves up) and the window keeps at least one pixel. Both loaders use this.
     """
     top, left, tall, wide = (int(value) for value in window)
-    first_row = min((2 * top * height + frame) // (2 * frame), height - 1)
-    first_column = min((2 * left * width + frame) // (2 * frame), width - 1)
-    last_row = max((2 * (top + tall) * height + frame) // (2 * frame), first_row + 1)
-    last_column = max((2 * (left + wide) * width + frame) // (2 * frame), first_column + 1)
+    first_row = min((2 * top * height + side) // (2 * side), height - 1)
+    first_column = min((2 * left * width + side) // (2 * side), width - 1)
+    last_row = max((2 * (top + tall) * height + side) // (2 * side), first_row + 1)
+    last_column = max((2 * (left + wide) * width + side) // (2 * side), first_column + 1)
     return first_row, first_column, last_row - first_row, last_column - first_column

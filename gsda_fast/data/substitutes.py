@@ -10,6 +10,9 @@ from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.sampling import IntArray
 from gsda_fast.errors import FileWarning, UsageError
 
+MEAN_COLOUR = "an image of the mean colour"
+"""What takes the place of a sample in an evaluation, which must score each of them."""
+
 MOST_FAILED = 100
 """Files that may fail in a process of a run before it ends."""
 
@@ -29,7 +32,9 @@ class Substitutes:
     @property
     def failed(self) -> list[tuple[str, str]]:
         """(full path, what is wrong) of every file that failed so far, in the order in which they did."""
-        return [(self._domains[role].file(sample), told) for (role, sample), told in self._failed.items()]
+        with self._lock:
+            failed = list(self._failed.items())
+        return [(self._domains[role].file(sample), message) for (role, sample), message in failed]
 
     def has_failed(self, role: Role, sample: int) -> bool:
         """Tell whether a sample has failed before."""
@@ -45,7 +50,7 @@ class Substitutes:
             if (role, sample) in self._failed:
                 return
             # A shard that cannot be read is no image among many.
-            if not self._most or self._domains[role].frames is not None:
+            if not self._most or self._domains[role].packed is not None:
                 raise error
             if len(self._failed) == self._most:
                 raise UsageError(
@@ -55,11 +60,12 @@ class Substitutes:
                     remedy="see whether the disk is well; the same command goes on from the last checkpoint",
                 ) from error
             self._failed[role, sample] = error.found
-        told = f"{error.what}: {error.found}; another sample of its class takes its place"
-        warnings.warn(told, FileWarning, stacklevel=2)
+        instead = f"another sample of its class takes its place, in an evaluation {MEAN_COLOUR}"
+        message = f"{error.what}: {error.found}; {instead}"
+        warnings.warn(message, FileWarning, stacklevel=2)
 
     def of(self, role: Role, sample: int, labels: IntArray | None) -> int:
-        """The sample in the place of one that failed: the next of its class that has not.
+        """Return the sample in the place of one that failed: the next of its class that has not.
 
         Args:
             labels: (n,) of the domain, by which samples are alike: of the target the pseudo-labels, never its own.

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from gsda_fast.data.batches import Batch, Crops, Role, samples_in_batch
-from gsda_fast.data.benchmarks import Benchmark, ImageRecipe
+from gsda_fast.data.benchmarks import Benchmark, Preprocessing
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.sampling import IntArray, SamplingPlan
 
 _SAMPLES = 64  # of a domain, if it has no more classes: few, so that a dry run is not mostly evaluation
-_CLASSES = 12  # of a benchmark whose classes only its folders tell
+_CLASSES = 12  # of a benchmark whose classes only its folders show
 
 
 def synthetic_pair(benchmark: Benchmark) -> tuple[ImageDomain, ImageDomain]:
-    """A source and a target with the benchmark's classes and no files."""
+    """Return a source and a target with the benchmark's classes and no files."""
     classes = benchmark.classes or tuple(f"class {number}" for number in range(_CLASSES))
     labels = np.arange(max(_SAMPLES, len(classes)), dtype=np.int64) % len(classes)
     paths = [f"synthetic/{number}" for number in range(len(labels))]
@@ -31,7 +31,7 @@ class SyntheticLoader:
     Args:
         source: for its labels.
         target: for its size.
-        recipe: channels and size of the images.
+        preprocessing: channels and size of the images.
         batch_size: images in a batch of `evaluate`.
         device: where the images are.
         dtype: of the images.
@@ -41,7 +41,7 @@ class SyntheticLoader:
         self,
         source: ImageDomain,
         target: ImageDomain,
-        recipe: ImageRecipe,
+        preprocessing: Preprocessing,
         *,
         batch_size: int,
         device: torch.device,
@@ -49,7 +49,7 @@ class SyntheticLoader:
     ) -> None:
         self._labels = torch.from_numpy(source.labels).to(device)
         self._sizes: dict[Role, int] = {"source": len(source), "target": len(target)}
-        self._shape, self._batch_size = (recipe.channels, recipe.crop, recipe.crop), batch_size
+        self._shape, self._batch_size = (preprocessing.channels, preprocessing.crop, preprocessing.crop), batch_size
         self._device, self._dtype = device, dtype
         self._made: dict[tuple[Role | None, int], Tensor] = {}
 

@@ -6,13 +6,13 @@ tolerance.
 - Files are decoded as stored, by `decoding.read_image`.
 - A file that fails in a run gives its place to another sample of its class (`substitutes`); in an evaluation, where a
   sample has no other in its place, it is an image of the mean colour.
-- Training: the window, drawn in the recipe's square frame, is mapped to whole source pixels and resampled once.
-  Evaluation: the whole image is resized to the frame, then its centre is cut out.
-- A pack holds frames: windows are cut from these, and so resampled a second time.
-- With `cache_on_device` all images of both domains are resized to the frame once and stay on the device as uint8,
-  divided over the processes of the run (`frame_cache`). Windows are then cut from the frame and resampled a second
-  time, bilinear without antialiasing (a window is hardly larger than the crop). For recipes whose crop is the frame
-  (digits) both ways give equal pixels.
+- Training: the window, drawn in the square resized image, is mapped to whole source pixels and resampled once.
+  Evaluation: the whole image is resized, then its centre is cut out.
+- A pack holds resized images: windows are cut from these, and so resampled a second time.
+- With `cache_on_device` all images of both domains are resized once and stay on the device as uint8,
+  divided over the processes of the run (`image_cache`). Windows are then cut from these and resampled a second
+  time, bilinear without antialiasing (a window is hardly larger than the crop). Where the crop is the whole (digits)
+  both ways give equal pixels.
 """
 
 import os
@@ -27,13 +27,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
-from torchvision.transforms.v2 import functional as transforms
 
 from gsda_fast.data.batches import Batch, Crops, Role, samples_in_batch, to_device
-from gsda_fast.data.benchmarks import ImageRecipe
+from gsda_fast.data.benchmarks import Preprocessing
 from gsda_fast.data.decoding import read_image
 from gsda_fast.data.domains import ImageDomain
-from gsda_fast.data.frame_cache import FrameCache
+from gsda_fast.data.image_cache import ImageCache
 from gsda_fast.data.sampling import Augmentation, BatchPlan, IntArray, SamplingPlan, source_window
 from gsda_fast.data.substitutes import Substitutes
 from gsda_fast.data.views import finish_view
@@ -50,7 +49,7 @@ class TorchLoader:
 
     Args:
         source, target: the two domains.
-        recipe: sizes, augmentation and normalisation.
+        preprocessing: sizes, augmentation and normalisation.
         batch_size: images in a batch of `evaluate`.
         device: where batches are put.
         workers: threads; 0 = the usable cores, divided by the processes that share this machine.
@@ -59,15 +58,15 @@ class TorchLoader:
         most_failed: files that may fail before a `UsageError` names one.
 
     Raises:
-        UsageError: a pack of another recipe or, with `cache_on_device`, an image that cannot be read, or more images
-            than fit.
+        UsageError: a pack of another preprocessing or, with `cache_on_device`, an image that cannot be read, or more
+            images than fit.
     """
 
     def __init__(
         self,
         source: ImageDomain,
         target: ImageDomain,
-        recipe: ImageRecipe,
+        preprocessing: Preprocessing,
         *,
         batch_size: int,
         device: torch.device,
@@ -77,22 +76,22 @@ class TorchLoader:
         most_failed: int = 0,
     ) -> None:
         for domain in (source, target):
-            _require_fitting_frames(domain, recipe)
+            _require_fitting_pack(domain, preprocessing)
         self._domains: dict[Role, ImageDomain] = {"source": source, "target": target}
         self._substitutes = Substitutes(self._domains, most_failed)
-        self._recipe = recipe
+        self._preprocessing = preprocessing
         self._batch_size = batch_size
         self._device, self._dtype = torch.device(device), dtype
         self._pool = image_threads(workers, "decode")
         # For a row of pixels, channels innermost: a pass that repeats three numbers costs a CPU four times as much.
-        std = torch.tensor(recipe.std, device=self._device).repeat(recipe.crop)
-        mean = torch.tensor(recipe.mean, device=self._device).repeat(recipe.crop)
+        std = torch.tensor(preprocessing.std, device=self._device).repeat(preprocessing.crop)
+        mean = torch.tensor(preprocessing.mean, device=self._device).repeat(preprocessing.crop)
         self._scale, self._shift = 1 / (255 * std), mean / std
         self._labels = torch.from_numpy(source.labels).to(self._device)
-        self._cache: FrameCache | None = None
+        self._cache: ImageCache | None = None
         if cache_on_device:
             sizes: dict[Role, int] = {"source": len(source), "target": len(target)}
-            self._cache = FrameCache(sizes, recipe, self._device, self._decode_frames)
+            self._cache = ImageCache(sizes, preprocessing, self._device, self._decode_resized)
 
     @property
     def failed(self) -> list[tuple[str, str]]:
@@ -129,27 +128,31 @@ class TorchLoader:
         return _Pending(source.futures + target.futures, finish)
 
     def _finished(self, views: list[Tensor], batch: BatchPlan) -> tuple[Tensor, ...]:
-        return tuple(finish_view(view, drawn, self._recipe) for view, drawn in zip(views, batch.further_views))
+        return tuple(finish_view(view, drawn, self._preprocessing) for view, drawn in zip(views, batch.further_views))
 
     def _start_crops(
         self, role: Role, index: NDArray[np.int64], views: list[Augmentation], labels: IntArray | None
     ) -> "_Crops":
         """Where a file fails, its number in `index` becomes that of its substitute."""
-        recipe = self._recipe
-        pixels = [self._empty_pixels(len(index), recipe.crop) for _ in views]
+        from torchvision.transforms.v2 import functional as transforms
+
+        preprocessing = self._preprocessing
+        pixels = [self._empty_pixels(len(index), preprocessing.crop) for _ in views]
 
         def decode(i: int) -> None:
             index[i], image = self._read_or_substitute(role, int(index[i]), labels)
             height, width = image.shape[-2:]
             for view, augmentation in zip(pixels, views):
-                window = source_window(augmentation.window[i], height, width, recipe.resize)
-                crop = transforms.resized_crop(image, *window, size=[recipe.crop, recipe.crop], antialias=True)
+                window = source_window(augmentation.window[i], height, width, preprocessing.resize)
+                crop = transforms.resized_crop(
+                    image, *window, size=[preprocessing.crop, preprocessing.crop], antialias=True
+                )
                 view[i] = crop.flip(-1) if augmentation.flip[i] else crop
 
         return _Crops(pixels, [self._pool.submit(decode, i) for i in range(len(index))])
 
     def _read_or_substitute(self, role: Role, sample: int, labels: IntArray | None) -> tuple[int, Tensor]:
-        domain, channels = self._domains[role], self._recipe.channels
+        domain, channels = self._domains[role], self._preprocessing.channels
         if self._substitutes.has_failed(role, sample):
             sample = self._substitutes.of(role, sample, labels)
         while True:
@@ -159,7 +162,7 @@ class TorchLoader:
                 self._substitutes.note(role, sample, error)
                 sample = self._substitutes.of(role, sample, labels)
 
-    def _cached_batch(self, cache: FrameCache, plan: SamplingPlan, step: int, rank: int) -> Batch:
+    def _cached_batch(self, cache: ImageCache, plan: SamplingPlan, step: int, rank: int) -> Batch:
         batch = plan.batch(step, rank)
         source = cache.samples("source", batch.source_index)
         target = cache.samples("target", batch.target_index)
@@ -173,16 +176,18 @@ class TorchLoader:
             further_views=self._finished([self._cached_crops(target, view) for view in batch.further_views], batch),
         )
 
-    def _cached_crops(self, frames: Tensor, augmentation: Augmentation) -> Tensor:
-        recipe = self._recipe
-        if recipe.crop == recipe.resize and recipe.random_scale is None and not recipe.flip:
-            return self._normalise(frames)
+    def _cached_crops(self, images: Tensor, augmentation: Augmentation) -> Tensor:
+        preprocessing = self._preprocessing
+        if preprocessing.crop == preprocessing.resize and preprocessing.random_scale is None and not preprocessing.flip:
+            return self._normalise(images)
         window = self._to_device(torch.from_numpy(augmentation.window))
         flip = self._to_device(torch.from_numpy(augmentation.flip))
-        return self._normalise(crop_frames(frames, window, flip, recipe.crop))
+        return self._normalise(crop_windows(images, window, flip, preprocessing.crop))
 
     def augmented(self, domain: Role, samples: IntArray, views: list[Augmentation]) -> list[Tensor]:
-        """(n, C, H, W) for each view: training crops of these samples, without a plan; each file is decoded once."""
+        """Return (n, C, H, W) for each view: training crops of these samples, without a plan; each file is decoded
+        once.
+        """
         crops = self._start_crops(domain, samples.copy(), views, None)
         for future in crops.futures:
             future.result()
@@ -202,27 +207,29 @@ class TorchLoader:
             return (self._cached_evaluation(cache, domain, part, crops) for part in parts)
         return _prefetch(self._start_evaluation(domain, part, crops) for part in parts)
 
-    def _cached_evaluation(self, cache: FrameCache, role: Role, part: Tensor, crops: Crops) -> tuple[Tensor, Tensor]:
-        frames = cache.samples(role, part.numpy())
-        return self._normalise(cut_crops(frames, self._recipe.crop, crops)), self._to_device(part)
+    def _cached_evaluation(self, cache: ImageCache, role: Role, part: Tensor, crops: Crops) -> tuple[Tensor, Tensor]:
+        images = cache.samples(role, part.numpy())
+        return self._normalise(cut_crops(images, self._preprocessing.crop, crops)), self._to_device(part)
 
     def _start_evaluation(self, role: Role, part: Tensor, crops: Crops) -> "_Pending[tuple[Tensor, Tensor]]":
-        domain, recipe = self._domains[role], self._recipe
-        # Ten crops are cut on the device: the frame is smaller than they are together.
-        side = recipe.crop if crops == 1 else recipe.resize
+        from torchvision.transforms.v2 import functional as transforms
+
+        domain, preprocessing = self._domains[role], self._preprocessing
+        # Ten crops are cut on the device: the resized image is smaller than they are together.
+        side = preprocessing.crop if crops == 1 else preprocessing.resize
         pixels = self._empty_pixels(len(part), side)
 
         def centre(i: int, sample: int) -> None:
             try:
-                frame = read_frame(domain, sample, recipe)
+                image = read_resized(domain, sample, preprocessing)
             except UsageError as error:
                 self._substitutes.note(role, sample, error)
-                pixels[i] = torch.tensor(recipe.mean).mul(255).round().to(torch.uint8).view(-1, 1, 1)
+                pixels[i] = torch.tensor(preprocessing.mean).mul(255).round().to(torch.uint8).view(-1, 1, 1)
                 return
-            pixels[i] = transforms.center_crop(frame, [side])
+            pixels[i] = transforms.center_crop(image, [side])
 
         def finish() -> tuple[Tensor, Tensor]:
-            return self._normalise(cut_crops(self._to_device(pixels), recipe.crop, crops)), self._to_device(part)
+            return self._normalise(cut_crops(self._to_device(pixels), preprocessing.crop, crops)), self._to_device(part)
 
         futures = [self._pool.submit(centre, i, sample) for i, sample in enumerate(part.tolist())]
         return _Pending(futures, finish)
@@ -234,35 +241,39 @@ class TorchLoader:
 
     # -------------------------------------------------------------------------------------------------------- pixels
 
-    def _decode_frames(self, role: Role, samples: IntArray) -> Tensor:
-        """(n, C, resize, resize) uint8."""
-        domain, recipe = self._domains[role], self._recipe
-        return torch.stack(list(self._pool.map(lambda i: read_frame(domain, i, recipe), samples.tolist())))
+    def _decode_resized(self, role: Role, samples: IntArray) -> Tensor:
+        """Return (n, C, resize, resize) uint8."""
+        domain, preprocessing = self._domains[role], self._preprocessing
+        return torch.stack(list(self._pool.map(lambda i: read_resized(domain, i, preprocessing), samples.tolist())))
 
     def _empty_pixels(self, count: int, side: int) -> Tensor:
-        """(count, C, side, side) uint8 in channels_last, page-locked where that makes the copy to the device faster."""
+        """Return (count, C, side, side) uint8 in channels_last, page-locked where that makes the copy to the device
+        faster.
+        """
         pinned = self._device.type == "cuda"
-        pixels = torch.empty((count, side, side, self._recipe.channels), dtype=torch.uint8, pin_memory=pinned)
+        pixels = torch.empty((count, side, side, self._preprocessing.channels), dtype=torch.uint8, pin_memory=pinned)
         return pixels.permute(0, 3, 1, 2)
 
     def _normalise(self, pixels: Tensor) -> Tensor:
-        """(x / 255 - mean) / std, computed in float32, on the device, in channels_last."""
+        """Return (x / 255 - mean) / std, computed in float32, on the device, in channels_last."""
         rows = self._to_device(pixels).permute(0, 2, 3, 1).to(torch.float32).flatten(2)
         images = rows.mul_(self._scale).sub_(self._shift).to(self._dtype)
-        return images.unflatten(2, (-1, self._recipe.channels)).permute(0, 3, 1, 2)
+        return images.unflatten(2, (-1, self._preprocessing.channels)).permute(0, 3, 1, 2)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return to_device(tensor, self._device)
 
 
 def usable_cores() -> int:
-    """Cores that this process may use, divided by the processes that torchrun started on this machine; at most 16."""
+    """Return cores that this process may use, divided by the processes that torchrun started on this machine; at most
+    16.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(_MAX_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def image_threads(workers: int, name: str) -> ThreadPoolExecutor:
-    """Threads that work on an image each, alone: by itself torch would give every one of them a team of its own.
+    """Return threads that work on an image each, alone: by itself torch would give every one of them a team of its own.
 
     Args:
         workers: their number; 0 = the usable cores. name: what theirs begin with.
@@ -274,44 +285,48 @@ def image_threads(workers: int, name: str) -> ThreadPoolExecutor:
     )
 
 
-def read_frame(domain: ImageDomain, sample: int, recipe: ImageRecipe) -> Tensor:
-    """An image resized to the recipe's frame, (C, resize, resize) uint8: antialiased bilinear."""
-    image = read_sample(domain, sample, recipe.channels)
-    return transforms.resize(image, [recipe.resize, recipe.resize], antialias=True)
+def read_resized(domain: ImageDomain, sample: int, preprocessing: Preprocessing) -> Tensor:
+    """Return an image resized as `preprocessing` says, (C, resize, resize) uint8: antialiased bilinear."""
+    from torchvision.transforms.v2 import functional as transforms
+
+    image = read_sample(domain, sample, preprocessing.channels)
+    return transforms.resize(image, [preprocessing.resize, preprocessing.resize], antialias=True)
 
 
 def read_sample(domain: ImageDomain, sample: int, channels: int) -> Tensor:
-    """An image as stored, (channels, height, width) uint8: that of the file or, in a pack, the frame.
+    """Return an image as stored, (channels, height, width) uint8: that of the file or, in a pack, the resized image.
 
     Raises:
         UsageError: see `read_image`.
     """
-    if domain.frames is None:
+    if domain.packed is None:
         return read_image(domain.file(sample), channels)
-    return torch.from_numpy(domain.frames[sample]).permute(2, 0, 1)
+    return torch.from_numpy(domain.packed[sample]).permute(2, 0, 1)
 
 
-def cut_crops(frames: Tensor, crop: int, crops: Crops) -> Tensor:
-    """What of a batch of frames is tested: the centres, or four corners, centre and the mirror images of these five.
+def cut_crops(images: Tensor, crop: int, crops: Crops) -> Tensor:
+    """Cut the centres of resized images, or four corners, centre and the mirror images of these five.
 
     Args:
-        frames: (B, C, R, R). crop: side of the result. crops: 1 or 10.
+        images: (B, C, R, R). crop: side of the result. crops: 1 or 10.
 
     Returns:
-        (B * crops, C, crop, crop), the crops of a frame one after another.
+        (B * crops, C, crop, crop), the crops of an image one after another.
     """
+    from torchvision.transforms.v2 import functional as transforms
+
     if crops == 1:
-        return transforms.center_crop(frames, [crop])
-    return torch.stack(transforms.ten_crop(frames, [crop, crop]), dim=1).flatten(0, 1)
+        return transforms.center_crop(images, [crop])
+    return torch.stack(transforms.ten_crop(images, [crop, crop]), dim=1).flatten(0, 1)
 
 
-def crop_frames(frames: Tensor, window: Tensor, flip: Tensor, crop: int) -> Tensor:
-    """Windows of a batch of frames, each resampled to `crop` x `crop`: bilinear, all in one call.
+def crop_windows(images: Tensor, window: Tensor, flip: Tensor, crop: int) -> Tensor:
+    """Return windows of a batch of resized images, each resampled to `crop` x `crop`: bilinear, all in one call.
 
     Points are kept inside their window, so that the result is that of cutting the window out first and resizing it.
 
     Args:
-        frames: (B, C, R, R) uint8.
+        images: (B, C, R, R) uint8.
         window: (B, 4) int64: top, left, height, width.
         flip: (B,) bool.
         crop: side of the result.
@@ -319,8 +334,8 @@ def crop_frames(frames: Tensor, window: Tensor, flip: Tensor, crop: int) -> Tens
     Returns:
         (B, C, crop, crop) float32 on the scale 0..255.
     """
-    side = frames.shape[-1]
-    centres = (torch.arange(crop, device=frames.device) + 0.5) / crop
+    side = images.shape[-1]
+    centres = (torch.arange(crop, device=images.device) + 0.5) / crop
     top, left, height, width = window.to(torch.float32).unsqueeze(-1).unbind(1)
 
     def points(start: Tensor, length: Tensor, places: Tensor) -> Tensor:
@@ -332,15 +347,15 @@ def crop_frames(frames: Tensor, window: Tensor, flip: Tensor, crop: int) -> Tens
     columns = points(left, width, columns)
     grid = torch.stack([columns.unsqueeze(1).expand(-1, crop, -1), rows.unsqueeze(2).expand(-1, -1, crop)], dim=-1)
     return functional.grid_sample(
-        frames.to(torch.float32), grid, mode="bilinear", padding_mode="border", align_corners=False
+        images.to(torch.float32), grid, mode="bilinear", padding_mode="border", align_corners=False
     )
 
 
-def _require_fitting_frames(domain: ImageDomain, recipe: ImageRecipe) -> None:
-    expected = (recipe.resize, recipe.resize, recipe.channels)
-    if domain.frames is not None and domain.frames.shape != expected:
-        found = f"{domain.root}, a pack of frames of shape {domain.frames.shape}"
-        raise UsageError("--data-root", found=found, expected=f"frames of shape {expected}")
+def _require_fitting_pack(domain: ImageDomain, preprocessing: Preprocessing) -> None:
+    expected = (preprocessing.resize, preprocessing.resize, preprocessing.channels)
+    if domain.packed is not None and domain.packed.shape != expected:
+        found = f"{domain.root}, a pack of images of shape {domain.packed.shape}"
+        raise UsageError("--data-root", found=found, expected=f"images of shape {expected}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -358,7 +373,7 @@ class _Pending(Generic[Result]):
 
 
 def _prefetch(started: Iterable[_Pending[Result]]) -> Iterator[Result]:
-    """The finished batches in order, the next `_AHEAD` of them already in the pool."""
+    """Yield the finished batches in order, the next `_AHEAD` of them already in the pool."""
     waiting: deque[_Pending[Result]] = deque()
     try:
         for pending in started:

@@ -25,22 +25,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from gsda_fast.console import FilesDone
 from gsda_fast.data.benchmarks import Benchmark, find_benchmark
 from gsda_fast.data.decoding import inspect
 from gsda_fast.data.digits import cache_home
 from gsda_fast.data.domains import ImageDomain, open_domain, open_pair
 from gsda_fast.data.quarantine import list_line, read_list
 from gsda_fast.data.torch_loader import image_threads
-from gsda_fast.errors import UsageError, UsageWarning, visible
+from gsda_fast.errors import UsageError, UsageWarning
 from gsda_fast.files import atomic_file
-
-FilesDone = Callable[[str, int, int], None]
-"""Called with (what is worked on, files done, files in all)."""
 
 _SHOWN = 5  # files named by an error message
 _BLOCK = 2000  # files that are remembered together
@@ -100,7 +96,7 @@ def verify(
     workers: int = 0,
     progress: FilesDone | None = None,
 ) -> list[Finding]:
-    """Checks the domains of a task: the two that are named or, where none is, all that its papers use.
+    """Check the domains of a task: the two that are named or, where none is, all that its papers use.
 
     Args:
         task, source, target, data_root: as for `open_pair`.
@@ -116,11 +112,11 @@ def verify(
             opened = _open_folders(source, target, data_root)
         else:
             opened = _open_domains(find_benchmark(task), source, target, data_root)
-    channels, checked = find_benchmark(task).recipe.channels, []
+    channels, checked = find_benchmark(task).preprocessing.channels, []
     for finding in opened:
         if finding.domain is not None:
             # Asked for in so many words: a disk may have lost bits of a shard since, which leaves no trace in its time.
-            afresh = finding.domain.frames is not None
+            afresh = finding.domain.packed is not None
             found = check_files(finding.domain, workers, progress, channels=channels, afresh=afresh)
             finding = replace(finding, unreadable=found.unreadable, misnamed=found.misnamed)
         checked.append(finding)
@@ -159,12 +155,12 @@ def _open_domains(
 
 
 def require_readable(task: str, *domains: ImageDomain, workers: int = 0, progress: FilesDone | None = None) -> None:
-    """Checks every file of the domains before a training relies on them.
+    """Check every file of the domains before a training relies on them.
 
     Raises:
         UsageError: some cannot be read; the message names them.
     """
-    channels = find_benchmark(task).recipe.channels
+    channels = find_benchmark(task).preprocessing.channels
     bad = [file for domain in domains for file in unreadable_files(domain, workers, progress, channels=channels)]
     if bad:
         listed = "; ".join(f"{path} ({problem})" for path, problem in bad[:_SHOWN])
@@ -188,7 +184,7 @@ class Checked(NamedTuple):
 def unreadable_files(
     domain: ImageDomain, workers: int = 0, progress: FilesDone | None = None, *, channels: int = 3
 ) -> list[tuple[str, str]]:
-    """(full path, what is wrong) of every file of a domain that cannot be read: see `check_files`."""
+    """Return (full path, what is wrong) of every file of a domain that cannot be read: see `check_files`."""
     return check_files(domain, workers, progress, channels=channels).unreadable
 
 
@@ -208,10 +204,10 @@ def check_files(
     """
     if domain.rows is not None:  # read and checked when the domain was opened
         return Checked([], [])
-    frames = domain.frames
-    files = [domain.file(i) for i in range(len(domain))] if frames is None else frames.files()
-    check = partial(_checked, channels=channels) if frames is None else partial(_checked_shard, frames.problem)
-    key = f"{_FORMAT} {channels} {' '.join(map(version, _READ_BY))}" if frames is None else _FORMAT
+    packed = domain.packed
+    files = [domain.file(i) for i in range(len(domain))] if packed is None else packed.files()
+    check = partial(_checked, channels=channels) if packed is None else partial(_checked_shard, packed.problem)
+    key = f"{_FORMAT} {channels} {' '.join(map(version, _READ_BY))}" if packed is None else _FORMAT
     memory = _Memory(domain)
     found: list[_Block] = []
     with _pool(workers) as pool:
@@ -260,7 +256,7 @@ def file_problem(path: str, channels: int = 3) -> str:
 
 
 def _checked(path: str, channels: int) -> tuple[str, str]:
-    """What is wrong with a file, and its format where its name says another."""
+    """Return what is wrong with a file, and its format where its name says another."""
     try:
         found = inspect(path, channels)
     except UsageError as error:
@@ -348,8 +344,8 @@ class _Memory:
             pass  # another process that checks the same files was at it at the same time
         except OSError as error:
             if not self._warned:
-                told = f"cannot remember what was verified: {self._file.parent}: {error.strerror}"
-                warnings.warn(told, UsageWarning, stacklevel=4)
+                message = f"cannot remember what was verified: {self._file.parent}: {error.strerror}"
+                warnings.warn(message, UsageWarning, stacklevel=4)
             self._warned = True
 
 
@@ -362,7 +358,7 @@ def _block(line: bytes) -> _Block | None:
         return None
     if not all(_is_list_of_pairs(content[name]) for name in ("unreadable", "misnamed")):
         return None
-    pairs = ([(path, told) for path, told in content[name]] for name in ("unreadable", "misnamed"))
+    pairs = ([(path, found) for path, found in content[name]] for name in ("unreadable", "misnamed"))
     return _Block(content["digest"], *pairs)
 
 
@@ -372,22 +368,7 @@ def _is_list_of_pairs(values: Any) -> bool:
     return all(isinstance(pair, list) and len(pair) == 2 and all(type(each) is str for each in pair) for pair in values)
 
 
-# ------------------------------------------------------------------------------------------------ what the user is told
-
-
-@contextmanager
-def progress_bars(console: Console) -> Iterator[FilesDone]:
-    """One bar for each thing that is worked on, while there is a terminal to show it."""
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bars: dict[str, TaskID] = {}
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-
-        def show(name: str, done: int, total: int) -> None:
-            if name not in bars:
-                bars[name] = progress.add_task(visible(name), total=total)
-            progress.update(bars[name], completed=done)
-
-        yield show
+# ------------------------------------------------------------------------------------------------ what the user sees
 
 
 def findings_table(task: str, findings: list[Finding]) -> Table:
@@ -408,7 +389,7 @@ def findings_table(task: str, findings: list[Finding]) -> Table:
 
 
 def write_quarantine(listed: Path, findings: list[Finding]) -> int:
-    """Adds every unreadable file to a list, one full path a line.
+    """Add every unreadable file to a list, one full path a line.
 
     Returns:
         The number of files on the list now.

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from gsda_fast.data.batches import to_device
-from gsda_fast.data.benchmarks import ImageRecipe
+from gsda_fast.data.benchmarks import Preprocessing
 from gsda_fast.data.sampling import Augmentation
 
 
-def finish_view(images: Tensor, augmentation: Augmentation, recipe: ImageRecipe) -> Tensor:
+def finish_view(images: Tensor, augmentation: Augmentation, preprocessing: Preprocessing) -> Tensor:
     """Shift and recolour a view's images as its augmentation says.
 
     Args:
@@ -24,7 +24,7 @@ def finish_view(images: Tensor, augmentation: Augmentation, recipe: ImageRecipe)
     if augmentation.shift is not None:
         images = shifted(images, to_device(torch.from_numpy(augmentation.shift), images.device))
     if augmentation.colour is not None:
-        images = recoloured(images, to_device(torch.from_numpy(augmentation.colour), images.device), recipe)
+        images = recoloured(images, to_device(torch.from_numpy(augmentation.colour), images.device), preprocessing)
     return images
 
 
@@ -44,13 +44,15 @@ def shifted(images: Tensor, shift: Tensor) -> Tensor:
     return moved.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
 
-def recoloured(images: Tensor, colour: Tensor, recipe: ImageRecipe) -> Tensor:
+def recoloured(images: Tensor, colour: Tensor, preprocessing: Preprocessing) -> Tensor:
     """Map each pixel's colour by an affine map of its image, and clamp it to what a pixel can be.
 
     Args:
         images: (B, C, H, W), normalised. colour: (B, C, C + 1) float32, a matrix and an offset for colours in [0, 1].
     """
-    mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (recipe.mean, recipe.std))
+    mean, std = (
+        torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std)
+    )
     pixels = images.float() * std + mean
     mapped = torch.einsum("bij,bjhw->bihw", colour[:, :, :-1], pixels) + colour[:, :, -1, None, None]
     changed = (mapped.clamp(0, 1) - mean) / std

@@ -119,7 +119,7 @@ def _not_of_half(logits: Tensor, half: Tensor) -> Tensor:
 
 @wide
 def symmetric_classifier_loss(source_logits: Tensor, labels: Tensor, target_logits: Tensor) -> Tensor:
-    r"""What the two classifiers of SymNets minimize (Zhang et al., CVPR 2019).
+    r"""Return what the two classifiers of SymNets minimize (Zhang et al., CVPR 2019).
 
     With logits :math:`z = [z^s | z^t]` of both classifiers, :math:`P = \mathrm{softmax}(z)` over all 2r,
     S the sum of its first half and T = 1 - S,
@@ -157,7 +157,7 @@ def symmetric_classifier_loss(source_logits: Tensor, labels: Tensor, target_logi
 def symmetric_feature_loss(
     source_logits: Tensor, labels: Tensor, target_logits: Tensor, ramp: float | Tensor
 ) -> Tensor:
-    r"""What the features of SymNets minimize (Zhang et al., CVPR 2019).
+    r"""Return what the features of SymNets minimize (Zhang et al., CVPR 2019).
 
     .. math:: \tfrac12 \mathrm{CE}(z, y) + \tfrac12 \mathrm{CE}(z, y + r)
         + \lambda \, \mathrm{mean}_t[-\tfrac12 \log S - \tfrac12 \log T + H(q)], \qquad q_k = P_k + P_{k + r}

@@ -76,7 +76,7 @@ def randomised_map(
 def entropy_weights(
     logits: Tensor, num_source: int, normalise: Literal["domain", "joint", "none"] = "domain"
 ) -> Tensor:
-    r"""Weights of samples by the certainty of their prediction (CDAN+E: Long et al., NeurIPS 2018).
+    r"""Return weights of samples by the certainty of their prediction (CDAN+E: Long et al., NeurIPS 2018).
 
     .. math:: w_i = \frac{1 + \exp(-H(p_i))}{\overline{\mathrm{mean}_j (1 + \exp(-H(p_j)))}}
 

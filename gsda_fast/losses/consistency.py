@@ -13,7 +13,7 @@ from gsda_fast.losses.precision import check_matrix, wide
 
 @wide
 def confident_rows(logits: Tensor, threshold: float) -> Tensor:
-    r"""Which rows have a prediction more probable than a threshold.
+    r"""Return which rows have a prediction more probable than a threshold.
 
     Args:
         logits: z.

@@ -108,7 +108,9 @@ def spectral_penalty(features: Tensor, k: int = 1) -> Tensor:
 
 
 def _leading_vector(gram: Tensor, squarings: int = 8) -> Tensor:
-    """The eigenvector of the largest eigenvalue, (n,) of length 1, from the 256th power; zeros where all is zero."""
+    """Return the eigenvector of the largest eigenvalue, (n,) of length 1, from the 256th power; zeros where all is
+    zero.
+    """
     tiny = torch.finfo(gram.dtype).tiny
     power = gram
     for _ in range(squarings):

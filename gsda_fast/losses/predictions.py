@@ -106,7 +106,9 @@ def nuclear_norm(logits: Tensor) -> Tensor:
 
 
 def polar_factor(matrix: Tensor, steps: int = 30) -> Tensor:
-    """The nearest matrix with singular values of 1 (0 where `matrix` has none), in float64, by Newton-Schulz steps."""
+    """Return the nearest matrix with singular values of 1 (0 where `matrix` has none), in float64, by Newton-Schulz
+    steps.
+    """
     wide_matrix = matrix.double()
     factor = wide_matrix / wide_matrix.square().sum().sqrt().clamp_min(torch.finfo(wide_matrix.dtype).tiny)
     for _ in range(steps):  # s -> (3 s - s^3) / 2 takes every singular value in (0, 1] to 1

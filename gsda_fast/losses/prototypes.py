@@ -20,7 +20,10 @@ class PrototypeLosses(NamedTuple):
 
 
 def _sums(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Sum of the features of each class (r, D), and how many there are (r,); labels below 0 belong to none."""
+    """Return the sum of the features of each class (r, D), and how many there are (r,).
+
+    Labels below 0 belong to none.
+    """
     member = (labels[:, None] == torch.arange(num_classes, device=labels.device)).to(features.dtype)
     return member.T @ features, member.sum(0)
 
@@ -67,7 +70,7 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 def prototype_pseudo_labels(
     source: Tensor, labels: Tensor, target: Tensor, num_classes: int, threshold: float = 0.6
 ) -> Tensor:
-    r"""Classes of target rows by the source's prototypes, where they are confident (TPN: Pan et al., CVPR 2019).
+    r"""Return classes of target rows by the source's prototypes, where they are confident (TPN: Pan et al., CVPR 2019).
 
     Args:
         source: features, with their classes in `labels`.
@@ -97,7 +100,7 @@ def prototype_pseudo_labels(
 def prototype_losses(
     source: Tensor, labels: Tensor, target: Tensor, pseudo_labels: Tensor, num_classes: int
 ) -> PrototypeLosses:
-    r"""Losses of transferrable prototypical networks (TPN: Pan et al., CVPR 2019).
+    r"""Return losses of transferrable prototypical networks (TPN: Pan et al., CVPR 2019).
 
     With :math:`\mu^s, \mu^t, \mu^{st}` the class means of source, pseudo-labelled target and both, and
     :math:`p(c | f; \mu) = \mathrm{softmax}_c(-|f - \mu_c|^2)`,

@@ -77,12 +77,15 @@ _BSP = {task: {**tables, **_added(bsp=1e-4)} for task, tables in {"*": {}, **SMA
 
 
 def _on_digits(tables: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Weights for digits, whose learning rate is fifty times the authors': theirs would drive the features away."""
+    """Return weights for digits, whose learning rate is fifty times the authors'.
+
+    Theirs would drive the features away.
+    """
     return {"digits": tables, "digits-partial": tables}
 
 
 def _feature_norm(add: Mapping[str, Mapping[str, float]]) -> Overrides:
-    """The authors' settings of the feature norms, with the terms of each task ("*": all others)."""
+    """Return the authors' settings of the feature norms, with the terms of each task ("*": all others)."""
     tables = on_images(
         model={
             "bottleneck_dim": 1000,

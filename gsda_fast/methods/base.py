@@ -65,7 +65,7 @@ class Scores(Protocol):
     """(n_s,) int64"""
 
     def features(self, domain: Literal["source", "target"]) -> Tensor:
-        """(n, D) float32 of a whole domain; computed by all ranks when it is asked for."""
+        """Return (n, D) float32 of a whole domain; computed by all ranks when it is asked for."""
 
 
 class Method(nn.Module):

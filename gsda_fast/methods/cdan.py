@@ -72,7 +72,7 @@ class CDAN(DomainAdversarial):
         return domain_loss(domain_logits, num_source, self._weights(logits, num_source, batch, step))
 
     def _weights(self, logits: Tensor, num_source: int, batch: Batch, step: Step) -> Tensor | None:
-        """(N,), of mean 1 in each domain of the batch of all ranks, times the weights of classes."""
+        """Return (N,), of mean 1 in each domain of the batch of all ranks, times the weights of classes."""
         given = self.sample_weight(batch)
         if self.settings.entropy_weight == "none":
             return given

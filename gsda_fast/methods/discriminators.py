@@ -94,11 +94,11 @@ class Discriminators(nn.Module):
         self._pairs_per_class = int((self.class_weights[own] > 0).sum(0).max())
 
     def level_slice(self, level: str) -> slice:
-        """Where a level's discriminators lie in the (K,) results."""
+        """Return where a level's discriminators lie in the (K,) results."""
         return self._slices[level]
 
     def sum_per_level(self, values: Tensor) -> dict[str, Tensor]:
-        """(K,) -> a 0-d sum for each level that exists, by its name."""
+        """Return (K,) -> a 0-d sum for each level that exists, by its name."""
         return {level: values[where].sum() for level, where in self._slices.items()}
 
     def forward(
@@ -112,7 +112,7 @@ class Discriminators(nn.Module):
         loss_feature_scale: float | Tensor = 1.0,
         frozen: bool = False,
     ) -> AdversarialTerms:
-        """Losses and gradient magnitudes of all discriminators (eqs. 6-12).
+        """Return losses and gradient magnitudes of all discriminators (eqs. 6-12).
 
         Args:
             features: (N, D), in any order.
@@ -214,7 +214,7 @@ class Discriminators(nn.Module):
 
 
 def stacked_linear(num: int, out_features: int, in_features: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """Parameters of `num` linear layers, each initialised on its own: with its fan-in, not that of the stack."""
+    """Return parameters of `num` linear layers, each initialised on its own: with its fan-in, not that of the stack."""
     weight, bias = torch.empty(num, out_features, in_features), torch.empty(num, out_features)
     bound = 1 / math.sqrt(in_features)
     nn.init.uniform_(weight, -bound, bound)

@@ -197,7 +197,7 @@ class GeodesicFlow(Shallow):
 
 
 def _squared_distances(rows: Tensor, others: Tensor) -> Tensor:
-    """(N, M), without the digits that a common offset takes."""
+    """Return (N, M), without the digits that a common offset takes."""
     centre = others.mean(0)
     rows, others = rows - centre, others - centre
     squared = rows.square().sum(1)[:, None] + others.square().sum(1) - 2 * rows @ others.T

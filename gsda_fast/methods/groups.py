@@ -27,7 +27,7 @@ class ClassGroups(nn.Module):
     Raises:
         ValueError: a membership that is not 0/1, an empty group, a class outside a level, levels that do not nest.
 
-    Example:
+    Examples:
         >>> ClassGroups([[[1, 1, 0, 0], [0, 0, 1, 1]]]).num_groups
         2
     """
@@ -52,7 +52,7 @@ class ClassGroups(nn.Module):
 
     @classmethod
     def random(cls, num_classes: int, num_groups: int, seed: int) -> ClassGroups:
-        """A random division into `num_groups` groups without overlap, as equal in size as possible.
+        """Return a random division into `num_groups` groups without overlap, as equal in size as possible.
 
         The order is the stable argsort of raw Philox numbers, which numpy promises to keep across versions.
 
@@ -78,7 +78,7 @@ class ClassGroups(nn.Module):
         return int((self.membership > 0).sum(0).max())
 
     def shares_below(self, level: int) -> Tensor:
-        """(b_level, b_(level+1)), or (b_level, r) for the finest: each group's share in what lies below it."""
+        """Return (b_level, b_(level+1)), or (b_level, r) for the finest: each group's share in what lies below it."""
         return self.get_buffer(f"_shares_below_{level}")
 
 
@@ -105,7 +105,7 @@ def _check_level(index: int, array: np.ndarray, num_classes: int, may_overlap: b
 
 
 def _nesting(index: int, coarse: np.ndarray, fine: np.ndarray) -> np.ndarray:
-    """(coarse groups, fine groups), 1 where the fine group lies inside the coarse one."""
+    """Return (coarse groups, fine groups), 1 where the fine group lies inside the coarse one."""
     shared = coarse @ fine.T
     parents = (shared > 0).sum(axis=0)
     if (parents != 1).any():

@@ -110,7 +110,7 @@ class MCD(Method):
     def _own(
         self, both: tuple[Tensor, Tensor], num_source: int, batch: Batch, step: Step
     ) -> tuple[Tensor, Tensor | None]:
-        """What both classifiers minimize beside their discrepancy, and the balance in it."""
+        """Return what both classifiers minimize beside their discrepancy, and the balance in it."""
         own = self._of_source(both, batch, step)
         if not self.settings.balance:
             return own, None

@@ -32,7 +32,8 @@ class Objective:
 
 
 def class_probabilities(logits: Tensor, source_labels: Tensor) -> Tensor:
-    """The constants p of the weights: the true class of source samples, the predicted distribution of target samples.
+    """Return the constants p of the weights: the true class of source samples, the predicted distribution of target
+    samples.
 
     Args:
         logits: (N, r), source rows first. source_labels: (N_s,) int64.
@@ -46,7 +47,7 @@ def class_probabilities(logits: Tensor, source_labels: Tensor) -> Tensor:
 
 
 def target_class_weights(target_probabilities: Tensor) -> Tensor:
-    """How much of each class the target seems to hold (PADA: Cao et al., ECCV 2018).
+    """Return how much of each class the target seems to hold (PADA: Cao et al., ECCV 2018).
 
     ``gamma = mean over the target of p, divided by its largest entry``.
 
@@ -131,7 +132,7 @@ def discriminator_objective(
     beta: float | Tensor = 0.0,
     mean_over_ranks: Callable[[Tensor], Tensor] | None = None,
 ) -> Objective:
-    """What the discriminators minimize (eqs. 13-15): ``sum_k L_k + beta * L_syn``.
+    """Return what the discriminators minimize (eqs. 13-15): ``sum_k L_k + beta * L_syn``.
 
     Args:
         terms: from `Discriminators`, on detached features.
@@ -163,7 +164,7 @@ def encoder_objective(
     source_weight: Tensor | None = None,
     mean_over_ranks: Callable[[Tensor], Tensor] | None = None,
 ) -> Objective:
-    """What the encoder and the classifier minimize (eqs. 3-5, 16, 17).
+    """Return what the encoder and the classifier minimize (eqs. 3-5, 16, 17).
 
     ``L_c + adversarial_weight * (beta * L_syn - adversarial_ramp * sum_k L_k)`` with
     ``L_c = mean cross-entropy of the source + alpha * mean entropy of the target``.

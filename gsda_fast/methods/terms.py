@@ -19,7 +19,7 @@ HAFN_RADIUS, SAFN_STEP = 25.0, 1.0
 
 
 def _entropy(outputs: Outputs, source_labels: Tensor, step: Step) -> Tensor:
-    """The target's entropy."""
+    """Return the target's entropy."""
     return losses.entropy(outputs.target_logits)
 
 
@@ -29,12 +29,12 @@ def _mcc(outputs: Outputs, source_labels: Tensor, step: Step) -> Tensor:
 
 
 def _bnm(outputs: Outputs, source_labels: Tensor, step: Step) -> Tensor:
-    """Minus the nuclear norm of the target's predictions."""
+    """Return minus the nuclear norm of the target's predictions."""
     return losses.nuclear_norm(step.gather(outputs.target_logits))
 
 
 def _bsp(outputs: Outputs, source_labels: Tensor, step: Step) -> Tensor:
-    """The largest squared singular value of each domain's features, as it would be in a batch of 36."""
+    """Return the largest squared singular value of each domain's features, as it would be in a batch of 36."""
     domains = step.gather(outputs.source_features), step.gather(outputs.target_features)
     return sum(
         (BSP_BATCH / len(rows) * losses.spectral_penalty(rows) for rows in domains), start=domains[0].new_zeros(())
@@ -42,13 +42,13 @@ def _bsp(outputs: Outputs, source_labels: Tensor, step: Step) -> Tensor:
 
 
 def _hafn(outputs: Outputs, source_labels: Tensor, step: Step) -> Tensor:
-    """How far each domain's mean feature norm is from 25."""
+    """Return how far each domain's mean feature norm is from 25."""
     domains = step.gather(outputs.source_features), step.gather(outputs.target_features)
     return losses.hard_feature_norm(*domains, radius=HAFN_RADIUS)
 
 
 def _safn(outputs: Outputs, source_labels: Tensor, step: Step) -> Tensor:
-    """A constant outward pull on the features of both domains; the value is always 2."""
+    """Return a constant outward pull on the features of both domains; the value is always 2."""
     domains = outputs.source_features, outputs.target_features
     source, target = (losses.stepwise_feature_norm(rows, SAFN_STEP) for rows in domains)
     return source + target

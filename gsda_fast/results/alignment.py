@@ -1,4 +1,4 @@
-"""How far the domains are aligned and the levels synchronized: figures that need no target label."""
+"""How far the domains are aligned and the levels synchronized: metrics that need no target label."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ MISMATCH_FORMULA = "3 L_syn / (S_dom + ΣS_grp + ΣS_cls)"
 
 
 def series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return steps, (n,) int64, and values, (n,) float64, of one figure where it was measured; NaN where not finite."""
+    """Return steps, (n,) int64, and values, (n,) float64, of one metric where it was measured; NaN where not finite."""
     measured = [(record["step"], record[name]) for record in records if name in record]
     steps = np.array([step for step, _ in measured], dtype=np.int64)
     return steps, np.array([value for _, value in measured], dtype=np.float64)
 
 
 def relative_mismatch(records: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and 3 L_syn / (S_dom + sum S_grp + sum S_cls): how far the three levels are from synchronized.
+    """Return steps and 3 L_syn / (S_dom + sum S_grp + sum S_cls): how far the three levels are from synchronized.
 
     Below stands the sum and not S_dom alone, since the global discriminator's gradient can vanish. 0 / 0 is NaN.
 
@@ -33,7 +33,7 @@ def relative_mismatch(records: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray,
         records: lines of `metrics.jsonl`; those without all three levels are left out.
 
     Returns:
-        (n,) int64 and (n,) float64, NaN where a figure was not finite.
+        (n,) int64 and (n,) float64, NaN where a metric was not finite.
     """
     names = ("synchronization", *(f"{NORM}{level}" for level in ("domain", "group", "class")))
     # A value that was not finite is stored as null, which is a measured NaN here.
@@ -45,7 +45,7 @@ def relative_mismatch(records: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray,
 
 
 def late_mismatch(records: Sequence[Mapping[str, Any]], warmup: int, steps: int) -> float | None:
-    """The mean of `relative_mismatch` over the last half of the steps after warm-up: one figure for a run.
+    """Return the mean of `relative_mismatch` over the last half of the steps after warm-up: one metric for a run.
 
     Args:
         records: lines of `metrics.jsonl`. warmup, steps: of the run.

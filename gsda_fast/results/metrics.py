@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from gsda_fast.data.domains import UNKNOWN
 from gsda_fast.results.records import LABEL_FREE_CRITERION, Selection
@@ -84,7 +83,7 @@ def softmax_correlation(probabilities: Tensor, class_distribution: Tensor | None
     """Return the cosine between the classes' correlations P'P / n and a diagonal matrix.
 
     Large where predictions are certain (mass off the diagonal is doubt between two classes) and as frequent as the
-    classes are thought to be: unlike the other scores it can be told how frequent. It costs one product.
+    classes are thought to be: unlike the other scores it can be given how frequent. It costs one product.
     Source: Tu et al., TMLR 2024 (SoftmaxCorr), who rank classifiers under distribution shift by it.
 
     Args:
@@ -102,7 +101,7 @@ def softmax_correlation(probabilities: Tensor, class_distribution: Tensor | None
 
 
 class Score(NamedTuple):
-    """A figure of unlabelled target predictions, (n, r) to a number, by which an evaluation can be chosen."""
+    """A metric of unlabelled target predictions, (n, r) to a number, by which an evaluation can be chosen."""
 
     function: Callable[[Tensor], Tensor]
     higher_is_better: bool = True
@@ -122,7 +121,7 @@ SCORES: Mapping[str, Score] = {
 
 
 @dataclass(frozen=True)
-class EvaluationFigures:
+class EvaluationMetrics:
     """Figures of one evaluation on the target domain.
 
     Attributes:
@@ -141,12 +140,12 @@ class EvaluationFigures:
 
     @property
     def mutual_information(self) -> float:
-        """The score that chooses the label-free figure."""
+        """The score that chooses the label-free metric."""
         return self.scores[LABEL_FREE_CRITERION]
 
 
-def evaluation_figures(labels: Tensor, probabilities: Tensor) -> EvaluationFigures:
-    """Compute the figures of one evaluation, accuracies from exact integer counts.
+def evaluation_metrics(labels: Tensor, probabilities: Tensor) -> EvaluationMetrics:
+    """Compute the metrics of one evaluation, accuracies from exact integer counts.
 
     Args:
         labels: (n,) integer, -1 for a sample without a label: it counts for the scores alone.
@@ -161,7 +160,7 @@ def evaluation_figures(labels: Tensor, probabilities: Tensor) -> EvaluationFigur
         for correct, count in zip(confusion.diagonal().tolist(), confusion.sum(dim=1).tolist())
     )
     present = [accuracy for accuracy in per_class if accuracy is not None]
-    return EvaluationFigures(
+    return EvaluationMetrics(
         accuracy=100.0 * int(confusion.trace()) / int(confusion.sum()) if present else None,
         mean_per_class=math.fsum(present) / len(present) if present else None,
         per_class=per_class,
@@ -171,7 +170,7 @@ def evaluation_figures(labels: Tensor, probabilities: Tensor) -> EvaluationFigur
 
 
 def confusion_matrix(labels: Tensor, probabilities: Tensor) -> Tensor:
-    """Count predictions: (r, r) int64 on the CPU, rows the true class. Arguments and errors: `evaluation_figures`."""
+    """Count predictions: (r, r) int64 on the CPU, rows the true class. Arguments and errors: `evaluation_metrics`."""
     if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1] or len(labels) == 0:
         raise ValueError(
             f"labels, probabilities: found shapes {tuple(labels.shape)} and {tuple(probabilities.shape)}; "
@@ -181,9 +180,10 @@ def confusion_matrix(labels: Tensor, probabilities: Tensor) -> Tensor:
     low, high = int(labels.min()), int(labels.max())
     if low < UNKNOWN or high >= num_classes:
         raise ValueError(f"labels: found values from {low} to {high}; expected -1 to {num_classes - 1}")
-    return multiclass_confusion_matrix(
-        probabilities.argmax(dim=1), labels, num_classes, ignore_index=UNKNOWN, validate_args=False
-    ).cpu()
+    known = labels != UNKNOWN
+    cells = labels[known] * num_classes + probabilities[known.to(probabilities.device)].argmax(dim=1).to(labels.device)
+    # Counted on the CPU, where a bincount is deterministic.
+    return torch.bincount(cells.long().cpu(), minlength=num_classes**2).view(num_classes, num_classes)
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class AccuracyHistory:
     def __init__(self) -> None:
         self._evaluations: list[_Evaluation] = []
 
-    def add(self, step: int, figures: EvaluationFigures) -> None:
+    def add(self, step: int, metrics: EvaluationMetrics) -> None:
         """Take note of the evaluation after `step` steps.
 
         Raises:
@@ -208,7 +208,7 @@ class AccuracyHistory:
         """
         if self._evaluations and step <= self._evaluations[-1].step:
             raise ValueError(f"step: found {step} after {self._evaluations[-1].step}; expected a larger one")
-        self._evaluations.append(_Evaluation(step, figures.accuracy, figures.mean_per_class, dict(figures.scores)))
+        self._evaluations.append(_Evaluation(step, metrics.accuracy, metrics.mean_per_class, dict(metrics.scores)))
 
     @property
     def accuracy(self) -> Selection:
@@ -247,13 +247,13 @@ class AccuracyHistory:
         finite = [each for each in self._evaluations if math.isfinite(each.scores.get(name, math.nan))]
         return max(finite, key=lambda evaluation: SCORES[name].merit(evaluation.scores[name]), default=None)
 
-    def _select(self, figure: str) -> Selection:
+    def _select(self, metric: str) -> Selection:
         if not self._evaluations:
             return Selection()
-        values = [getattr(evaluation, figure) for evaluation in self._evaluations]
+        values = [getattr(evaluation, metric) for evaluation in self._evaluations]
         chosen = self._chosen_by(LABEL_FREE_CRITERION)
         return Selection(
             last=values[-1],
             best=max((value for value in values if value is not None), default=None),
-            label_free=None if chosen is None else getattr(chosen, figure),
+            label_free=None if chosen is None else getattr(chosen, metric),
         )

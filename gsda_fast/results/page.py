@@ -36,7 +36,7 @@ from gsda_fast.results.suite_folder import (
     score_tables,
     suite_tables,
 )
-from gsda_fast.results.tables import AVERAGE, CHOICE_NAMES, FIGURE_NAMES, MEAN_PER_CLASS, OVERALL, ResultTable, Table
+from gsda_fast.results.tables import AVERAGE, CHOICE_NAMES, MEAN_PER_CLASS, METRIC_NAMES, OVERALL, ResultTable, Table
 
 MOMENTS = {"warmup": "before adaptation", "final": "after the last step"}
 # What tells the runs of a suite apart.
@@ -102,11 +102,11 @@ class _Run:
         steps = self.folder.setting("steps")
         return f" of {steps}" if steps else ""
 
-    def selection(self, figure: str) -> Selection:
-        """Return the result's figure; of an unfinished run the last and the highest so far."""
+    def selection(self, metric: str) -> Selection:
+        """Return the result's metric; of an unfinished run the last and the highest so far."""
         if self.result is not None:
-            return getattr(self.result, figure)
-        values = self.series(figure)[1]
+            return getattr(self.result, metric)
+        values = self.series(metric)[1]
         values = values[np.isfinite(values)]
         return Selection(last=float(values[-1]), best=float(values.max())) if len(values) else Selection()
 
@@ -222,8 +222,8 @@ def write_suite_page(suite: SuiteFolder, layout: Layout, *, points: int = 1000, 
         notices = []
         if len(finished) < len(begun):
             left = f"{len(begun) - len(finished)} of {len(begun)} runs have not finished"
-            told = "and take no part in the figures below. The suite's command, given again, goes on with them."
-            notices.append((left, told))
+            remark = "and take no part in the figures below. The suite's command, given again, goes on with them."
+            notices.append((left, remark))
         if mixed:
             shared = f"so that their figures are not of one protocol: {'; '.join(mixed)}."
             notices.append(("These runs do not share their settings,", shared))
@@ -281,7 +281,7 @@ def _duration(seconds: float) -> str:
 
 
 def _lines(table: Table) -> list[tuple[str, str, list[Markup]]]:
-    """Return of each row of a table its CSS classes, its heading and its cells, the highest of a column in bold."""
+    """Return, for each row of a table, its CSS classes, its heading and its cells, the highest of a column in bold."""
     texts = table.texts.to_numpy().tolist()
     ours = [
         cells["mean"].to_numpy() for _, cells in table.rows if isinstance(table, ResultTable) and _kind(cells) == "ours"
@@ -313,7 +313,9 @@ def _cell(text: str, best: bool) -> Markup:
 
 
 def _labels(runs: Sequence[_Run]) -> list[str]:
-    """The shortest names that tell the runs apart: the method, and the transfer task and the seed where they differ."""
+    """Return the shortest names that tell the runs apart: the method, and the transfer task and the seed where they
+    differ.
+    """
     pairs = [" → ".join(map(str, run.transfer_task)) for run in runs]
     seeds = [f"seed {run.identity['seed']}" for run in runs]
     labels = [
@@ -336,7 +338,7 @@ def _title(runs: Sequence[_Run]) -> str:
 
 
 def _means(results: Sequence[RunResult]) -> list[ResultTable]:
-    """Means over seeds and transfer tasks, where there are several of either."""
+    """Return means over seeds and transfer tasks, where there are several of either."""
     cells = {(result.task, *result.transfer_task, result.method) for result in results}
     pairs = {result.transfer_task for result in results}
     distinct = {(result.method, *result.transfer_task, result.seed) for result in results}
@@ -347,14 +349,14 @@ def _means(results: Sequence[RunResult]) -> list[ResultTable]:
 
 
 def _tested(runs: Sequence[_Run]) -> list[str]:
-    """How the target's images were tested; for each run, if not all alike."""
+    """Return how the target's images were tested; for each run, if not all alike."""
     notes = [(run.label, note) for run in runs if run.result is not None for note in tables.test_notes([run.result])]
     different = list(dict.fromkeys(note for _, note in notes))
     return different if len(different) < 2 else [f"{label}: {note}" for label, note in notes]
 
 
 def _stored(folders: Sequence[RunFolder]) -> dict[str, pd.DataFrame]:
-    """Settings and environment, a row a run, as texts; `-` where a run has no such entry."""
+    """Return settings and environment, a row a run, as texts; `-` where a run has no such entry."""
     stored = {
         "Settings": [flat_settings(folder.read_config()) for folder in folders],
         "Environment": [flat_settings(folder.read_environment()) for folder in folders],
@@ -363,7 +365,7 @@ def _stored(folders: Sequence[RunFolder]) -> dict[str, pd.DataFrame]:
 
 
 def _mixed(settings: pd.DataFrame, suite: SuiteFolder) -> list[str]:
-    """The settings that have several values in runs that should share them, and these values."""
+    """Return the settings that have several values in runs that should share them, and these values."""
     swept = {option.replace("-", "_") for name in suite.variants for option in read_settings(name)}
     mixed = []
     for name, values in settings.items():
@@ -422,12 +424,12 @@ def _accuracy_section(groups: _Groups, facets: Mapping[str, Sequence[_Run]], nam
         "Accuracy during training",
         "Measured on all target samples. "
         + (
-            "The mutual information needs no label; where it is largest, the label-free figure is taken."
+            "The mutual information needs no label; where it is largest, the label-free choice is made."
             if groups.single
             else "The line is the mean over seeds, the band one standard deviation."
         ),
     )
-    titles = {str(name): words for name, words in FIGURE_NAMES.items()}
+    titles = {str(name): words for name, words in METRIC_NAMES.items()}
     titles["mutual_information"] = "mutual information of the predictions"
     for facet, runs in facets.items():
         for name in names:
@@ -477,12 +479,12 @@ def _detail_section(runs: Sequence[_Run], title: str, moments: Sequence[str], po
             if features is None or at is None:
                 continue
             distance = run.distance(moment)
-            told = "" if distance is None else f", proxy A-distance {distance:.2f}"
+            remark = "" if distance is None else f", proxy A-distance {distance:.2f}"
             drawn = plots.tsne(
                 at,
                 (features.source_labels, features.target_labels),
                 classes=run.classes,
-                title=f"{name}, {MOMENTS[moment]}{told}",
+                title=f"{name}, {MOMENTS[moment]}{remark}",
                 points=points,
             )
             path = run.folder.plot_path(f"tsne_{moment}")
@@ -611,7 +613,7 @@ def _runs_part(suite: SuiteFolder, layout: Layout, points: int, samples: int) ->
             score_tables(suite.runs, layout),
         ),
         _bar_section(groups, made),
-        _accuracy_section(groups, facets, (layout.figure,)),
+        _accuracy_section(groups, facets, (layout.metric,)),
         _loss_section(groups),
         _alignment_section(groups),
         _detail_section(detailed, f"In detail: {where}, seed {seed}", ("final",), points),
@@ -644,7 +646,7 @@ def _bar_section(groups: _Groups, made: Sequence[ResultTable]) -> _Section:
                 continue
             cells = pd.DataFrame({"mean": means[place], "spread": spreads[place], "mark": marks[place]})
             title = f"{about}{'average over the transfer tasks' if column == AVERAGE else column}"
-            unit = "percent" if table.subject else f"{FIGURE_NAMES[table.figure]}, percent"
+            unit = "percent" if table.subject else f"{METRIC_NAMES[table.metric]}, percent"
             figure = plots.ranking(cells, title, unit, groups.styles, marked="paper")
             path = groups.page.plot_path(f"accuracy_{about}{column}")
             section.add(figure, path, f"Accuracy of each method: {title}")
@@ -685,7 +687,7 @@ def sweep_plots(made: Sequence[ResultTable]) -> dict[str, Figure]:
         for of_plot, content in frame.groupby("plot", sort=False):
             lines = {str(line): of_line for line, of_line in content.groupby("line", sort=False)}
             title = ", ".join(part for part in (table.task, table.subject, over, str(of_plot)) if part)
-            unit = f"{FIGURE_NAMES[table.figure]}, percent"
+            unit = f"{METRIC_NAMES[table.metric]}, percent"
             drawn[f"{table.subject} {of_plot}".strip()] = plots.sweep(lines, parameter, unit, title)
         ends = [figure.axes[0].get_ylim() for figure in drawn.values()]
         for figure in drawn.values():

@@ -1,4 +1,4 @@
-"""The figures that the GSDA paper prints, and its rows and the differences to them in our tables."""
+"""The metrics that the GSDA paper prints, and its rows and the differences to them in our tables."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class PublishedRow:
     def value(self, column: str, columns: tuple[str, ...]) -> float:
         """Return what the paper has in a column of a table with these columns; NaN for nothing.
 
-        An average over fewer transfer tasks than the paper's is set against the mean of its figures for those.
+        An average over fewer transfer tasks than the paper's is set against the mean of its metrics for those.
         """
         if column == AVERAGE:
             shown = set(columns) - {AVERAGE}
@@ -132,7 +132,7 @@ def with_paper(table: ResultTable) -> ResultTable:
     notes: list[str] = []
     for (label, *_), cells in table.rows:
         rows.append(cells)
-        published = published_row(table.task, label) if table.figure != "mean_per_class" else None
+        published = published_row(table.task, label) if table.metric != "mean_per_class" else None
         if published is None:
             continue
         values = pd.Series([published.value(column, table.columns) for column in table.columns], cells.index)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 LABEL_FREE_CRITERION = "mutual_information"
-"""The score that chooses the label-free figure (see `metrics.SCORES`)."""
+"""The score that chooses the label-free metric (see `metrics.SCORES`)."""
 
 NORM = "gradient_norm_"
 """What the names of the discriminators' gradient magnitudes begin with."""
@@ -44,7 +44,7 @@ def loss_terms(records: Iterable[Mapping[str, Any]]) -> list[str]:
 
 @dataclass(frozen=True)
 class Selection:
-    """One figure, in percent, under the three ways to choose the evaluation; None where the target has no labels.
+    """One metric, in percent, under the three ways to choose the evaluation; None where the target has no labels.
 
     Attributes:
         last: after the last step; nothing is chosen.
@@ -72,9 +72,11 @@ class RunResult:
         classes: names of the classes.
         images_per_second: training throughput, both domains and all ranks; None if no step was timed.
         seconds: wall-clock time of the run, with that before an interruption.
-        label_free_criterion: the score that chose the `label_free` figures.
-        test_crops: crops of an image over which its probabilities were averaged, for all figures.
+        label_free_criterion: the score that chose the `label_free` metrics.
+        test_crops: crops of an image over which its probabilities were averaged, for all metrics.
         label_free_by: by score (`metrics.SCORES`), `accuracy` and `mean_per_class` at the evaluation that it chooses.
+        unreadable_files: how many files failed while the run was at work, and had another sample or the mean colour in
+            their place; in all processes, and with those before an interruption.
     """
 
     task: str
@@ -92,6 +94,7 @@ class RunResult:
     label_free_criterion: str = LABEL_FREE_CRITERION
     test_crops: int = 1
     label_free_by: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    unreadable_files: int = 0
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> RunResult:
@@ -102,7 +105,7 @@ class RunResult:
         Raises:
             KeyError, TypeError: a key is missing or of another kind.
         """
-        optional = {"label_free_criterion", "test_crops", "label_free_by"} - stored.keys()
+        optional = {"label_free_criterion", "test_crops", "label_free_by", "unreadable_files"} - stored.keys()
         values = {each.name: stored[each.name] for each in dataclasses.fields(cls) if each.name not in optional}
         for name in ("accuracy", "mean_per_class"):
             values[name] = Selection(**values[name])

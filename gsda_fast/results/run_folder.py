@@ -33,7 +33,7 @@ from gsda_fast.results.records import Features, Predictions, RunResult, loss_ter
 FREE_TO_CHANGE = frozenset(
     ["run.output", "run.profile", "run.checkpoint_seconds", "data.verify", "data.workers", "distributed.timeout"]
 )
-"""Settings that have no influence on the figures of a run. So has --resume, unless it names where the run begins."""
+"""Settings that have no influence on the metrics of a run. So has --resume, unless it names where the run begins."""
 
 PLOTS = (
     *("accuracy", "mean_per_class", "mutual_information", "per_class", "confusion"),
@@ -71,17 +71,17 @@ class RunFolder:
 
     @staticmethod
     def default_name(task: str, source: str, target: str, method: str, seed: int) -> str:
-        """`TASK-SOURCE-TARGET-METHOD-seedN`, with `_` for characters that do not belong into a folder's name."""
+        """Return `TASK-SOURCE-TARGET-METHOD-seedN`, with `_` for characters that do not belong into a folder's name."""
         return "-".join(map(file_name, (task, source, target, method, f"seed{seed}")))
 
     @classmethod
     def default_path(cls, task: str, source: str, target: str, method: str, seed: int) -> Path:
-        """Where a run goes unless it is told: `runs` and the default name, from the current folder."""
+        """Return where a run goes by default: `runs` and the default name, from the current folder."""
         return Path("runs") / cls.default_name(task, source, target, method, seed)
 
     @classmethod
     def existing(cls, path: Path | str) -> RunFolder:
-        """The folder of a run that has at least begun.
+        """Return the folder of a run that has at least begun.
 
         Raises:
             UsageError: there is no such folder, or it holds none of a run's files.
@@ -100,7 +100,7 @@ class RunFolder:
         return run
 
     def prepare(self) -> None:
-        """Makes the folder and its subfolders.
+        """Make the folder and its subfolders.
 
         Raises:
             UsageError: it cannot be made or written.
@@ -117,7 +117,7 @@ class RunFolder:
             ) from error
 
     def hold(self) -> None:
-        """Keeps every other process from holding this folder, which exists, until `release` or this process's end.
+        """Keep every other process from holding this folder, which exists, until `release` or this process's end.
 
         The kernel lets go of it when the process dies, however that happens: the lock file that stays says nothing.
 
@@ -128,13 +128,13 @@ class RunFolder:
             self._lock = FolderLock(self.path)
 
     def release(self) -> None:
-        """Lets other processes hold the folder again."""
+        """Let other processes hold the folder again."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
 
     def clear(self) -> None:
-        """Removes what an earlier run, its report and its export left here, except for the checkpoints.
+        """Remove what an earlier run, its report and its export left here, except for the checkpoints.
 
         Files are known by their names, and all others stay: the folder may be somebody's own.
         """
@@ -173,12 +173,12 @@ class RunFolder:
     # config.toml
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Stores every setting, tables nested as in `config`. TOML has no null: settings that are None are left out."""
+        """Store every setting, tables nested as in `config`. TOML has no null: settings that are None are left out."""
         with atomic_file(self.config_path) as file:
             tomli_w.dump(_toml_table(config), file)
 
     def read_config(self) -> dict[str, Any]:
-        """The stored settings, {} before there are any.
+        """Return the stored settings, {} before there are any.
 
         Raises:
             UsageError: the file is no TOML.
@@ -191,7 +191,7 @@ class RunFolder:
             raise UsageError(str(self.config_path), found=f"no TOML ({error})", expected="a run's settings") from error
 
     def setting(self, name: str) -> Any:
-        """The stored value of an option, None if it is not set.
+        """Return the stored value of an option, None if it is not set.
 
         Options are one flat list on the command line, so that a name occurs once whatever table it is kept in.
         """
@@ -201,7 +201,7 @@ class RunFolder:
         return None
 
     def changed_settings(self, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Where `config` differs from the stored settings: dotted name -> (stored, asked for), None for not set.
+        """Return where `config` differs from the stored settings: dotted name -> (stored, asked for), None for not set.
 
         Args:
             config: nested tables. defaults: by dotted name, what settings stand for that are not stored.
@@ -214,7 +214,7 @@ class RunFolder:
     # environment.json
 
     def write_environment(self, device: str) -> None:
-        """Stores the versions in use, the device's name, the git revision of a source checkout and the command line."""
+        """Store the versions in use, the device's name, the git revision of a source checkout and the command line."""
         packages = ("gsda-fast", "torch", "torchvision", "triton", "numpy")
         environment = {
             "versions": {
@@ -229,13 +229,13 @@ class RunFolder:
         self._write_json(self.environment_path, environment)
 
     def read_environment(self) -> dict[str, Any]:
-        """The stored environment, {} before there is one."""
+        """Return the stored environment, {} before there is one."""
         return self._read_json(self.environment_path) or {}
 
     # metrics.jsonl
 
     def append_metrics(self, step: int, values: Mapping[str, Any]) -> None:
-        """Adds one line. A figure that is not finite is stored as null, since JSON has no NaN.
+        """Add one line. A metric that is not finite is stored as null, since JSON has no NaN.
 
         Args:
             step: optimiser steps done; larger than that of the line before.
@@ -254,7 +254,7 @@ class RunFolder:
         self._write_lines()
 
     def sync_metrics(self) -> None:
-        """Puts all lines on the disk: before a checkpoint, since what goes on from it does not write them again.
+        """Put all lines on the disk: before a checkpoint, since what goes on from it does not write them again.
 
         Raises:
             OSError: as `append_metrics`.
@@ -279,7 +279,7 @@ class RunFolder:
         self._unwritten = b""
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All complete lines, in order; figures that were not finite are None.
+        """Return all complete lines, in order; metrics that were not finite are None.
 
         Raises:
             UsageError: a line other than the last is broken.
@@ -287,7 +287,7 @@ class RunFolder:
         return [record for _, record in self._metric_lines()]
 
     def truncate_metrics(self, step: int | None = None) -> None:
-        """Drops every line after `step` (as a resumed run must, which writes them again) and a torn last line."""
+        """Drop every line after `step` (as a resumed run must, which writes them again) and a torn last line."""
         if not self.metrics_path.exists():
             return
         kept = [(line, record) for line, record in self._metric_lines() if step is None or record["step"] <= step]
@@ -320,11 +320,11 @@ class RunFolder:
     # result.json
 
     def write_result(self, result: RunResult) -> None:
-        """Stores the outcome, and by that marks the run as finished: to be called last."""
+        """Store the outcome, and by that marks the run as finished: to be called last."""
         self._write_json(self.result_path, dataclasses.asdict(result))
 
     def read_result(self) -> RunResult | None:
-        """The outcome; None of a run that has not finished.
+        """Return the outcome; None of a run that has not finished.
 
         Raises:
             UsageError: the file is no result.
@@ -342,7 +342,7 @@ class RunFolder:
     # predictions.npz, features.npz
 
     def write_predictions(self, labels: np.ndarray, probabilities: np.ndarray) -> None:
-        """Stores the target's labels, (n,), -1 where unknown, and class probabilities, (n, r)."""
+        """Store the target's labels, (n,), -1 where unknown, and class probabilities, (n, r)."""
         with atomic_file(self.predictions_path) as file:
             np.savez(file, labels=labels.astype(np.int64), probabilities=probabilities.astype(np.float32))
 
@@ -361,7 +361,7 @@ class RunFolder:
         source_labels: np.ndarray,
         target_labels: np.ndarray,
     ) -> None:
-        """Adds the features of one moment to those already stored.
+        """Add the features of one moment to those already stored.
 
         Args:
             moment: `warmup` at the end of warm-up, `final` after the last step.
@@ -402,7 +402,7 @@ class RunFolder:
 
 
 def file_name(text: str) -> str:
-    """The text with `_` for characters that do not belong into a file's or a folder's name."""
+    """Return the text with `_` for characters that do not belong into a file's or a folder's name."""
     return re.sub(r"[^\w.+-]+", "_", text)
 
 
@@ -418,7 +418,10 @@ def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]
 
 
 def _as_stored(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Through TOML and back, so that a tuple equals the list and a Path the string that it is stored as; flat."""
+    """Send a value through TOML and back, so that a tuple equals the list and a Path the string that it is stored as.
+
+    Flat.
+    """
     return flat_settings(tomllib.loads(tomli_w.dumps(_toml_table(config))))
 
 
@@ -460,7 +463,9 @@ def _version(package: str) -> str | None:
 
 
 def _git_revision() -> str | None:
-    """The checkout's commit, with `-dirty` if files differ from it; None if this file is not under version control."""
+    """Return the checkout's commit, with `-dirty` if files differ from it; None if this file is not under version
+    control.
+    """
     here = Path(__file__)
     try:
         # An installed package may lie inside somebody else's repository, whose revision would say nothing.

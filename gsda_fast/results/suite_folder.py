@@ -17,7 +17,7 @@ from gsda_fast.results.metrics import SCORES
 from gsda_fast.results.paper import with_paper
 from gsda_fast.results.records import RunResult
 from gsda_fast.results.run_folder import RunFolder, file_name
-from gsda_fast.results.tables import CHOICE_NAMES, FIGURE_NAMES
+from gsda_fast.results.tables import CHOICE_NAMES, METRIC_NAMES
 
 TableName = Literal["table", "paired", "scores", "sweep"]
 
@@ -39,27 +39,27 @@ class Layout:
     by_class: bool = False
 
     @property
-    def figure(self) -> tables.Figure:
-        """The figure that the benchmark's literature reports."""
+    def metric(self) -> tables.Metric:
+        """The metric that the benchmark's literature reports."""
         return "mean_per_class" if self.by_class else "accuracy"
 
     @property
     def quantity(self) -> str:
         """What `last` is, in words."""
-        return f"{FIGURE_NAMES[self.figure]} after the last step, in points"
+        return f"{METRIC_NAMES[self.metric]} after the last step, in points"
 
     def last(self, result: RunResult) -> float | None:
-        """Return the figure after the last step."""
-        return getattr(result, self.figure).last
+        """Return the metric after the last step."""
+        return getattr(result, self.metric).last
 
     @property
     def table(self) -> dict[str, Any]:
         """The options of `tables.transfer_table`."""
-        names = ("figure", "methods", "transfer_tasks", "short_names")
+        names = ("metric", "methods", "transfer_tasks", "short_names")
         return {name: getattr(self, name) for name in names}
 
     def only(self, results: Sequence[RunResult]) -> Layout:
-        """The same, with those methods and transfer tasks alone that there are results of."""
+        """Return the same, with those methods and transfer tasks alone that there are results of."""
         methods = {result.method for result in results}
         pairs = {result.transfer_task for result in results}
         return replace(
@@ -83,7 +83,7 @@ class SuiteFolder:
 
     @classmethod
     def find(cls, path: Path | str) -> SuiteFolder | None:
-        """The suite in the folder `path`; None if it holds no runs."""
+        """Return the suite in the folder `path`; None if it holds no runs."""
         suite = cls(path)
         return suite if suite.runs or suite.variants else None
 
@@ -104,7 +104,7 @@ class SuiteFolder:
         return {name: suite for name, suite in suites.items() if suite.runs}
 
     def results(self) -> list[RunResult]:
-        """The outcomes of the runs that have finished."""
+        """Return the outcomes of the runs that have finished."""
         return [result for run in self.runs if (result := run.read_result()) is not None]
 
     @property
@@ -215,14 +215,14 @@ def score_tables(runs: Sequence[RunFolder], layout: Layout) -> list[tables.Score
     """Return what each label-free score would have chosen; nothing where no run has two evaluations to choose from.
 
     Args:
-        runs: those that have not finished are left out. layout: the figure that counts.
+        runs: those that have not finished are left out. layout: the metric that counts.
     """
     finished = [(run, result) for run in runs if (result := run.read_result()) is not None]
     finished = [(run, result) for run, result in finished if layout.last(result) is not None]
     if not finished:
         return []
     scores = pd.DataFrame([_final_scores(run) for run, _ in finished], columns=list(SCORES), dtype=float)
-    return [tables.score_table([result for _, result in finished], scores, layout.figure)]
+    return [tables.score_table([result for _, result in finished], scores, layout.metric)]
 
 
 def _final_scores(run: RunFolder) -> dict[str, float]:

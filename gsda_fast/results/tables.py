@@ -22,12 +22,12 @@ from gsda_fast.errors import UsageError
 from gsda_fast.results.metrics import SCORES
 from gsda_fast.results.records import RunResult
 
-Figure = Literal["accuracy", "mean_per_class", "per_class"]
+Metric = Literal["accuracy", "mean_per_class", "per_class"]
 Choice = Literal["last", "label_free", "best"]
 
 AVERAGE, ALL = "avg", "all"
 MEAN_PER_CLASS, OVERALL = "mean per class", "overall"
-FIGURE_NAMES: Mapping[Figure, str] = {
+METRIC_NAMES: Mapping[Metric, str] = {
     "accuracy": "overall accuracy",
     "mean_per_class": "mean accuracy per class",
     "per_class": "accuracy of each class, their mean, and overall accuracy",
@@ -53,7 +53,7 @@ class Table:
     """Figures in long form, one line a cell, and what is said of all of them.
 
     Attributes:
-        cells: the columns `ROW`, which tell the rows apart, `column`, and the figures of a cell; row by row, and in
+        cells: the columns `ROW`, which tell the rows apart, `column`, and the metrics of a cell; row by row, and in
             each row the same columns in the same order.
     """
 
@@ -105,7 +105,7 @@ class Table:
 
 @dataclass(frozen=True, eq=False)
 class ResultTable(Table):
-    """One figure under one choice, in percent, for methods (rows) and transfer tasks or classes (columns).
+    """One metric under one choice, in percent, for methods (rows) and transfer tasks or classes (columns).
 
     `cells` has `label`, the method; `kind`: measured here (`ours`), published (`paper`) or the first minus the second
     (`difference`); `source`, where a published row stands; `mean` over the seeds, NaN where no run has finished;
@@ -118,7 +118,7 @@ class ResultTable(Table):
     """
 
     task: str
-    figure: Figure
+    metric: Metric
     choice: Choice
     subject: str = ""
     notes: tuple[str, ...] = ()
@@ -128,7 +128,7 @@ class ResultTable(Table):
     @property
     def title(self) -> str:
         where = f"{self.task} {self.subject}".strip()
-        return f"{where}: {FIGURE_NAMES[self.figure]}, {CHOICE_NAMES[self.choice]}"
+        return f"{where}: {METRIC_NAMES[self.metric]}, {CHOICE_NAMES[self.choice]}"
 
     @property
     def corner(self) -> str:
@@ -165,11 +165,11 @@ class ResultTable(Table):
 
 @dataclass(frozen=True, eq=False)
 class PairedTable(Table):
-    """Differences of one figure between two runs of one transfer task and seed, then over the pairs of all of them.
+    """Differences of one metric between two runs of one transfer task and seed, then over the pairs of all of them.
 
     Such runs have much of their noise in common, so their difference has less of it than either of them. `cells` has
     `method` and `minus`; `mean`, NaN without a pair; `standard_error` of the mean, NaN with fewer than two pairs;
-    `pairs`, their number; `higher`, in how many of them the first method's figure is the higher one.
+    `pairs`, their number; `higher`, in how many of them the first method's metric is the higher one.
 
     Attributes:
         quantity: what was subtracted, with its unit. decimals: to be shown.
@@ -219,7 +219,7 @@ class ScoreTable(Table):
     """What each label-free score would have done for the runs. `cells` has `score`, and `value` by `column`."""
 
     task: str
-    figure: Figure
+    metric: Metric
     runs: int
     ROW = ("score",)
     FORMATS: ClassVar[Mapping[str, str]] = {
@@ -229,7 +229,7 @@ class ScoreTable(Table):
 
     @property
     def title(self) -> str:
-        return f"{self.task}: evaluations chosen without labels, against the last step ({FIGURE_NAMES[self.figure]})"
+        return f"{self.task}: evaluations chosen without labels, against the last step ({METRIC_NAMES[self.metric]})"
 
     @property
     def caption(self) -> str:
@@ -284,7 +284,7 @@ def run_values(
 def transfer_table(
     results: Sequence[RunResult],
     *,
-    figure: Figure = "accuracy",
+    metric: Metric = "accuracy",
     choice: Choice = "last",
     methods: Sequence[str] = (),
     transfer_tasks: Sequence[tuple[str, str]] = (),
@@ -297,7 +297,7 @@ def transfer_table(
 
     Args:
         results: of finished runs, in any order.
-        figure, choice: what to show; the figures of a run, not of its classes.
+        metric, choice: what to show; the metrics of a run, not of its classes.
         methods: the rows, in order; those of the results in order of appearance if empty.
         transfer_tasks: (source, target) of the columns, in order; those of the results if empty.
         short_names: of the domains, for the columns.
@@ -309,13 +309,13 @@ def transfer_table(
     task = _only_task(results)
     pairs = transfer_tasks or list(dict.fromkeys(result.transfer_task for result in results))
     columns = [transfer_task_name(*pair, short_names) for pair in pairs]
-    values = run_values(results, lambda result: getattr(getattr(result, figure), choice), short_names)
+    values = run_values(results, lambda result: getattr(getattr(result, metric), choice), short_names)
     by_seed = values.pivot(index=["method", "seed"], columns="column", values="value").reindex(columns=columns)
     by_seed = by_seed.droplevel("seed")
     if len(columns) > 1:
         by_seed[AVERAGE] = by_seed.apply(statistics.fmean, axis=1)
     cells = _mean_and_spread(by_seed, methods or list(values["method"].unique()))
-    return ResultTable(cells, task, figure, choice, notes=test_notes(results))
+    return ResultTable(cells, task, metric, choice, notes=test_notes(results))
 
 
 def class_table(
@@ -389,7 +389,7 @@ def sweep_tables(
             found = {name: transfer_table(of, choice=choice, **options) for name, of in of_method.items() if of}
             if found:
                 first, *_ = found.values()
-                # What holds for some settings alone is told by their names.
+                # What holds for some settings alone stands in their names.
                 notes = tuple(note for note in first.notes if all(note in table.notes for table in found.values()))
                 cells = pd.concat([table.cells.assign(label=name) for name, table in found.items()], ignore_index=True)
                 made.append(dataclasses.replace(first, cells=cells, subject=method, rows_are="setting", notes=notes))
@@ -407,8 +407,8 @@ def _only_task(results: Sequence[RunResult]) -> str:
 
 def test_notes(results: Sequence[RunResult]) -> tuple[str, ...]:
     """Return how the images of the runs, all of one task, were tested: on which crops, if they are cropped at all."""
-    recipe = find_benchmark(_only_task(results)).recipe
-    if recipe.crop == recipe.resize:
+    preprocessing = find_benchmark(_only_task(results)).preprocessing
+    if preprocessing.crop == preprocessing.resize:
         return ()
     crops = {result.test_crops for result in results}
     if len(crops) > 1:
@@ -437,11 +437,11 @@ def contrasts(methods: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def paired_table(task: str, quantity: str, values: pd.DataFrame, methods: Sequence[str], **options: Any) -> PairedTable:
-    """Tabulate the paired differences of one figure.
+    """Tabulate the paired differences of one metric.
 
     Args:
         task, quantity, options: see `PairedTable`.
-        values: as of `run_values`, NaN where the figure is not known; columns in order of appearance.
+        values: as of `run_values`, NaN where the metric is not known; columns in order of appearance.
         methods: in the order of `contrasts`; methods without any value are left out.
     """
     columns = list(values["column"].unique())
@@ -468,22 +468,22 @@ def _standard_error(values: pd.Series) -> float:
     return _spread(values) / math.sqrt(len(values))
 
 
-def score_table(results: Sequence[RunResult], final_scores: pd.DataFrame, figure: Figure) -> ScoreTable:
+def score_table(results: Sequence[RunResult], final_scores: pd.DataFrame, metric: Metric) -> ScoreTable:
     """Tabulate what each label-free score chose in each run, against the run's last step.
 
     Args:
-        results: of runs of one task. figure: the accuracy to judge by, `accuracy` or `mean_per_class`.
+        results: of runs of one task. metric: the accuracy to judge by, `accuracy` or `mean_per_class`.
         final_scores: each score (columns) of the predictions after the last step of each run (rows), NaN where those
             are not known.
     """
     task = _only_task(results)
-    selections = [getattr(result, figure) for result in results]
+    selections = [getattr(result, metric) for result in results]
     last = pd.Series([each.last for each in selections], dtype=float)
     best = pd.Series([each.best for each in selections], dtype=float)
     tasks = [transfer_task_name(*result.transfer_task) for result in results]
     lines = []
     for name, score in SCORES.items():
-        chosen = pd.Series([_chosen_by(name, result, figure) for result in results], dtype=float)
+        chosen = pd.Series([_chosen_by(name, result, metric) for result in results], dtype=float)
         gain = (chosen - last).dropna()
         counts = {"better": gain > 0, "equal": gain == 0, "worse": gain < 0}
         final = score.merit(1.0) * final_scores[name].to_numpy()
@@ -501,14 +501,14 @@ def score_table(results: Sequence[RunResult], final_scores: pd.DataFrame, figure
         )
     wide = pd.DataFrame(lines).set_index("score").astype(float)
     cells = wide.stack().rename_axis(["score", "column"]).rename("value").reset_index()
-    return ScoreTable(cells, task, figure, int(last.notna().sum()))
+    return ScoreTable(cells, task, metric, int(last.notna().sum()))
 
 
-def _chosen_by(score: str, result: RunResult, figure: Figure) -> float | None:
+def _chosen_by(score: str, result: RunResult, metric: Metric) -> float | None:
     if score in result.label_free_by:
-        return result.label_free_by[score][figure]
+        return result.label_free_by[score][metric]
     # Earlier runs kept the choice of one score alone.
-    return getattr(result, figure).label_free if score == result.label_free_criterion else None
+    return getattr(result, metric).label_free if score == result.label_free_criterion else None
 
 
 # ------------------------------------------------------------------------------------------------------------- output
@@ -555,7 +555,7 @@ def to_csv(tables: Sequence[Table]) -> str:
     return frame.assign(**{name: frame[name].map(_for_spreadsheets) for name in texts}).to_csv(index=False)
 
 
-_CSV_ABOUT = ("task", "figure", "choice", "subject", "quantity", "runs")
+_CSV_ABOUT = ("task", "metric", "choice", "subject", "quantity", "runs")
 
 
 def _for_spreadsheets(text: Hashable) -> str:

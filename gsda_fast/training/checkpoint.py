@@ -36,7 +36,7 @@ def no_check(state: dict[str, Any]) -> str:
 
 
 def network_problem(state: dict[str, Any]) -> str:
-    """What is wrong with the part of a checkpoint from which a network is made."""
+    """Return what is wrong with the part of a checkpoint from which a network is made."""
     step, classes, method = (state.get(name) for name in ("step", "classes", "method"))
     if type(step) is not int or step < 0:
         return "no step"
@@ -53,7 +53,7 @@ def network_problem(state: dict[str, Any]) -> str:
 
 
 def training_problem(state: dict[str, Any]) -> str:
-    """What is wrong with a checkpoint that a training is to go on from."""
+    """Return what is wrong with a checkpoint that a training is to go on from."""
     problem = network_problem(state)
     if problem:
         return problem
@@ -70,6 +70,9 @@ def training_problem(state: dict[str, Any]) -> str:
         return "pseudo-labels that are none"
     if not all(isinstance(each, dict) for each in state["ranks"]):
         return "no states of processes"
+    files = state.get("unreadable_files", {})
+    if not isinstance(files, dict) or not all(type(each) is str for pair in files.items() for each in pair):
+        return "files that failed which are none"
     return ""
 
 
@@ -84,7 +87,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 
 
 def _is_plain_tensor(value: Any) -> bool:
-    """Whether it is a tensor that has the memory which its shape says: one number can pose as a billion."""
+    """Return whether it is a tensor that has the memory which its shape says: one number can pose as a billion."""
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized or value.is_meta:
         return False
     return value.untyped_storage().nbytes() >= value.numel() * value.element_size()
@@ -103,14 +106,14 @@ class CheckpointFolder:
         self.path, self.keep = path, keep
 
     def steps(self) -> list[int]:
-        """The steps of the checkpoints on disk, oldest first."""
+        """Return the steps of the checkpoints on disk, oldest first."""
         return sorted(int(file.stem.removeprefix("step-")) for file in self._written("pt"))
 
     def file(self, step: int) -> Path:
         return self.path / f"step-{step:08d}.pt"
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Writes `state` (tensors, numbers, strings, lists and dicts) as the checkpoint of `step`.
+        """Write `state` (tensors, numbers, strings, lists and dicts) as the checkpoint of `step`.
 
         Raises:
             OSError: it cannot be written, for lack of space for one; the checkpoints before it are as they were.
@@ -123,12 +126,12 @@ class CheckpointFolder:
         self._drop_old()
 
     def _written(self, *suffixes: str) -> list[Path]:
-        """The files that a run has written. Others, such as ``step-00000800 (copy).pt``, are somebody else's."""
+        """Return the files that a run has written. Others, such as ``step-00000800 (copy).pt``, are somebody else's."""
         name = re.compile(rf"step-([0-9]{{8}}|[1-9][0-9]{{8,}})\.({'|'.join(suffixes)})")
         return [file for file in self.path.glob("step-*") if name.fullmatch(file.name)]
 
     def _half_written(self) -> list[Path]:
-        """What a kill has left of `atomic_file`."""
+        """Return what a kill has left of `atomic_file`."""
         name = re.compile(r"\.step-[0-9]{8,}\.pt\.tmp")
         return [file for file in self.path.glob(".step-*") if name.fullmatch(file.name)]
 
@@ -137,7 +140,7 @@ class CheckpointFolder:
             self.file(old).unlink()
 
     def load(self, step: int, device: torch.device | str = "cpu", check: Check = no_check) -> dict[str, Any]:
-        """The state saved at `step`.
+        """Return the state saved at `step`.
 
         Raises:
             DamagedCheckpoint: see `read_checkpoint`; or the file of another step under this one's name.
@@ -150,7 +153,7 @@ class CheckpointFolder:
     def load_newest(
         self, device: torch.device | str = "cpu", check: Check = no_check
     ) -> tuple[dict[str, Any] | None, list[str]]:
-        """The newest sound checkpoint's state, or None, and a line for each damaged one that was passed over."""
+        """Return the newest sound checkpoint's state, or None, and a line for each damaged one that was passed over."""
         damage: list[str] = []
         for step in reversed(self.steps()):
             try:
@@ -160,7 +163,7 @@ class CheckpointFolder:
         return None, damage
 
     def tidy(self, newest: int | None) -> None:
-        """Removes what a kill has left half written or not removed yet, and sets damaged checkpoints aside.
+        """Remove what a kill has left half written or not removed yet, and set damaged checkpoints aside.
 
         Under their names they would count among those that are kept, in the place of sound ones.
 
@@ -175,13 +178,13 @@ class CheckpointFolder:
         self._drop_old()
 
     def clear(self) -> None:
-        """Removes all checkpoints, those half written or set aside too. Other files stay, and so does the folder."""
+        """Remove all checkpoints, those half written or set aside too. Other files stay, and so does the folder."""
         for file in [*self._written("pt", "damaged"), *self._half_written()]:
             file.unlink()
 
 
 def read_checkpoint(file: Path, device: torch.device | str = "cpu", check: Check = no_check) -> dict[str, Any]:
-    """The state that a file holds. No code in it runs, whoever wrote it.
+    """Return the state that a file holds. No code in it runs, whoever wrote it.
 
     Args:
         check: of the content, before anything is done with it.
@@ -232,7 +235,7 @@ class _HashingWriter:
         self._error: OSError | None = None
 
     def save(self, state: dict[str, Any]) -> None:
-        """Writes a state.
+        """Write a state.
 
         Raises:
             OSError: the file cannot be written. `torch.save` makes it an error of its own, without the reason.

@@ -86,7 +86,7 @@ class Ranks:
         return self.world_size > 1
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """The mean over ranks, detached; `tensor` is left as it is. Traceable by torch.compile.
+        """Return the mean over ranks, detached; `tensor` is left as it is. Traceable by torch.compile.
 
         For L_syn (`synchronization_loss`): a plain all-reduce inside a loss would scale its gradient by 1/world_size,
         so the mean carries no gradient at all and the caller applies the sign pattern to its own sums.
@@ -132,11 +132,11 @@ class Ranks:
         return total
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks, detached."""
+        """Return the sum over ranks, detached."""
         return self.mean(tensor) * self.world_size
 
     def max(self, value: float, device: torch.device) -> float:
-        """The largest value of a host number over the ranks."""
+        """Return the largest value of a host number over the ranks."""
         if not self.several:
             return value
         largest = torch.tensor(value, dtype=torch.float64, device=device)
@@ -145,7 +145,7 @@ class Ranks:
 
     @torch.no_grad()
     def mean_gradients(self, parameters: Sequence[nn.Parameter], extra: Tensor | None = None) -> Tensor | None:
-        """Averages the gradients of `parameters` over the ranks, in place: large ones where they are, the others by one
+        """Average the gradients of `parameters` over the ranks, in place: large ones where they are, the others by one
         all-reduce for each dtype.
 
         Args:
@@ -177,7 +177,7 @@ class Ranks:
 
     @torch.no_grad()
     def mean_buffers(self, module: nn.Module) -> None:
-        """Averages floating buffers (BatchNorm's running statistics), which each rank has gathered from its batches."""
+        """Average floating buffers (BatchNorm's running statistics), which each rank has gathered from its batches."""
         if not self.several:
             return
         for buffer in module.buffers():
@@ -185,7 +185,7 @@ class Ranks:
                 buffer.copy_(self.mean(buffer))
 
     def shard(self, count: int) -> list[int]:
-        """This rank's share of `count` samples, every world_size-th one; equally many on each rank.
+        """Return this rank's share of `count` samples, every world_size-th one; equally many on each rank.
 
         The last ranks begin again at the first samples where `count` does not divide.
         """
@@ -193,7 +193,7 @@ class Ranks:
         return [each % count for each in range(self.rank, longest * self.world_size, self.world_size)]
 
     def gather(self, rows: Tensor, count: int) -> Tensor:
-        """The rows of all ranks' shares in the order of the samples, (count, ...), on every rank.
+        """Return the rows of all ranks' shares in the order of the samples, (count, ...), on every rank.
 
         Args:
             rows: (len(shard(count)), ...), this rank's.
@@ -204,7 +204,7 @@ class Ranks:
         return torch.stack(self.all_gather(rows), dim=1).flatten(0, 1)[:count]
 
     def gather_objects(self, value: T) -> list[T]:
-        """The value of every rank, on every rank."""
+        """Return the value of every rank, on every rank."""
         if not self.several:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -212,10 +212,11 @@ class Ranks:
         return values
 
     def on_rank_zero(self, make: Callable[[], T]) -> T:
-        """What `make` returns on the first rank, the only one that calls it; it may take longer than the timeout.
+        """Return what `make` returns on the first rank, the only one that calls it; it may take longer than the
+        timeout.
 
         Raises:
-            UsageError, TrainingError, Stopped: raised by `make`; every rank raises it, the first one tells of it.
+            UsageError, TrainingError, Stopped: raised by `make`; every rank raises it, the first one prints it.
         """
         made = self.on_all_ranks(lambda: make() if self.first else None)
         if not self.several:
@@ -226,7 +227,8 @@ class Ranks:
         return value
 
     def on_all_ranks(self, make: Callable[[], T]) -> T:
-        """What `make` returns here, if no rank fails: a mistake that one rank finds ends all of them, told once.
+        """Return what `make` returns here, if no rank fails: a mistake that one rank finds ends all of them, printed
+        once.
 
         It may take longer than the timeout, on any of them.
 
@@ -245,12 +247,12 @@ class Ranks:
         self._wait_until_all_are_done()
         failures = [each for each in self.gather_objects(failure) if each is not None]
         if failures:
-            raise self._told(failures[0])
+            raise self._shared(failures[0])
         return cast(T, value)
 
     @contextmanager
     def _giving_signs_of_life(self) -> Iterator[None]:
-        """Counts up in the store, which is no collective, so that the body may use these itself.
+        """Count up in the store, which is no collective, so that the body may use these itself.
 
         A thread of its own does it: the work stays in the calling one, the only one that signals can interrupt.
         """
@@ -271,7 +273,7 @@ class Ranks:
             thread.join(_ANSWER_WITHIN)  # for ever, where the process that holds the store is stopped
 
     def _wait_until_all_are_done(self) -> None:
-        """Returns once every rank has called this as often as this one: a collective after it waits for nobody's work.
+        """Return once every rank has called this as often as this one: a collective after it waits for nobody's work.
 
         It would give up after the timeout, whether the others are at work or dead. This gives up where for so long
         no rank at work has given a sign of life.
@@ -291,19 +293,19 @@ class Ranks:
                 raise dist.DistStoreError("no sign of life")
 
     def once_per_machine(self, make: Callable[[], object]) -> None:
-        """Calls `make` on one rank of each machine, on the first machine before all others; every rank waits for it.
+        """Call `make` on one rank of each machine, on the first machine before all others; every rank waits for it.
 
         For what lands in a cache: on a disk that all machines share it is found there after the first call, on disks
         of their own each machine has it once.
 
         Raises:
-            UsageError: raised by `make`; every rank raises it, the first one tells of it.
+            UsageError: raised by `make`; every rank raises it, the first one prints it.
         """
         for mine in (self.first, self.local_rank == 0 and not self.first):
             self.on_all_ranks(lambda mine=mine: make() if mine else None)  # type: ignore[misc]
 
     def require_equal(self, values: Mapping[str, Any]) -> None:
-        """Checks that all ranks train the same thing.
+        """Check that all ranks train the same thing.
 
         Args:
             values: plain values by name; all of them must be equal on all ranks.
@@ -315,7 +317,7 @@ class Ranks:
         for name, value in everywhere[0].items():
             for rank, other in enumerate(everywhere):
                 if other[name] != value:
-                    raise self._told(
+                    raise self._shared(
                         UsageError(
                             name,
                             found=f"{value} in process 0 and {other[name]} in process {rank}",
@@ -324,8 +326,8 @@ class Ranks:
                         )
                     )
 
-    def _told(self, error: Shared) -> Shared:
-        error.told = not self.first
+    def _shared(self, error: Shared) -> Shared:
+        error.reported_elsewhere = not self.first
         return error
 
 
@@ -343,7 +345,7 @@ class _GatheredRows(torch.autograd.Function):
 
 @contextmanager
 def join(device_type: str, timeout: int) -> Iterator[Ranks]:
-    """The processes that torchrun started, joined for the length of the block; this one alone without torchrun.
+    """Join the processes that torchrun started for the length of the block; this one alone without torchrun.
 
     NCCL connects GPUs, gloo CPUs.
 
@@ -362,7 +364,7 @@ def join(device_type: str, timeout: int) -> Iterator[Ranks]:
     if device_type == "cuda":
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if here > torch.cuda.device_count():
-            raise ranks._told(
+            raise ranks._shared(
                 UsageError(
                     "--nproc_per_node",
                     found=f"{here} processes on a machine with {torch.cuda.device_count()} GPUs",
@@ -392,14 +394,14 @@ def join(device_type: str, timeout: int) -> Iterator[Ranks]:
             f"process {rank} of {world_size} lost another one, which ended or did not answer for {timeout} s "
             f"({_first_line(error)}); the same command goes on from the last checkpoint"
         )
-        lost.told = not _first_to_fail(rank)
+        lost.reported_elsewhere = not _first_to_fail(rank)
         raise lost from error
     # Not after a failure: taking a group apart waits for all of its processes.
     dist.destroy_process_group()
 
 
 def _store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
-    """The store through which the processes find each other, of this attempt alone.
+    """Return the store through which the processes find each other, of this attempt alone.
 
     torchrun's own store outlives the processes. Where torchrun starts them again, the addresses of the dead ones are in
     it still, and would be taken for those of the living. Machines can count their attempts differently; one cannot.
@@ -411,12 +413,12 @@ def _store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
 
 
 def rank_of_environment() -> int:
-    """The number that torchrun gave this process; 0 without torchrun."""
+    """Return the number that torchrun gave this process; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))
 
 
 def mean_of_buffers(of_ranks: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """What `Ranks.mean_buffers` would come to, from the buffers of all ranks."""
+    """Return what `Ranks.mean_buffers` would come to, from the buffers of all ranks."""
     first, *others = of_ranks
     if all(torch.equal(first[name], each[name]) for each in others for name in first):
         return dict(first)
@@ -433,7 +435,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor:
-    """The elements as they lie in memory, (numel,), without a copy, whatever the memory format.
+    """Return the elements as they lie in memory, (numel,), without a copy, whatever the memory format.
 
     A gradient has the strides of its parameter, on every rank alike, so that elements meet their like.
     """

@@ -10,7 +10,7 @@ import torch
 
 
 def seed_generators(seed: int) -> None:
-    """Seeds all of them, with a number from 0 to 2^63 - 1."""
+    """Seed all of them, with a number from 0 to 2^63 - 1."""
     torch.manual_seed(seed)
     # NumPy's global generator, which transforms of others may draw from; this package does not.
     np.random.seed([seed & 0xFFFF_FFFF, seed >> 32])  # noqa: NPY002
@@ -34,7 +34,7 @@ def generator_states(device: torch.device) -> dict[str, Any]:
 
 
 def set_generator_states(states: dict[str, Any], device: torch.device) -> None:
-    """The inverse of `generator_states`."""
+    """Undo `generator_states`: restore them."""
     torch.set_rng_state(states["torch"].cpu())
     # A checkpoint may be read on a machine without a GPU, or go on there.
     if states["cuda"] is not None and device.type == "cuda":

@@ -1,4 +1,4 @@
-"""What ranks tell each other in each step, without the host waiting for the device: bad numbers, a wish to stop."""
+"""What ranks exchange in each step, without the host waiting for the device: bad numbers, a wish to stop."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Guard:
     """A flag on the device that keeps every optimizer from moving, from the first step with a bad number on.
 
     All ranks come to the same flag: the loss terms' indicators are averaged over them with the gradients, and a bad
-    number in one rank's gradients is one in the averaged gradients. The wish to stop, which a signal has told some of
-    the ranks, goes the same way; so all of them know of it after the same step.
+    number in one rank's gradients is one in the averaged gradients. The wish to stop, which a signal brought to some of
+    them, goes the same way; so all of them know of it after the same step.
 
     Args:
         device: where training runs.
@@ -41,16 +41,18 @@ class Guard:
         self._copy: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     def begin(self) -> None:
-        """Starts a step."""
+        """Start a step."""
         self._skipped = self._stopped
         self._names, self._updates = [], []
 
     def ask_to_stop(self) -> None:
-        """Tells the other ranks in the next step; within ten steps, `stop` is set on all of them at once."""
+        """Let the other ranks know in the next step; within ten steps, `stop` is set on all of them at once."""
         self._wish.fill_(1)
 
     def indicators(self, total: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
-        """(1 + terms + 1,) float32: 1 for each loss that is not finite, the objective first; 1 for the wish to stop."""
+        """Return (1 + terms + 1,) float32: 1 for each loss that is not finite, the objective first; 1 for the wish to
+        stop.
+        """
         values = torch.stack([total.detach().float(), *(term.detach().float() for term in terms.values())])
         return torch.cat([(~torch.isfinite(values)).float(), self._wish])
 
@@ -82,7 +84,7 @@ class Guard:
         return self.skip
 
     def end(self, step: int) -> None:
-        """Ends the step with that number, counted from 0.
+        """End the step with that number, counted from 0.
 
         Raises:
             TrainingError: a number was not finite, now or up to ten steps ago.
@@ -103,7 +105,7 @@ class Guard:
             self._start_copy()
 
     def require_finite(self) -> None:
-        """Waits for the device and raises if any step so far had a number that was not finite. Sets `stop` as well.
+        """Wait for the device and raise if any step so far had a number that was not finite. Sets `stop` as well.
 
         Raises:
             TrainingError: naming the first such step and what was not finite in it.
@@ -120,7 +122,7 @@ class Guard:
         )
 
     def require_scale(self, scale: float) -> None:
-        """Raises if the scale of fp16's losses has been halved away: gradients overflow at every scale.
+        """Raise if the scale of fp16's losses has been halved away: gradients overflow at every scale.
 
         Raises:
             TrainingError: the scale is below 1.

@@ -50,7 +50,7 @@ def build_optimizers(
 
 
 def set_learning_rate(optimizers: dict[str, torch.optim.Optimizer], factor: float) -> None:
-    """Sets every learning rate to `factor` times its initial value."""
+    """Set every learning rate to `factor` times its initial value."""
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
@@ -94,7 +94,7 @@ def forget_momentum(optimizer: torch.optim.Optimizer) -> None:
 
 
 def takes_skip_flag(optimizer: torch.optim.Optimizer, flag: Tensor) -> bool:
-    """Gives the optimizer a flag on the device, 0-d, that makes its next step do nothing where it is 1.
+    """Give the optimizer a flag on the device, 0-d, that makes its next step do nothing where it is 1.
 
     Returns:
         Whether the optimizer can read such a flag; if not, the host has to.
@@ -190,7 +190,7 @@ def _sgd(groups: list[dict[str, Any]], settings: OptimizerSettings) -> torch.opt
 
 
 def _implementation(parameters: Sequence[nn.Parameter]) -> dict[str, bool]:
-    """The fastest of PyTorch's implementations that takes these parameters: fused, foreach, or a plain loop."""
+    """Return the fastest of PyTorch's implementations that takes these parameters: fused, foreach, or a plain loop."""
     for name in ("fused", "foreach"):
         try:
             torch.optim.SGD(parameters, **{name: True})

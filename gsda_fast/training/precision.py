@@ -31,7 +31,7 @@ class PrecisionSettings:
     """Replay what is compiled as CUDA graphs: for steps so short that starting kernels takes the time."""
 
     def resolved(self, device: str, sync_batchnorm: bool = False) -> PrecisionSettings:
-        """The same with both choices made for "cuda" or "cpu".
+        """Return the same with both choices made for "cuda" or "cpu".
 
         Args:
             sync_batchnorm: whether layers of the network talk to other processes, which no compiled graph spans: each
@@ -60,7 +60,7 @@ class PrecisionSettings:
 
 
 def set_arithmetic(device: torch.device, precision: str) -> None:
-    """Sets, for the whole process, how a GPU computes convolutions and float32 products.
+    """Set, for the whole process, how a GPU computes convolutions and float32 products.
 
     Args:
         device: which one. precision: resolved.

@@ -23,7 +23,7 @@ class PseudoLabelSettings:
 
 
 def confident_labels(probabilities: Tensor, threshold: float) -> np.ndarray:
-    """The predicted class of each sample, -1 where the classifier is not confident.
+    """Return the predicted class of each sample, -1 where the classifier is not confident.
 
     Args:
         probabilities: (n, r). threshold: least probability of the predicted class.

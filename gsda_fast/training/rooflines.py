@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
-from gsda_fast.data.benchmarks import ImageRecipe
+from gsda_fast.data.benchmarks import Preprocessing
 from gsda_fast.model import FEATURES, ModelSettings, build_model
 
 
 def forget_peak_memory(device: torch.device) -> None:
-    """Lets the peak of a GPU start from what is allocated there now, since a process may train one run after another.
+    """Let the peak of a GPU start from what is allocated there now, since a process may train one run after another.
 
     That of host memory is the process's and stays.
 
@@ -31,8 +30,9 @@ def forget_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Bytes needed at most: on the GPU, as PyTorch allocated them since `forget_peak_memory`, or else of host memory,
-    by this process."""
+    """Return bytes needed at most: on the GPU, as PyTorch allocated them since `forget_peak_memory`, or else of host
+    memory, by this process.
+    """
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -102,7 +102,7 @@ class Floors:
     bandwidth: float
 
     def shares(self, images: int, seconds: float) -> dict[str, float]:
-        """The floors' shares of the time that `images` took, from 0 to 1, under their names in metrics.jsonl."""
+        """Return the floors' shares of the time that `images` took, from 0 to 1, under their names in metrics.jsonl."""
         return {
             "mfu": images * self.matrix / seconds,
             "mbu": images * self.bandwidth / seconds,
@@ -110,18 +110,24 @@ class Floors:
 
 
 def training_work(
-    settings: ModelSettings, recipe: ImageRecipe, *, num_classes: int, images: int, dtype: torch.dtype
+    settings: ModelSettings, preprocessing: Preprocessing, *, num_classes: int, images: int, dtype: torch.dtype
 ) -> Work:
-    """Counts the work on tensors without memory; a second or so.
+    """Count the work on tensors without memory; a second or so.
 
     Args:
-        settings, recipe, num_classes: the network and its images. images: in the batch, which shares the parameters.
-        dtype: of the operands.
+        settings, preprocessing, num_classes: the network and its images.
+        images: in the batch, which shares the parameters. dtype: of the operands.
     """
     with torch.device("meta"):
         model = build_model(replace(settings, weights="none"), num_classes).to(dtype)
-        row = (settings.input_dim,) if settings.backbone == FEATURES else (recipe.channels, recipe.crop, recipe.crop)
+        row = (
+            (settings.input_dim,)
+            if settings.backbone == FEATURES
+            else (preprocessing.channels, preprocessing.crop, preprocessing.crop)
+        )
         batch = torch.empty(images, *row, dtype=dtype)
+    from torch.utils.flop_counter import FlopCounterMode
+
     operations, moved = FlopCounterMode(display=False), _MovedBytes()
     with operations, moved:
         # Layer by layer: the model's own forward has an autocast, which knows no device without memory.
@@ -135,15 +141,15 @@ def device_floors(
     device: torch.device,
     precision: str,
     settings: ModelSettings,
-    recipe: ImageRecipe,
+    preprocessing: Preprocessing,
     *,
     num_classes: int,
     images: int,
 ) -> Floors | None:
-    """The floors of a step on `device`; None for a device whose peaks are not known.
+    """Return the floors of a step on `device`; None for a device whose peaks are not known.
 
     Args:
-        precision: fp32, tf32, bf16 or fp16. settings, recipe, num_classes, images: as for `training_work`.
+        precision: fp32, tf32, bf16 or fp16. settings, preprocessing, num_classes, images: as for `training_work`.
     """
     if device.type != "cuda":
         return None
@@ -152,12 +158,12 @@ def device_floors(
         return None
     half = precision in ("bf16", "fp16")
     dtype = torch.bfloat16 if half else torch.float32
-    work = training_work(settings, recipe, num_classes=num_classes, images=images, dtype=dtype)
+    work = training_work(settings, preprocessing, num_classes=num_classes, images=images, dtype=dtype)
     return floors(work, peaks, half=half)
 
 
 def floors(work: Work, peaks: Peaks, *, half: bool) -> Floors:
-    """The floors of some work; float32 products count as TF32 where PyTorch is set to compute them so."""
+    """Return the floors of some work; float32 products count as TF32 where PyTorch is set to compute them so."""
     convolutions = products = peaks.half
     if not half:
         own = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]

@@ -23,7 +23,7 @@ class Schedule:
     decay: Literal["inverse", "constant", "cosine"] = "inverse"
 
     def progress(self, step: int) -> float:
-        """0 during warm-up, then (step - warmup) / (steps - warmup)."""
+        """Return 0 during warm-up, then (step - warmup) / (steps - warmup)."""
         return max(0, step - self.warmup) / max(1, self.steps - self.warmup)
 
     def warming_up(self, step: int) -> bool:
@@ -47,5 +47,5 @@ class Schedule:
         return step > 0 and step >= self.warmup and (step - self.warmup) % self.refresh_every == 0
 
     def next_evaluation(self, step: int) -> int:
-        """The number of steps done at the next evaluation after `step` steps."""
+        """Return the number of steps done at the next evaluation after `step` steps."""
         return next(each for each in range(step + 1, self.steps + 1) if self.is_evaluated_after(each))

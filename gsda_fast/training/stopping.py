@@ -35,7 +35,7 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Takes the signals for the length of the block, in the main thread, the only one that Python gives them to.
+        """Take the signals for the length of the block, in the main thread, the only one that Python gives them to.
 
         Signals that are ignored, as in the background of a shell, stay so.
         """
@@ -54,7 +54,7 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def interruptible(self, make: Callable[[], T]) -> Callable[[], T]:
-        """`make`, which the first signal ends wherever it is: for work that leaves nothing behind.
+        """Return `make`, which the first signal ends wherever it is: for work that leaves nothing behind.
 
         Raises:
             Stopped: by the call, asked before or during it.

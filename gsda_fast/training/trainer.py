@@ -17,7 +17,7 @@ from gsda_fast.data.sampling import SamplingPlan
 from gsda_fast.errors import Stopped
 from gsda_fast.methods import Division, Method, Step
 from gsda_fast.model import ModelOutput
-from gsda_fast.results.metrics import AccuracyHistory, EvaluationFigures, evaluation_figures
+from gsda_fast.results.metrics import AccuracyHistory, EvaluationMetrics, evaluation_metrics
 from gsda_fast.training.distributed import Ranks, mean_of_buffers
 from gsda_fast.training.generators import generator_states, set_generator_states
 from gsda_fast.training.optim import OptimizerSettings, build_optimizers, set_learning_rate
@@ -40,7 +40,7 @@ class Report:
     step: int
     values: dict[str, float | None]
     peak_memory: float
-    evaluation: EvaluationFigures | None = None
+    evaluation: EvaluationMetrics | None = None
 
 
 class Trainer:
@@ -132,9 +132,9 @@ class Trainer:
         """
         while not self.finished:
             if self.pending is None:
-                segment = range(self.step, self.schedule.next_evaluation(self.step))
-                for values in self._steps(segment):
-                    if self.step == segment.stop:
+                steps = range(self.step, self.schedule.next_evaluation(self.step))
+                for values in self._steps(steps):
+                    if self.step == steps.stop:
                         self.pending = values
                     else:
                         yield self._report(values)
@@ -153,15 +153,15 @@ class Trainer:
             yield self._report(values, evaluation)
             on_evaluation()
 
-    def _report(self, values: dict[str, float | None], evaluation: EvaluationFigures | None = None) -> Report:
+    def _report(self, values: dict[str, float | None], evaluation: EvaluationMetrics | None = None) -> Report:
         return Report(self.step, values, self.ranks.max(peak_memory(self.device), self.device), evaluation)
 
-    def _steps(self, segment: range) -> Iterator[dict[str, float | None]]:
+    def _steps(self, steps: range) -> Iterator[dict[str, float | None]]:
         """Take the steps before an evaluation, unless a rank wants to stop; yield metrics at log steps and the last."""
         self.method.train()
-        batches = self.loader.train(self.plan, segment, self.ranks.rank)
+        batches = self.loader.train(self.plan, steps, self.ranks.rank)
         clock = _Clock()
-        for step in segment:
+        for step in steps:
             if self._stop():
                 self.updater.ask_to_stop()
             before = time.perf_counter()
@@ -172,7 +172,7 @@ class Trainer:
             clock.computed += outcome.images
             self.step = step + 1
             self.on_step()
-            if self.step == segment.stop or self.step % self.log_every == 0:
+            if self.step == steps.stop or self.step % self.log_every == 0:
                 self.updater.require_finite()
                 yield {**self._mean_terms(outcome.terms), **self._rates(step, clock)}
                 clock = _Clock()
@@ -181,7 +181,7 @@ class Trainer:
                 return
 
     def _mean_terms(self, terms: dict[str, Tensor]) -> dict[str, float | None]:
-        """Means over the ranks, in one transfer to the host."""
+        """Return means over the ranks, in one transfer to the host."""
         if not terms:
             return {}
         values = self.ranks.mean(torch.stack([term.float() for term in terms.values()])).tolist()
@@ -199,7 +199,7 @@ class Trainer:
         }
 
     def _note(self, clock: _Clock) -> tuple[float, int]:
-        """Adds what the clock has counted, on all ranks, to the run's sums."""
+        """Add what the clock has counted, on all ranks, to the run's sums."""
         seconds, images = clock.seconds(), clock.images * self.ranks.world_size
         self.images_seen += images
         self.training_seconds += seconds
@@ -226,21 +226,21 @@ class Trainer:
                 self.updater.forget(player)
         return self.updater.step(step, self.method.updates(batch, known))
 
-    def _evaluate_target(self) -> EvaluationFigures:
+    def _evaluate_target(self) -> EvaluationMetrics:
         """Evaluate the target, note its accuracy, and renew the choice of the target samples that train."""
         of_centre = self.predict("target", 1, stoppable=True)
         self.probabilities = of_centre
         if self.test_crops != 1:
             self.probabilities = self.predict("target", self.test_crops, stoppable=True)
-        figures = evaluation_figures(self.target_labels, self.probabilities)
-        self.history.add(self.step, figures)
+        metrics = evaluation_metrics(self.target_labels, self.probabilities)
+        self.history.add(self.step, metrics)
         self.method.on_evaluation(_Scores(self, of_centre))
         if self.confidence_threshold is not None:
             self.plan = self.plan.with_target(confident_labels(of_centre, self.confidence_threshold))
-        return figures
+        return metrics
 
     def predict(self, domain: Role, crops: Crops = 1, *, stoppable: bool = False) -> Tensor:
-        """(n, r) float32 class probabilities of a domain, means over the crops, in its order, on the CPU.
+        """Return (n, r) float32 class probabilities of a domain, means over the crops, in its order, on the CPU.
 
         Raises:
             Stopped: a rank has been asked to stop, and this is `stoppable`.
@@ -252,7 +252,7 @@ class Trainer:
         return self._evaluate(domain, None, probabilities, crops, stoppable=stoppable)
 
     def features(self, domain: Role, index: np.ndarray) -> np.ndarray:
-        """(len(index), D) float32 features of the samples `index` of a domain."""
+        """Return (len(index), D) float32 features of the samples `index` of a domain."""
         return self.all_features(domain, index).numpy()
 
     def all_features(self, domain: Role, index: np.ndarray | None = None) -> Tensor:
@@ -269,7 +269,7 @@ class Trainer:
         *,
         stoppable: bool = False,
     ) -> Tensor:
-        """Rows for the samples `index`, or for all of a domain, each rank computing its share, on the CPU."""
+        """Return rows for the samples `index`, or for all of a domain, each rank computing its share, on the CPU."""
         self.ranks.mean_buffers(self.method)
         self.method.eval()
         count = len(self.plan.source_labels) if domain == "source" else self.plan.num_target
@@ -329,7 +329,7 @@ class Trainer:
         return {name: self._divided[id(each)] for name, each in named if id(each) in self._divided}
 
     def _own_buffers(self) -> dict[str, Tensor]:
-        """The buffers that differ between ranks, on the host."""
+        """Return the buffers that differ between ranks, on the host."""
         if not self.ranks.several:
             return {}
         stored = self.method.state_dict()
@@ -337,7 +337,10 @@ class Trainer:
         return {name: buffer.cpu().clone() for name, buffer in buffers.items() if buffer.is_floating_point()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`. As many ranks as there were go on with what was theirs; others evaluate only."""
+        """Restore what `state_dict` returned.
+
+        As many ranks as there were go on with what was theirs; others evaluate only.
+        """
         self.step = state["step"]
         self.updater.load_state_dict(state)
         if state["target_table"] is not None:

@@ -1,7 +1,7 @@
 """Kernels for hierarchical gradient synchronization: weighted discriminator losses and gradient magnitudes in one pass.
 
 `adversarial_terms` computes them, differentiably; `adversarial_update_` takes the discriminators' whole step with them.
-`available_backends` tells what can compute here.
+`available_backends` lists what can compute here.
 """
 
 from gsda_kernels.backends import available_backends, resolve_backend

@@ -49,7 +49,7 @@ class Backend(Protocol):
         loss_feature_scale: Tensor | None,
         needs_grad: Sequence[bool],
     ) -> list[Tensor | None]:
-        """Gradients to `tensors`; None (uncomputed) where `needs_grad` is False."""
+        """Return gradients to `tensors`; None (uncomputed) where `needs_grad` is False."""
         ...
 
     def update(
@@ -64,7 +64,7 @@ class Backend(Protocol):
         rule: Sgd,
         skip: Tensor,
     ) -> Tensor:
-        """Moves the parameters, `tensors[1:]`, and their momentum in place; may write over `saved`.
+        """Move the parameters, `tensors[1:]`, and their momentum in place; may write over `saved`.
 
         Returns `found_inf`, 0-d float32: 1 where nothing moved, because `skip` is 1 or a gradient is not finite.
         """
@@ -101,7 +101,8 @@ def available_backends(device: torch.device | str | None = None) -> dict[str, st
 
 
 def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
-    """The backend that runs on `device` with features of `dtype`: `name`, or the fastest usable one for ``auto``.
+    """Return the backend that runs on `device` with features of `dtype`: `name`, or the fastest usable one for
+    ``auto``.
 
     Raises:
         ValueError: an unknown name, a backend that cannot run on the device or in the dtype, or the reference inside

@@ -50,7 +50,10 @@ _POOL = _Pool()
 
 
 def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised tensor on the device of `like`, of its dtype where none is given; reused memory on a CPU."""
+    """Return an uninitialised tensor on the device of `like`, of its dtype where none is given.
+
+    Reused memory on a CPU.
+    """
     dtype = dtype or like.dtype
     count = math.prod(shape) if like.device.type == "cpu" and type(like) in _PLAIN else 0
     if count * dtype.itemsize < _KEPT_FROM_BYTES:

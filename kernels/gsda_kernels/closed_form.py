@@ -142,7 +142,7 @@ def _add_parameter_gradients(
     dz: Tensor,
     q: Tensor | None,
 ) -> None:
-    """Writes one block's gradients into `gradients`, both chains (of the logit and of the norm) sharing their products.
+    """Write one block's gradients into `gradients`, both chains (of the logit and of the norm) sharing their products.
 
     Args:
         gradients: to w1, b1, w2, b2, w3, b3 of the block; None where not wanted.

@@ -87,7 +87,7 @@ def adversarial_terms(
         ValueError: shapes, dtypes or devices that do not fit; a negative weight; a domain label other than 0 and 1; a
             backend that cannot run here.
 
-    Example:
+    Examples:
         >>> disc = DiscriminatorWeights(*(torch.randn(s) for s in [(3, 8, 4), (3, 8), (3, 8, 8), (3, 8), (3, 8), (3,)]))
         >>> out = adversarial_terms(torch.randn(6, 4), disc, torch.rand(6, 3), torch.tensor([1, 1, 1, 0, 0, 0]))
         >>> out.loss.shape, out.gradient_norm.shape
@@ -131,7 +131,7 @@ def checked(
     max_pairs: int | None,
     validate: bool | None,
 ) -> tuple[str, Tensor, Tensor, int]:
-    """The backend's name, the weights (N, K) and labels (N,) in the dtype of sums, and the bound on pairs.
+    """Return the backend's name, the weights (N, K) and labels (N,) in the dtype of sums, and the bound on pairs.
 
     Raises:
         ValueError: see `adversarial_terms`.
@@ -181,7 +181,7 @@ def _check_shapes(features: Tensor, disc: DiscriminatorWeights, sample_weight: T
 
 
 def _check_dtypes(features: Tensor, disc: DiscriminatorWeights, sample_weight: Tensor) -> torch.dtype:
-    """The dtype of sums and results; raises where the inputs' dtypes do not mix."""
+    """Return the dtype of sums and results; raises where the inputs' dtypes do not mix."""
     if features.dtype not in _FLOATS:
         raise ValueError(f"features: found dtype {features.dtype}; expected one of {', '.join(map(str, _FLOATS))}")
     parameter_dtype = disc.w1.dtype

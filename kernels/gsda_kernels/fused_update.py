@@ -17,7 +17,7 @@ Upstream = tuple[Tensor, Tensor] | Callable[[AdversarialTerms], tuple[Tensor, Te
 
 
 class AdversarialUpdate(NamedTuple):
-    """What `adversarial_update_` tells about the step.
+    """What `adversarial_update_` returns about the step.
 
     Attributes:
         loss, gradient_norm: (K,), of `adversarial_terms`, before the step.
@@ -48,7 +48,7 @@ def adversarial_update_(
     max_pairs: int | None = None,
     validate: bool | None = None,
 ) -> AdversarialUpdate:
-    r"""Moves K discriminators by one step of SGD on an objective of their losses and gradient magnitudes, in place.
+    r"""Move K discriminators by one step of SGD on an objective of their losses and gradient magnitudes, in place.
 
     The same as `adversarial_terms`, the backward pass of ``(gL * loss + gS * gradient_norm).sum()`` and a step of
     ``torch.optim.SGD`` without dampening; but the gradients of w1 and w2 are not stored: each tile of them moves its
@@ -79,7 +79,7 @@ def adversarial_update_(
             another shape, dtype, device or layout; two of these tensors, or one and another argument, that share
             memory; numbers out of their ranges. Nothing has moved then.
 
-    Example:
+    Examples:
         >>> shapes = [(3, 8, 4), (3, 8), (3, 8, 8), (3, 8), (3, 8), (3,)]
         >>> disc = DiscriminatorWeights(*(torch.randn(shape, requires_grad=True) for shape in shapes))
         >>> buffers = DiscriminatorWeights(*map(torch.zeros_like, disc))
@@ -163,7 +163,7 @@ def _check_moved(disc: DiscriminatorWeights, buffers: DiscriminatorWeights, othe
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The addresses from its first byte to behind its last one."""
+    """Return the addresses from its first byte to behind its last one."""
     reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
     return tensor.data_ptr(), tensor.data_ptr() + reach * tensor.element_size()
 

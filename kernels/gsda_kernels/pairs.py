@@ -37,15 +37,15 @@ class Block:
     sign: Tensor
 
     def view(self, buffer: Tensor) -> Tensor:
-        """The block's part of a buffer of pairs, (max_pairs, ...) -> shape + (...)."""
+        """Return the block's part of a buffer of pairs, (max_pairs, ...) -> shape + (...)."""
         return buffer[self.span].view(*self.shape, *buffer.shape[1:])
 
     def gather(self, features: Tensor) -> Tensor:
-        """(N, D) -> (n, D), or (N, D) itself, which broadcasts over (K, N, D)."""
+        """Return (N, D) -> (n, D), or (N, D) itself, which broadcasts over (K, N, D)."""
         return features if self.rows is None else features[self.rows]
 
     def scatter_add(self, out: Tensor, factor: Tensor, values: Tensor) -> None:
-        """Adds each pair's `factor` (shape) times its row of `values` (shape + (D,)) to its sample's row of `out`."""
+        """Add each pair's `factor` (shape) times its row of `values` (shape + (D,)) to its sample's row of `out`."""
         if self.rows is None:
             # A product for each sample, which sums over the discriminators without the (K, N, D) of all summands.
             by_sample = values.transpose(0, 1).to(factor.dtype)
@@ -55,18 +55,18 @@ class Block:
 
 
 def is_batched(features: Tensor, w1: Tensor) -> bool:
-    """Whether all pairs go through one batched product: small matrices, or routing would wait for a device."""
+    """Return whether all pairs go through one batched product: small matrices, or routing would wait for a device."""
     _, hidden, dim = w1.shape
     return features.device.type != "cpu" or dim * hidden + hidden * hidden < _BATCHED_BELOW
 
 
 def num_buffer_rows(features: Tensor, w1: Tensor, max_pairs: int) -> int:
-    """Rows of the buffers of pairs, known from shapes alone."""
+    """Return rows of the buffers of pairs, known from shapes alone."""
     return w1.shape[0] * features.shape[0] if is_batched(features, w1) else max_pairs
 
 
 def blocks(features: Tensor, w1: Tensor, weight: Tensor, label: Tensor, max_pairs: int) -> Iterator[Block]:
-    """The blocks that cover every pair with a non-zero weight, at most the first `max_pairs` of them.
+    """Yield the blocks that cover every pair with a non-zero weight, at most the first `max_pairs` of them.
 
     A discriminator without pairs has an empty block: its gradients are sums over nothing.
 
@@ -90,5 +90,7 @@ def blocks(features: Tensor, w1: Tensor, weight: Tensor, label: Tensor, max_pair
 
 
 def nan_beyond(weight: Tensor, max_pairs: int) -> Tensor:
-    """0-d: NaN where more than `max_pairs` pairs are active, else 1. A factor, so that gradients turn NaN as well."""
+    """Return 0-d: NaN where more than `max_pairs` pairs are active, else 1. A factor, so that gradients turn NaN as
+    well.
+    """
     return torch.where(torch.count_nonzero(weight) > max_pairs, torch.nan, 1.0).to(weight.dtype)

@@ -20,7 +20,7 @@ def loop_over_discriminators(
     label: Tensor,
     loss_feature_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Losses and gradient magnitudes of eqs. 6-12, one discriminator at a time.
+    """Return losses and gradient magnitudes of eqs. 6-12, one discriminator at a time.
 
     Args:
         features: (N, D). disc: w1 (K, H, D), b1 (K, H), w2 (K, H, H), b2 (K, H), w3 (K, H), b3 (K,).

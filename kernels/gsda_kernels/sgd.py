@@ -27,7 +27,7 @@ class Sgd(NamedTuple):
 def step_where_finite(
     parameters: Sequence[Tensor], gradients: Sequence[Tensor], momentum: Sequence[Tensor], rule: Sgd, skip: Tensor
 ) -> Tensor:
-    """Moves parameters and momentum in place, all of them or none; a GPU is not waited for.
+    """Move parameters and momentum in place, all of them or none; a GPU is not waited for.
 
     Returns:
         0-d, like `skip`: 1 where nothing moved, because `skip` is 1 or an entry of a gradient is not finite.

@@ -56,7 +56,7 @@ def read_members(package: Path, wanted: Collection[str]) -> Iterator[tuple[str, 
 
 
 def _open(path: str, content: bytes, wanted: Collection[str]) -> Iterator[tuple[str, bytes]]:
-    """The wanted ones among a file and what is in it."""
+    """Yield the wanted ones among a file and what is in it."""
     inner = {name: name.partition(INSIDE)[2] for name in wanted if name.partition(INSIDE)[0] == path}
     if path.endswith(".rcc"):
         entries = read_rcc(content, set(inner.values()))
@@ -69,7 +69,7 @@ def _open(path: str, content: bytes, wanted: Collection[str]) -> Iterator[tuple[
 
 
 def _tar(package: Path, file: IO[bytes]) -> tarfile.TarFile:
-    """The tar archive in a package, at whose start the file is left."""
+    """Return the tar archive in a package, at whose start the file is left."""
     if package.suffix != ".deb":
         return tarfile.open(fileobj=file, mode="r|*")
     if file.read(len(_AR_MAGIC)) != _AR_MAGIC:
@@ -83,7 +83,7 @@ def _tar(package: Path, file: IO[bytes]) -> tarfile.TarFile:
 
 
 def read_rcc(content: bytes, wanted: Collection[str]) -> dict[str, bytes]:
-    """Files of a Qt binary resource file.
+    """Return files of a Qt binary resource file.
 
     The format: a header (``qres``, version, offsets of tree, data and names); a tree of fixed-size nodes, which point
     at names (length, hash, UTF-16) and either at their children or at data (length, bytes).
@@ -127,7 +127,7 @@ def read_rcc(content: bytes, wanted: Collection[str]) -> dict[str, bytes]:
 
 
 def icon_svg(icons: Mapping[str, Any], name: str) -> bytes:
-    """An icon of an Iconify icon set as an SVG document, black where it has no colour of its own.
+    """Return an icon of an Iconify icon set as an SVG document, black where it has no colour of its own.
 
     Args:
         icons: the set, as its JSON file has it. name: of the icon.

@@ -102,7 +102,7 @@ class Manifest:
 
 
 def frozen_list() -> list[Picture]:
-    """The pictures of the benchmark, sorted by domain, class and name."""
+    """Return the pictures of the benchmark, sorted by domain, class and name."""
     text = (files("gsda_fast.data.pictures") / "pictures.csv").read_text(encoding="utf-8")
     rows = csv.reader(io.StringIO(text))
     next(rows)
@@ -201,7 +201,7 @@ def verify(root: Path, progress: BytesDone | None = None) -> list[str]:
 
 
 def read_manifest(root: Path) -> Manifest:
-    """The manifest of a folder.
+    """Return the manifest of a folder.
 
     Raises:
         UsageError: there is none, or it is damaged or of another version of this package.
@@ -259,7 +259,7 @@ def pixel_digest(path: Path) -> str:
 def _draw_missing(
     root: Path, pictures: Sequence[Picture], packages: Mapping[str, Path], progress: BytesDone | None
 ) -> list[Entry]:
-    """Draws whole domains below `_BUILDING`, except for what an interrupted call has drawn."""
+    """Draw whole domains below `_BUILDING`, except for what an interrupted call has drawn."""
     building = root / _BUILDING
     building.mkdir(exist_ok=True)
     for domain in {picture.domain for picture in pictures}:
@@ -289,7 +289,7 @@ def _draw_missing(
 
 
 def _drawn(path: Path) -> str | None:
-    """The digest of a picture that is there already; None where it is not, or is damaged."""
+    """Return the digest of a picture that is there already; None where it is not, or is damaged."""
     try:
         return pixel_digest(path)
     except (OSError, ValueError, SyntaxError):
@@ -332,7 +332,7 @@ def _require_clients(needed: Sequence[Package], cache: Path, wanted: Sequence[Pi
 
 @contextmanager
 def _writing(root: Path) -> Iterator[None]:
-    """Holds the folder for this process, and turns what the disk refuses into one line.
+    """Hold the folder for this process, and turn what the disk refuses into one line.
 
     Raises:
         UsageError: another process builds in it, or it cannot be written.

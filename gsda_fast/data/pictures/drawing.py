@@ -57,7 +57,7 @@ def draw(name: str, content: bytes) -> Image.Image:
 
 
 def _rendered(document: bytes) -> bytes:
-    """An SVG document as PNG. System fonts would make pictures differ from machine to machine."""
+    """Return an SVG document as PNG. System fonts would make pictures differ from machine to machine."""
     import resvg_py
 
     # The renderer takes no `pt`; as pixels they give the same picture in another size.

@@ -11,7 +11,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Literal
 
-from gsda_fast.data.frames import file_digest
+from gsda_fast.data.packed_images import file_digest
 from gsda_fast.errors import UsageError
 
 BytesDone = Callable[[str, int, int], None]
@@ -76,7 +76,7 @@ PACKAGES: tuple[Package, ...] = (
 
 
 def find(packages: Sequence[Package], folder: Path, progress: BytesDone | None = None) -> dict[str, Path]:
-    """Packages that lie in a folder already, checked.
+    """Return packages that lie in a folder already, checked.
 
     Args:
         packages: those wanted. folder: where their files are. progress: called after each.
@@ -102,7 +102,7 @@ def find(packages: Sequence[Package], folder: Path, progress: BytesDone | None =
 
 
 def fetch(packages: Sequence[Package], cache: Path, progress: BytesDone | None = None) -> dict[str, Path]:
-    """Packages in a cache, fetched where they are not there; each appears whole and checked, or not at all.
+    """Return packages in a cache, fetched where they are not there; each appears whole and checked, or not at all.
 
     Args:
         packages: those wanted. cache: a folder, made where it is missing. progress: called while one is fetched.
@@ -122,7 +122,7 @@ def fetch(packages: Sequence[Package], cache: Path, progress: BytesDone | None =
 
 
 def lacking_clients(packages: Sequence[Package]) -> dict[str, list[Package]]:
-    """The packages that no client on this machine can fetch, by the client that they need."""
+    """Return the packages that no client on this machine can fetch, by the client that they need."""
     lacking: dict[str, list[Package]] = {}
     for package in packages:
         if shutil.which(package.client) is None:
@@ -171,9 +171,9 @@ def _fetch(package: Package, cache: Path, progress: BytesDone | None) -> None:
         file = folder / package.file
         if process.returncode or not file.is_file():
             # apt marks what went wrong with E:, npm with `npm error`; the rest is about progress.
-            telling = [line for line in lines if line.startswith(("E:", "npm ERR", "npm error"))] or lines[-1:]
-            told = shorten(" ".join(telling), 200, placeholder=" ...") or f"exit code {process.returncode}"
-            raise _not_fetched(package, f"'{told}' from {package.client}")
+            of_interest = [line for line in lines if line.startswith(("E:", "npm ERR", "npm error"))] or lines[-1:]
+            message = shorten(" ".join(of_interest), 200, placeholder=" ...") or f"exit code {process.returncode}"
+            raise _not_fetched(package, f"'{message}' from {package.client}")
         if progress is not None:
             progress(f"fetch {package.name}", package.size, package.size)
         _require_digest(file, package)

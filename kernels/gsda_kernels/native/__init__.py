@@ -18,7 +18,7 @@ from gsda_kernels.sgd import Sgd, step_where_finite
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
-    """The extension and, where it cannot run, why."""
+    """Return the extension and, where it cannot run, why."""
     try:
         extension = importlib.import_module("gsda_kernels.native._head")
     except ImportError as error:
@@ -157,7 +157,7 @@ def _kind(features: Tensor) -> torch.dtype:
 
 
 def _apart(saved: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
-    """What is saved as numbers, and the mask, where it is kept."""
+    """Return what is saved as numbers, and the mask, where it is kept."""
     return list(saved[:5]), saved[5] if len(saved) > 5 else None
 
 
@@ -166,7 +166,7 @@ def _plain(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def _row_stride(size: int) -> int:
-    """Elements from one pair's row to the next: whole cache lines, but never the same place in every page.
+    """Return elements from one pair's row to the next: whole cache lines, but never the same place in every page.
 
     Rows at a power of two would compete for the same few lines of the first-level cache.
     """

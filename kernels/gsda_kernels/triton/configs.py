@@ -90,7 +90,7 @@ def configure(
     chip: str | None = None,
     table: Rows = TABLE,
 ) -> Configuration:
-    """The configuration for one shape class, operand kind and chip.
+    """Return the configuration for one shape class, operand kind and chip.
 
     Args:
         num_samples: bounds the pairs of one discriminator. dim, hidden: D and H.
@@ -107,20 +107,20 @@ def configure(
 
 
 def look_up(key: Key, table: Rows = TABLE) -> Configuration:
-    """The chip's own row of the table, else the row for any chip."""
+    """Return the chip's own row of the table, else the row for any chip."""
     row = table[key if key in table else key._replace(chip=ANY_CHIP)]
     return Configuration(**{product: Product(*numbers) for product, numbers in row.items()})
 
 
 def operand_kind(dtype: torch.dtype, parameter_dtype: torch.dtype, precision: str) -> str:
-    """How many bytes the operands take, and which units multiply them."""
+    """Return how many bytes the operands take, and which units multiply them."""
     if dtype == torch.float32:
         return "tf32" if precision == "tf32" else "float32"
     return "mixed" if parameter_dtype.itemsize > dtype.itemsize else "half"
 
 
 def shape_class(num_samples: int, dim: int, hidden: int) -> str:
-    """What decides which tiles are fast.
+    """Return what decides which tiles are fast.
 
     Few samples make one or two tiles to a discriminator: reading the weights is the cost then, so many programs keep
     loads in flight. Rows that start anywhere (``unaligned``) are loaded one element at a time, an address each.
@@ -142,5 +142,5 @@ def _fit(product: Product, columns: int, inner: int) -> Product:
 
 
 def _power_of_two(size: int) -> int:
-    """The power of two from `size` up, and at least what a tensor core takes."""
+    """Return the power of two from `size` up, and at least what a tensor core takes."""
     return max(16, 1 << (size - 1).bit_length())

@@ -8,5 +8,5 @@ import torch
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Makes a GPU the current device, the one that Triton launches on; nothing for tensors of the interpreter."""
+    """Make a GPU the current device, the one that Triton launches on; nothing for tensors of the interpreter."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

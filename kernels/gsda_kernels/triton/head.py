@@ -181,7 +181,7 @@ def _parameter_gradients(
     upstream: tuple[Tensor, Tensor],
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients to w1, b1, w2, b2, w3, b3; the products that only unwanted ones need are skipped."""
+    """Return gradients to w1, b1, w2, b2, w3, b3; the products that only unwanted ones need are skipped."""
     h1, u1, active2 = saved.h1, saved.u1, saved.active2
     assert h1 is not None
     assert u1 is not None
@@ -342,14 +342,14 @@ def _configuration(features: Tensor, w1: Tensor) -> Configuration:
 
 
 def _chip(device: torch.device) -> str | None:
-    """The device's name in the table of configurations; None for a device that is not there, as in tests."""
+    """Return the device's name in the table of configurations; None for a device that is not there, as in tests."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """How float32 operands are multiplied: as PyTorch's own products are on this device."""
+    """Return how float32 operands are multiplied: as PyTorch's own products are on this device."""
     allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed else "ieee"
 

@@ -93,7 +93,7 @@ def _pair_gradients(
     grad_norm: tl.tensor,
     num_samples: int,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """The loss's and the norm's part of dz, and dn / n (0 where n is 0)."""
+    """Return the loss's and the norm's part of dz, and dn / n (0 where n is 0)."""
     share = w / num_samples
     dz_loss = share * grad_loss * sign * r
     dz_norm = share * grad_norm * sign * r * (1.0 - r) * n
@@ -221,7 +221,7 @@ def feature_gradient_kernel(
 
 @triton.jit
 def _beyond(x: tl.tensor, largest: float) -> tl.tensor:
-    """1 where an entry is larger than `largest` in size, or no number; else 0."""
+    """Return 1 where an entry is larger than `largest` in size, or no number; else 0."""
     return tl.where(tl.abs(x.to(tl.float32)) <= largest, 0.0, 1.0)
 
 
@@ -241,7 +241,7 @@ def bad_operands_kernel(
     BLOCK_PAIRS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ) -> None:
-    """Whether an operand of the gradients is so large, or no number, that a sum of products may not be finite.
+    """Store whether an operand of the gradients is so large, or no number, that a sum of products may not be finite.
 
     Asked before anything moves, of all operands at once. W2 is an operand too, of the gradient of w3 alone; it is not
     read here, but see `small_update_kernel`.
@@ -295,7 +295,7 @@ def small_update_kernel(
     BLOCK_UNITS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ) -> None:
-    """Moves b1, b2, w3 and b3, where found_inf (0-d float32) is 0; the gradient of w3 is the sum of its parts.
+    """Move b1, b2, w3 and b3, where found_inf (0-d float32) is 0; the gradient of w3 is the sum of its parts.
 
     A gradient of w3 that is not finite although no operand was large leaves its w3 where it is, and `bad` is 1.
 

@@ -315,7 +315,7 @@ def weight_gradient_kernel(
     BLOCK_INNER: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """Gradients of one layer of one discriminator, sums over its pairs p, each stored by the one program that owns it.
+    """Compute the gradients of a layer of a discriminator: sums over its pairs p, each stored by one program.
 
     With A = sum_p left[p]^T right[p] and a = sum_p left[p] dz[p]:
         layer 1 (left u1, right dz f + q):         dW1 = A          db1 = a

@@ -43,7 +43,10 @@ class Routing:
 
 
 def most_tiles(num_samples: int, num_discriminators: int, max_pairs: int, block_pairs: int) -> int:
-    """The most tiles that `max_pairs` pairs can need: the last one of each discriminator may be a part of one."""
+    """Return the most tiles that `max_pairs` pairs can need.
+
+    The last one of each discriminator may be a part of one.
+    """
     return min(
         triton.cdiv(max_pairs, block_pairs) + num_discriminators,
         num_discriminators * triton.cdiv(num_samples, block_pairs),
@@ -51,7 +54,7 @@ def most_tiles(num_samples: int, num_discriminators: int, max_pairs: int, block_
 
 
 def route(weight: Tensor, routing: Routing, block_pairs: int) -> None:
-    """Fills `routing` from weight (N, K), float32, contiguous."""
+    """Fill `routing` from weight (N, K), float32, contiguous."""
     num_samples, num_discriminators = weight.shape
     block_discriminators = max(16, triton.next_power_of_2(num_discriminators))
     route_kernel[(num_discriminators,)](
@@ -86,7 +89,7 @@ def route_kernel(
     BLOCK_SAMPLES: tl.constexpr,
     BLOCK_DISCRIMINATORS: tl.constexpr,
 ) -> None:
-    """Lists the pairs with weight[n, k] != 0 by discriminator, then by sample.
+    """List the pairs with weight[n, k] != 0 by discriminator, then by sample.
 
     Grid (K,): program k counts the pairs of all discriminators, a few reads each, so that it knows where its own begin
     without waiting for another program, and then stores its own.

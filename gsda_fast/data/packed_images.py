@@ -1,14 +1,14 @@
-"""A pack on disk: frames of uint8 pixels in shards, and the table of what they show.
+"""A pack on disk: images of uint8 pixels in shards, and the table of what they show.
 
 ::
 
     PACK/pack.json           {"format", "side", "channels", "domains": {name: {"classes", "paths", "labels", "shards"}}}
-    PACK/<domain>-00000.npy  (n, side, side, channels) uint8, and so on; `SHARD_IMAGES` frames each but for the last;
+    PACK/<domain>-00000.npy  (n, side, side, channels) uint8, and so on; `SHARD_IMAGES` images each but for the last;
                              the table names the files
 
 `pack.json` is written last, so a folder without it is no pack. `data/pack.py` writes, this module reads. A pack may be
 anybody's: its table is checked whole before anything is done with it, and its names are plain names in its folder.
-Frames are read, not mapped: a shard that is cut, or on a disk that fails, is an error and no signal that ends the
+Images are read, not mapped: a shard that is cut, or on a disk that fails, is an error and no signal that ends the
 process.
 """
 
@@ -30,7 +30,7 @@ from gsda_fast.files import is_path_below, is_plain_name
 TABLE = "pack.json"
 FORMAT = 1
 SHARD_IMAGES = 2048
-"""Frames in a shard: 403 MB at 256x256."""
+"""Images in a shard: 403 MB at 256x256."""
 
 _REPAIR = "remove it and run `python -m gsda_fast.data pack` again"
 _LARGEST_SIDE = 4096
@@ -38,10 +38,10 @@ _LARGEST_SIDE = 4096
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of frames.
+    """One file of images.
 
     Attributes:
-        file: its name. images: frames in it. sha256: of the whole file.
+        file: its name. images: how many. sha256: of the whole file.
         made_from: digest of the names, sizes and times of the images that it was made from.
     """
 
@@ -52,7 +52,7 @@ class Shard:
 
 
 class _OpenShard:
-    """A shard's file and where its frames begin; closed with the last reference to it.
+    """A shard's file and where its images begin; closed with the last reference to it.
 
     Raises:
         UsageError: it is missing, cut, or no shard of that shape.
@@ -87,27 +87,27 @@ class _OpenShard:
             os.close(self.descriptor)
 
     def read(self, place: int) -> NDArray[np.uint8]:
-        """(side, side, channels) uint8, in memory of its own."""
-        frame = np.empty(self._shape, np.uint8)
+        """Return (side, side, channels) uint8, in memory of its own."""
+        image = np.empty(self._shape, np.uint8)
         try:
-            count = os.preadv(self.descriptor, [frame.data], self._start + place * self._bytes)
+            count = os.preadv(self.descriptor, [image.data], self._start + place * self._bytes)
         except OSError as error:
             raise self._no_shard(f"{error.strerror}") from error
         if count != self._bytes:
             raise self._no_shard("a file that was cut while it was in use")
-        return frame
+        return image
 
     def _no_shard(self, found: str, expected: str = "a shard of a pack") -> UsageError:
         return UsageError(str(self.path), found=found, expected=expected, remedy=_REPAIR)
 
 
 @dataclass(frozen=True, eq=False)
-class PackedFrames:
-    """Frames of a domain, or of some of its samples, as they lie on disk. Nothing is read before it is asked for.
+class PackedImages:
+    """Resized images of a domain, or of some of its samples, on disk. Nothing is read before it is asked for.
 
     Attributes:
-        root: the pack. shards: in order. shape: of a frame, (side, side, channels).
-        rows: (n,) the frame of every sample, counted over all shards.
+        root: the pack. shards: in order. shape: of an image, (side, side, channels).
+        rows: (n,) the place of every sample, counted over all shards.
     """
 
     root: Path
@@ -120,7 +120,7 @@ class PackedFrames:
         return len(self.rows)
 
     def __getitem__(self, sample: int) -> NDArray[np.uint8]:
-        """(side, side, channels) uint8, in memory of its own.
+        """Return (side, side, channels) uint8, in memory of its own.
 
         Raises:
             UsageError: the shard cannot be read.
@@ -133,8 +133,8 @@ class PackedFrames:
             opened = self._opened[number] = _OpenShard(self.root / shard.file, (shard.images, *self.shape))
         return opened.read(place)
 
-    def take(self, samples: Sequence[int] | NDArray[np.int64]) -> "PackedFrames":
-        """The frames of these samples, in their order."""
+    def take(self, samples: Sequence[int] | NDArray[np.int64]) -> "PackedImages":
+        """Return the images of these samples, in their order."""
         return replace(self, rows=self.rows[np.asarray(samples, dtype=np.int64)])
 
     def files(self) -> list[str]:
@@ -146,13 +146,13 @@ class PackedFrames:
         return str(self.root / self.shards[int(self.rows[sample]) // SHARD_IMAGES].file)
 
     def problem(self, path: str) -> str:
-        """What is wrong with the shard of that path; nothing where its digest is right."""
+        """Return what is wrong with the shard of that path; nothing where its digest is right."""
         shard = next(shard for shard in self.shards if shard.file == Path(path).name)
         return shard_problem(self.root, shard)
 
 
 def shard_problem(root: Path, shard: Shard) -> str:
-    """What is wrong with a shard of a pack; nothing where its digest is right."""
+    """Return what is wrong with a shard of a pack; nothing where its digest is right."""
     try:
         if not stat.S_ISREG(os.stat(root / shard.file).st_mode):
             return "no regular file"
@@ -169,16 +169,16 @@ class PackedDomain:
     classes: tuple[str, ...]
     paths: list[str]
     labels: NDArray[np.int64]
-    frames: PackedFrames
+    images: PackedImages
 
 
 def is_pack(root: Path) -> bool:
-    """Whether a folder is a finished pack."""
+    """Return whether a folder is a finished pack."""
     return (root / TABLE).is_file()
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """The table of a finished pack, checked whole.
+    """Return the table of a finished pack, checked whole.
 
     Raises:
         UsageError: it is damaged, of another version of this package, or names something outside of the pack.
@@ -195,12 +195,12 @@ def read_table(path: Path) -> dict[str, Any]:
 
 
 def no_table(path: Path, found: str) -> UsageError:
-    """The error for a table that is none."""
+    """Return the error for a table that is none."""
     return UsageError(str(path), found=found, expected=f"the table of a pack, format {FORMAT}", remedy=_REPAIR)
 
 
 def table_problem(table: Any, *, whole: bool = True) -> str:
-    """What of the schema a table does not keep to; nothing where it does.
+    """Return what of the schema a table does not keep to; nothing where it does.
 
     Args:
         table: what a file holds. whole: every domain has all its shards, as in a finished pack.
@@ -213,7 +213,7 @@ def table_problem(table: Any, *, whole: bool = True) -> str:
     if strangers:
         return f"the entry '{min(strangers)[:60]}'"
     if not _is_int(table.get("side"), 1, _LARGEST_SIDE) or table.get("channels") not in (1, 3):
-        return "frames without a size"
+        return "images without a size"
     if not isinstance(table.get("domains"), dict):
         return "no domains"
     for name, entry in table["domains"].items():
@@ -245,18 +245,18 @@ def _entry_problem(entry: Any, whole: bool) -> str:
             return problem
     counts = [shard["images"] for shard in shards]
     if any(count != SHARD_IMAGES for count in counts[:-1]) or (whole and sum(counts) != len(paths)):
-        return f"shards of {sum(counts)} frames for {len(paths)} paths"
+        return f"shards of {sum(counts)} images for {len(paths)} paths"
     return ""
 
 
 def shard_entry_problem(shard: Any) -> str:
-    """What of the schema the entry of a shard does not keep to; nothing where it does."""
+    """Return what of the schema the entry of a shard does not keep to; nothing where it does."""
     if not isinstance(shard, dict) or set(shard) != {"file", "images", "sha256", "made_from"}:
         return "a shard that is none"
     if not is_plain_name(shard["file"]) or shard["file"].startswith(".") or not shard["file"].endswith(".npy"):
         return f"a shard that is no file of the pack ({str(shard['file'])[:60]})"
     if not _is_int(shard["images"], 1, SHARD_IMAGES):
-        return "a shard without frames"
+        return "a shard without images"
     if not all(isinstance(shard[name], str) and len(shard[name]) == 64 for name in ("sha256", "made_from")):
         return "a shard without its digests"
     return ""
@@ -272,7 +272,7 @@ def _first(values: Any, good: Any) -> str:
 
 
 def read_domain(root: Path, name: str) -> PackedDomain:
-    """A domain of a pack.
+    """Return a domain of a pack.
 
     Raises:
         UsageError: the pack lacks it, or is damaged.
@@ -286,7 +286,7 @@ def read_domain(root: Path, name: str) -> PackedDomain:
     shape = (table["side"], table["side"], table["channels"])
     rows = np.arange(len(entry["paths"]))
     labels = np.asarray(entry["labels"], dtype=np.int64)
-    return PackedDomain(tuple(entry["classes"]), entry["paths"], labels, PackedFrames(root, shards, shape, rows))
+    return PackedDomain(tuple(entry["classes"]), entry["paths"], labels, PackedImages(root, shards, shape, rows))
 
 
 def file_digest(path: Path) -> str:

@@ -12,12 +12,12 @@ from torch import Tensor
 from gsda_fast.data.batches import Role
 from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.data.domains import open_pair
-from gsda_fast.data.frame_cache import FrameCache
+from gsda_fast.data.image_cache import ImageCache
 from gsda_fast.data.sampling import IntArray
 from gsda_fast.data.torch_loader import TorchLoader
 from gsda_fast.errors import UsageError
 
-PHOTOS = replace(BENCHMARKS["office31"].recipe, resize=32, crop=24)
+PHOTOS = replace(BENCHMARKS["office31"].preprocessing, resize=32, crop=24)
 CPU = torch.device("cpu")
 
 
@@ -30,7 +30,7 @@ def test_samples_are_those_of_their_domain_and_each_is_decoded_once() -> None:
         value = torch.from_numpy(samples % 200 + (50 if role == "target" else 0)).to(torch.uint8)
         return value.view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
 
-    cache = FrameCache(sizes, PHOTOS, CPU, decode)
+    cache = ImageCache(sizes, PHOTOS, CPU, decode)
     assert cache.samples("source", np.array([299, 0, 7]))[:, 0, 0, 0].tolist() == [99, 0, 7]
     assert cache.samples("target", np.array([6, 0]))[:, 0, 0, 0].tolist() == [56, 50]
     assert set(decoded.values()) == {1}
@@ -60,4 +60,4 @@ def test_images_that_do_not_fit_are_refused_before_any_is_decoded(monkeypatch: p
         pytest.fail("decoded")
 
     with pytest.raises(UsageError, match=r"--cache-on-device: found 207785 images, 38.0 GiB; .* 24.0 GiB"):
-        FrameCache(sizes, BENCHMARKS["visda"].recipe, torch.device("cuda", 0), decode)
+        ImageCache(sizes, BENCHMARKS["visda"].preprocessing, torch.device("cuda", 0), decode)
