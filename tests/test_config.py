@@ -74,6 +74,7 @@ OPTIONS = """
 --cuda-graphs, --no-cuda-graphs
 --scale-learning-rate, --no-scale-learning-rate
 --sync-batchnorm, --no-sync-batchnorm
+--divide-discriminators {auto,on,off}
 --timeout INT
 """
 

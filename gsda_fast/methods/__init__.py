@@ -9,6 +9,7 @@ from typing import Any
 from gsda_fast.methods import adda, cdan, dan, gsda, jan, mada, mcd, mdd, rtn, sdat, self_ensembling, symnets
 from gsda_fast.methods.adversarial import DiscriminatorSettings
 from gsda_fast.methods.base import AdaptationSettings, Method, MethodSettings, TargetSamples, TaskFacts
+from gsda_fast.methods.division import Division
 from gsda_fast.methods.fitted import GeodesicFlow, GFKSettings, TCASettings, TransferComponents
 from gsda_fast.methods.fixmatch import FixMatch, FixMatchSettings
 from gsda_fast.methods.gsda import GSDA, SMALL_DISCRIMINATOR, AdversarialSettings, GSDASettings
@@ -25,6 +26,7 @@ __all__ = [
     "TERMS",
     "AdaptationSettings",
     "Descent",
+    "Division",
     "Entry",
     "Method",
     "MethodSettings",
