@@ -16,8 +16,8 @@ from PIL import Image
 from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.errors import UsageError
 from gsda_fast.report import suite_layout
-from gsda_fast.results import page, plots
 from gsda_fast.results import page as page_module
+from gsda_fast.results import plots
 from gsda_fast.results.page import sweep_plots, write_page, write_suite_page
 from gsda_fast.results.records import RunResult, Selection
 from gsda_fast.results.run_folder import RunFolder
@@ -577,7 +577,7 @@ def test_of_many_runs_few_distances_are_measured(tmp_path: Path, monkeypatch: py
     pairs = (("mnist", "fonts"), ("fonts", "mnist"))
     groups = {
         method: [
-            page._Run(run, 40, run.read_result(), "")
+            page_module._Run(run, 40, run.read_result(), "")
             for pair in pairs
             for seed in (0, 1)
             for run in [fabricated_run(tmp_path, method, pair=pair, seed=seed, features=True)]
@@ -585,13 +585,13 @@ def test_of_many_runs_few_distances_are_measured(tmp_path: Path, monkeypatch: py
         for method in ("dann", "gsda")
     }
     calls: list[int] = []
-    monkeypatch.setattr(page.alignment, "proxy_a_distance", lambda *_: calls.append(1) or 1.0)
+    monkeypatch.setattr(page_module.alignment, "proxy_a_distance", lambda *_: calls.append(1) or 1.0)
     found = []
     for most in (8, 4, 2):
         calls.clear()
-        monkeypatch.setattr(page, "_MOST_MEASURED", most)
-        section = page._Section("Alignment")
-        page._add_distances(section, page._Groups(SuiteFolder(tmp_path), groups))
+        monkeypatch.setattr(page_module, "_MOST_MEASURED", most)
+        section = page_module._Section("Alignment")
+        page_module._add_distances(section, page_module._Groups(SuiteFolder(tmp_path), groups))
         found.append((len(calls), len(section.panels), section.panels[0].alternative))
     everywhere = "Proxy A-distance of each method"
     # Before adaptation and after it; with one transfer task there is no plot by transfer task.
