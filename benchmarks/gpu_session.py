@@ -58,7 +58,6 @@ TRAINING_NEEDS = (
     "tyro",
     "tomli_w",
     "safetensors",
-    "torchmetrics",
     "filelock",
     "rich",
     "matplotlib",

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
+import numpy as np
 import tyro
 from msgspec import Meta
 
@@ -240,6 +243,60 @@ def preset(task: str, method: str = "gsda", recipe: str = "common") -> Config:
     return config
 
 
+def configure(task: str, method: str = "gsda", *, recipe: str = "common", **options: Any) -> Config:
+    """Return the configuration that the command line `TASK --method NAME --option value` stands for.
+
+    Args:
+        task, method, recipe: see `preset`. options: those of the command line in snake_case: `steps=60,
+            sync_ramp=False, add={"mcc": 1.0}`.
+
+    Raises:
+        UsageError: an option that does not exist or belongs to another method, or a value that does not fit.
+    """
+    config = preset(task, method, recipe)
+    tables = {each: table for table, settings in _tables(config).items() for each in _names(settings)}
+    changes: dict[str, dict[str, Any]] = {}
+    for name, value in options.items():
+        if name not in tables:
+            raise _no_option(name, config, tables)
+        changes.setdefault(tables[name], {})[name] = _given(getattr(config, tables[name]), name, value)
+    for table, values in changes.items():
+        config = replace(config, **{table: replace(getattr(config, table), **values)})
+    config.validate()
+    return config
+
+
+def _names(settings: Any) -> list[str]:
+    return [each.name for each in dataclasses.fields(settings)]
+
+
+def _no_option(name: str, config: Config, known: Iterable[str]) -> UsageError:
+    method, own = config.run.method, _names(config.method)
+    others = [other for other, entry in METHODS.items() if name in _names(entry.settings)]
+    if others:
+        expected = ", ".join(map(_option, own)) or "none: it has no options of its own"
+        found = f"an option of {', '.join(others)}"
+        return UsageError(_option(name), found=found, expected=f"one of --method {method}: {expected}")
+    near = get_close_matches(name, known, 3) or own
+    return UsageError(
+        _option(name),
+        found=f"no option of the task {config.task} and the method {method}",
+        expected=f"one such as {', '.join(map(_option, near or ['steps']))}",
+        remedy=f"`python -m gsda_fast.train {config.task} --method {method} --help` lists them",
+    )
+
+
+def _given(settings: Any, name: str, value: Any) -> Any:
+    """Return a value that was given in Python with its setting's type; its bounds are a matter of `validate`."""
+    plain = value.item() if isinstance(value, np.generic) else value
+    plain = os.fspath(plain) if isinstance(plain, os.PathLike) else plain
+    try:
+        return msgspec.convert(plain, get_type_hints(type(settings))[name], dec_hook=_from_toml)
+    except msgspec.ValidationError as error:
+        expected = str(error).replace("Expected ", "").replace("`", "")
+        raise UsageError(_option(name), found=repr(value), expected=expected) from error
+
+
 def parse_config(arguments: list[str], program: str) -> Config:
     """Return the configuration that a command line asks for: ``TASK [options]`` or ``--config FILE [options]``.
 
@@ -266,7 +323,7 @@ def parse_config(arguments: list[str], program: str) -> Config:
 
 def method_options(method: str) -> set[str]:
     """Return the method's own options, as on the command line."""
-    return {_option(each.name) for each in dataclasses.fields(METHODS[ALIASES.get(method, method)].settings)}
+    return {_option(name) for name in _names(METHODS[ALIASES.get(method, method)].settings)}
 
 
 def _with_values(arguments: list[str]) -> list[str]:
@@ -315,7 +372,7 @@ def config_from_dict(tables: dict[str, Any], origin: str) -> Config:
             expected = f"task or a table among {', '.join(known)}"
             raise UsageError(origin, found=f"the entry {name!r}", expected=expected)
         settings = known[name]
-        names = [each.name for each in dataclasses.fields(settings)]
+        names = _names(settings)
         unknown = set(table).difference(names)
         if unknown:
             found = f"unknown setting {min(unknown)!r} in [{name}]"

@@ -10,15 +10,17 @@ from pathlib import Path
 from pickle import UnpicklingError
 from textwrap import shorten
 from types import ModuleType
-from typing import Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import torch
-import torchvision
 from msgspec import Meta
 from torch import Tensor, nn
 
 from gsda_fast import efficientnet_lite
 from gsda_fast.errors import UsageError
+
+if TYPE_CHECKING:
+    from torchvision.models import WeightsEnum
 
 LENET = "lenet"
 EFFICIENTNET_LITE0 = "efficientnet-lite0"
@@ -182,21 +184,25 @@ def fetch_weights(settings: ModelSettings) -> None:
     Raises:
         UsageError: they can neither be found nor fetched.
     """
+    if settings.weights == "none":
+        return
     weights = _known_weights(settings.backbone).get(settings.weights)
     if weights is not None:
         with _fetching(weights):
             weights.get_state_dict(progress=True, check_hash=True)
 
 
-def _known_weights(backbone: str) -> dict[str, torchvision.models.WeightsEnum]:
+def _known_weights(backbone: str) -> dict[str, WeightsEnum]:
     """Return the weights that torchvision has for a backbone, by name."""
-    if backbone not in torchvision.models.list_models(module=torchvision.models):
+    from torchvision import models
+
+    if backbone not in models.list_models(module=models):
         return {}
-    return {entry.name: entry for entry in torchvision.models.get_model_weights(backbone)}
+    return {entry.name: entry for entry in models.get_model_weights(backbone)}
 
 
 @contextmanager
-def _fetching(weights: torchvision.models.WeightsEnum) -> Iterator[None]:
+def _fetching(weights: WeightsEnum) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:  # the second one for a file with another digest
@@ -276,8 +282,9 @@ def _timm_backbone(backbone: str, weights: str) -> tuple[nn.Module, int]:
 
 
 def _torchvision_backbone(name: str, weights: str) -> tuple[nn.Module, int]:
-    models = torchvision.models.list_models(module=torchvision.models)
-    if name not in models:
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
         raise UsageError(
             "--backbone",
             found=name,
@@ -287,11 +294,11 @@ def _torchvision_backbone(name: str, weights: str) -> tuple[nn.Module, int]:
     known = _known_weights(name)
     if weights in known:
         with _fetching(known[weights]):
-            network = torchvision.models.get_model(name, weights=known[weights])
+            network = models.get_model(name, weights=known[weights])
     elif weights == "none":
-        network = torchvision.models.get_model(name)
+        network = models.get_model(name)
     elif path.is_file():
-        network = torchvision.models.get_model(name)
+        network = models.get_model(name)
         _load(network, path)
     else:
         raise UsageError("--weights", found=weights, expected=f"none, an existing file, or one of {', '.join(known)}")
@@ -310,8 +317,10 @@ def output_layer(backbone: str) -> str:
         return ""
     if backbone == EFFICIENTNET_LITE0:
         return "_fc"
+    from torchvision import models
+
     with torch.device("meta"):
-        return _last_linear(torchvision.models.get_model(backbone))[0]
+        return _last_linear(models.get_model(backbone))[0]
 
 
 def _last_linear(network: nn.Module) -> tuple[str, nn.Linear | None]:

@@ -6,14 +6,17 @@ import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.training.trainer import Report, Trainer
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 _BEFORE_PROFILE = 5
 """Steps before a trace: compilation, the choice of algorithms and the first allocations belong to no trace."""
@@ -25,6 +28,8 @@ class TensorBoard:
     def __init__(self, folder: RunFolder, trainer: Trainer) -> None:
         self._board: SummaryWriter | None = None
         if trainer.ranks.first:
+            from torch.utils.tensorboard import SummaryWriter
+
             with contextlib.suppress(OSError):
                 self._board = SummaryWriter(str(folder.tensorboard), purge_step=trainer.step)
 

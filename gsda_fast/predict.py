@@ -18,14 +18,14 @@ from torch import Tensor
 from gsda_fast.commands import parse_command_line, run_command
 from gsda_fast.console import plain_console, progress_bars, spreadsheet_text
 from gsda_fast.data.batches import Loader
-from gsda_fast.data.domains import ImageDomain, open_features, open_images
+from gsda_fast.data.domains import ImageDomain, open_features, open_image, open_images
 from gsda_fast.data.feature_loader import FeatureLoader
 from gsda_fast.data.torch_loader import TorchLoader
 from gsda_fast.data.verify import unreadable_files
 from gsda_fast.errors import UsageError, visible
 from gsda_fast.files import atomic_file
 from gsda_fast.model import FEATURES
-from gsda_fast.trained import EvaluationOptions, TrainedModel, load_trained
+from gsda_fast.trained import EvaluationOptions, TrainedModel, load_trained, require_row_size
 
 COLUMNS = ("file", "predicted_class", "confidence")
 """What stands before the probabilities, one column for each class by its name. Names are `spreadsheet_text`."""
@@ -36,7 +36,7 @@ class PredictSettings(EvaluationOptions):
     """What to classify, and with what."""
 
     folder: tyro.conf.Positional[Path]
-    """Folder of images, which may lie anywhere below it; a file of features for a run on features."""
+    """Folder of images, which may lie anywhere below it, or one image; a file of features for a run on features."""
     _: KW_ONLY
     output: Path | None = None
     """CSV file to write; standard output if not given."""
@@ -68,15 +68,18 @@ def predict(trained: TrainedModel, images: ImageDomain, batch_size: int = 256) -
         loader.close()
 
 
-def _open_samples(trained: TrainedModel, place: Path) -> ImageDomain:
+def open_samples(trained: TrainedModel, place: Path) -> ImageDomain:
+    """Return what is to be classified: images below a folder, an image file, or the rows of a file of features.
+
+    Raises:
+        UsageError: it is not there, or not what the run was trained on.
+    """
     model = trained.config.model
     if model.backbone != FEATURES:
-        return open_images(place, trained.classes)
+        return open_image(place, trained.classes) if place.is_file() else open_images(place, trained.classes)
     rows = open_features(place, trained.classes)
     assert rows.rows is not None
-    if rows.rows.dim != model.input_dim:
-        found = f"{place}, whose features have {rows.rows.dim} numbers"
-        raise UsageError("FOLDER", found=found, expected=f"{model.input_dim}, as the run was trained with")
+    require_row_size(str(place), rows.rows.dim, model)
     return rows
 
 
@@ -104,7 +107,7 @@ def main() -> int:
     if settings.batch_size < 1:
         raise UsageError("--batch-size", found=str(settings.batch_size), expected="a whole number >= 1")
     trained = load_trained(settings.run, settings.checkpoint, settings.device)
-    images = _open_samples(trained, settings.folder)
+    images = open_samples(trained, settings.folder)
     with progress_bars(plain_console(stderr=True)) as progress:
         unreadable = dict(unreadable_files(images, progress=progress, channels=trained.preprocessing.channels))
         for path, problem in unreadable.items():

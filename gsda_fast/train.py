@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import ModuleType
 
 from rich.console import Console
 
@@ -50,6 +51,16 @@ def train(config: Config, console: Console | None = None) -> RunResult:
                 board.add(report)
                 lines.show(report)
         return run.finish()
+
+
+class _CallableModule(ModuleType):
+    """`gsda_fast.train` is this module for an import statement and the function for whoever calls it."""
+
+    def __call__(self, config: Config, console: Console | None = None) -> RunResult:
+        return train(config, console)
+
+
+sys.modules[__name__].__class__ = _CallableModule
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from gsda_fast.config import Config, config_from_dict
 from gsda_fast.data.benchmarks import Preprocessing
 from gsda_fast.errors import UsageError
 from gsda_fast.methods import METHODS
-from gsda_fast.model import AdaptationModel, build_model
+from gsda_fast.model import AdaptationModel, ModelSettings, build_model
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.resume import require_own
 from gsda_fast.training.checkpoint import CheckpointFolder, DamagedCheckpoint, network_problem
@@ -66,7 +66,7 @@ class TrainedModel:
         return preprocessing_of(self.config)
 
 
-def load_trained(run: Path, checkpoint: int | None = None, device: Device = "cpu") -> TrainedModel:
+def load_trained(run: Path | str, checkpoint: int | None = None, device: Device = "cpu") -> TrainedModel:
     """Return the network of a finished or interrupted run; neither its data nor pretrained weights are needed.
 
     Args:
@@ -87,6 +87,20 @@ def load_trained(run: Path, checkpoint: int | None = None, device: Device = "cpu
     place = torch.device(config.run.device)
     set_arithmetic(place, config.precision.precision)
     return TrainedModel(model.to(place).eval(), tuple(state["classes"]), config, step, place)
+
+
+def require_row_size(what: str, size: int, model: ModelSettings) -> None:
+    """Raise where rows of features are of another size than a network's input.
+
+    Args:
+        what: by which the user knows the rows.
+
+    Raises:
+        UsageError: they are.
+    """
+    if size != model.input_dim:
+        expected = f"{model.input_dim}, as the run was trained with"
+        raise UsageError(what, found=f"features of {size} numbers", expected=expected)
 
 
 def load_parameters(module: nn.Module, parameters: dict[str, Tensor], origin: str) -> None:

@@ -3,9 +3,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from gsda_fast.config import TASKS, Config, config_from_dict, method_options, parse_config, preset
+from gsda_fast.config import TASKS, Config, config_from_dict, configure, method_options, parse_config, preset
 from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.errors import UsageError
 from gsda_fast.methods import METHODS
@@ -421,3 +422,35 @@ def test_another_method_on_a_stored_run_has_its_own_defaults(tmp_path: Path) -> 
     config = parse("--config", str(folder.config_path), "--method", "cdan")
     assert config.method == preset("digits", "cdan").method
     assert config.run.steps == 500
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "options"),
+    [
+        ("gsda", ["--steps", "60", "--warmup", "5"], {"steps": np.int64(60), "warmup": 5}),
+        ("gsda", ["--no-sync-ramp", "--alpha", "1"], {"sync_ramp": False, "alpha": 1}),
+        ("dann", ["--add", "mcc=1.0"], {"add": {"mcc": 1.0}}),
+        ("gsda", ["--quarantine", "a/b", "--compile", "off"], {"quarantine": Path("a/b"), "compile": "off"}),
+        ("gsda", ["--recipe", "paper"], {"recipe": "paper"}),
+    ],
+)
+def test_python_options_are_the_command_lines(method: str, arguments: list[str], options: dict[str, Any]) -> None:
+    assert configure("digits", method, **options) == parse_config(["digits", "--method", method, *arguments], "train")
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "told"),
+    [
+        ("gsda", {"step": 5}, "--step: found no option of the task digits and the method gsda; expected .*--steps"),
+        ("dann", {"beta": 1.0}, "--beta: found an option of .*gsda.*; expected one of --method dann: "),
+        ("mcc", {"beta": 1.0}, "expected one of --method mcc: none"),
+        ("gsda", {"steps": "many"}, "--steps: found 'many'; expected int"),
+        ("gsda", {"device": "tpu"}, "--device: found 'tpu'"),
+        ("gsda", {"steps": 0}, "--steps: found 0; expected a whole number >= 1"),
+        ("gsda", {"warmup": 10_000}, "--warmup: found 10000; expected at most --steps, 800"),
+        ("gsda", {"add": {"nothing": 1.0}}, "--add: found 'nothing'"),
+    ],
+)
+def test_python_options_are_checked_alike(method: str, options: dict[str, Any], told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        configure("digits", method, **options)

@@ -130,7 +130,7 @@ def test_predictions_of_a_file(
     assert np.mean(right) > 0.6
     write(folder / "d.npz", 4, 0.6, dim=5)
     monkeypatch.setattr(sys, "argv", ["predict", "run", "d.npz"])
-    with pytest.raises(UsageError, match=r"d\.npz, whose features have 5 numbers; expected 12"):
+    with pytest.raises(UsageError, match=r"d\.npz: found features of 5 numbers; expected 12"):
         prediction.main()
 
 

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from gsda_fast.errors import TrainingError
-from gsda_fast.training.guard import Guard
+from gsda_fast.training.guard import Guard, not_finite
 
 
 class LateGuard(Guard):
@@ -23,7 +23,7 @@ def step(guard: Guard, number: int, value: float = 1.0, gradient: float = 1.0, s
     terms = {"classification": torch.tensor(value), "entropy": torch.tensor(1.0)}
     guard.begin()
     indicators = guard.indicators(torch.tensor(2.0), terms)
-    skip = guard.check("encoder", terms, indicators, [parameter], scaled=scaled)
+    skip = guard.check("encoder", terms, indicators, not_finite([parameter]), scaled=scaled)
     guard.end(number)
     return skip
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # that is in it.
 FLOORS = [
     ["gsda_fast.train", "gsda_fast.evaluate", "gsda_fast.predict", "gsda_fast.export", "gsda_fast.suite",
-     "gsda_fast.embed", "gsda_fast.data.__main__"],
+     "gsda_fast.embed", "gsda_fast.data.__main__", "gsda_fast.api", "gsda_fast.sklearn", "gsda_fast.cli"],
     ["gsda_fast.run", "gsda_fast.assemble", "gsda_fast.trained", "gsda_fast.resume", "gsda_fast.monitor",
      "gsda_fast.config"],
     ["gsda_fast.training", "gsda_fast.methods", "gsda_fast.report"],

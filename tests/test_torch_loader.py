@@ -450,8 +450,7 @@ def test_bad_file_is_named(tmp_path: Path, kind: str, cache: bool) -> None:
 THREADS = """
 import json, sys, threading
 from pathlib import Path
-import torch
-from gsda_fast.data import decoding
+import torch, torchvision
 from gsda_fast.data.benchmarks import find_benchmark
 from gsda_fast.data.domains import open_pair
 from gsda_fast.data.pack import pack
@@ -460,11 +459,11 @@ from gsda_fast.data.torch_loader import TorchLoader
 from gsda_fast.data.verify import require_readable
 
 torch.set_num_threads(4)
-found, opened = {}, decoding.decode_image
+found, opened = {}, torchvision.io.decode_image
 def counting(data, mode):
     found[threading.current_thread().name.partition("_")[0]] = torch.get_num_threads()
     return opened(data, mode=mode)
-decoding.decode_image = counting
+torchvision.io.decode_image = counting
 
 root, preprocessing = Path(sys.argv[1]), find_benchmark("folder").preprocessing
 source, target = open_pair("folder", "photos", "photos", root)

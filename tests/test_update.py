@@ -1,4 +1,6 @@
 from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import gsda_kernels as gk
 from gsda_fast.data.batches import Batch
 from gsda_fast.errors import TrainingError
 from gsda_fast.methods import AdaptationSettings, Method, Player, Step, TaskFacts, Update, build_method
@@ -25,15 +28,32 @@ OPTIMIZER = OptimizerSettings(learning_rate=0.1, backbone_learning_rate=0.1)
 
 
 class Setup:
-    def __init__(self, *, scale_losses: bool = False, update: Any = "alternating", class_weights: Any = "none") -> None:
+    """A method, its players' optimizers and a batch.
+
+    Args:
+        in_place: the discriminators' step is made without gradients in memory, as in training, where that can be.
+    """
+
+    def __init__(
+        self,
+        *,
+        scale_losses: bool = False,
+        update: Any = "alternating",
+        class_weights: Any = "none",
+        in_place: bool = False,
+        backend: str = "torch",
+        optimizer: OptimizerSettings = OPTIMIZER,
+        ranks: Ranks | None = None,
+        beta: float = 1.0,
+    ) -> None:
         torch.manual_seed(0)
         model = AdaptationModel(nn.Sequential(nn.Linear(5, 9), nn.ReLU()), 9, 4, ModelSettings(bottleneck_dim=8))
-        settings = GSDASettings(groups=2, hidden_dim=7, backend="torch", update=update)
+        settings = GSDASettings(groups=2, hidden_dim=7, backend=backend, update=update, beta=beta)
         adaptation = AdaptationSettings(class_weights=class_weights)
         self.method: Method = build_method("gsda", model, settings, TaskFacts(4), adaptation)
         players = self.method.players()
-        optimizers = build_optimizers(players, OPTIMIZER, model.backbone)
-        self.updater = Updater(players, optimizers, Ranks(), torch.device("cpu"), scale_losses)
+        optimizers = build_optimizers(players, optimizer, model.backbone)
+        self.updater = Updater(players, optimizers, ranks or Ranks(), torch.device("cpu"), scale_losses)
         generator = torch.Generator().manual_seed(1)
         self.batch = Batch(
             source_images=torch.randn(6, 5, generator=generator),
@@ -43,6 +63,8 @@ class Setup:
             target_index=torch.arange(6),
         )
         self.known = Step(ramp=torch.tensor(0.5), progress=torch.tensor(0.1))
+        if in_place:
+            self.known = replace(self.known, descent=self.updater.descent)
 
     def updates(self) -> Iterator[Update]:
         return self.method.updates(self.batch, self.known)
@@ -52,7 +74,7 @@ class Setup:
         found = {name: parameter.detach().clone() for name, parameter in self.method.named_parameters()}
         for name, optimizer in self.updater.optimizers.items():
             for number, state in enumerate(optimizer.state.values()):
-                found[f"{name} {number}"] = state["momentum_buffer"].clone()
+                found |= {f"{name} {number} {what}": value.clone() for what, value in state.items()}
         return found
 
     def overflowing(self, player: str) -> Iterator[Update]:
@@ -138,9 +160,9 @@ def test_gradients_that_overflow_at_every_scale_end_the_run() -> None:
     assert differences(setup.state(), before) == []
 
 
-@pytest.mark.parametrize("scale_losses", [False, True])
-def test_a_loss_that_is_not_finite_ends_the_run_whatever_the_precision(scale_losses: bool) -> None:
-    setup = Setup(scale_losses=scale_losses)
+@pytest.mark.parametrize(("scale_losses", "in_place"), [(False, False), (False, True), (True, False)])
+def test_a_loss_that_is_not_finite_ends_the_run_whatever_the_precision(scale_losses: bool, in_place: bool) -> None:
+    setup = Setup(scale_losses=scale_losses, in_place=in_place)
     setup.updater.step(0, setup.updates())
     before = setup.state()
     setup.batch.source_images[0] = torch.inf
@@ -183,14 +205,17 @@ class NeverRead(TorchDispatchMode):
 
 @pytest.mark.parametrize("update", ["alternating", "reversal"])
 @pytest.mark.parametrize("class_weights", ["none", "pada"])
-def test_a_step_on_a_gpu_reads_nothing_back(update: str, class_weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_step_on_a_gpu_reads_nothing_back(
+    update: str, class_weights: str, in_place: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Values that are looked at on a CPU alone: labels, weights.
     monkeypatch.setattr(F, "one_hot", lambda labels, count: (labels.unsqueeze(1) == torch.arange(count)).long())
     monkeypatch.setattr("gsda_kernels.functional._check_values", lambda *_: None)
-    setup = Setup(update=update, class_weights=class_weights)
+    setup = Setup(update=update, class_weights=class_weights, in_place=in_place)
     with NeverRead(), pytest.raises(AssertionError, match="_local_scalar_dense"):
         setup.updater.step(0, setup.updates())  # as on a CPU, where reading costs nothing
-    setup = Setup(update=update, class_weights=class_weights)
+    setup = Setup(update=update, class_weights=class_weights, in_place=in_place)
     setup.updater._guard = LateGuard()
     with NeverRead():
         for step in range(4):  # the fifth copies the guard's flags
@@ -253,24 +278,118 @@ class Written(TorchDispatchMode):
         return isinstance(value, Tensor) and value.untyped_storage().data_ptr() in self.watched
 
 
-@pytest.mark.parametrize("scale_losses", [False, True])
+@pytest.mark.parametrize(("scale_losses", "in_place"), [(False, False), (False, True), (True, False)])
 @pytest.mark.parametrize("update", ["alternating", "reversal"])
-def test_a_step_writes_parameters_and_momentum_once_and_copies_none(update: str, scale_losses: bool) -> None:
-    setup = Setup(update=update, scale_losses=scale_losses)
+def test_a_step_writes_parameters_and_momentum_once_and_copies_none(
+    update: str, scale_losses: bool, in_place: bool
+) -> None:
+    setup = Setup(update=update, scale_losses=scale_losses, in_place=in_place)
     momentum = [state["momentum_buffer"] for each in setup.updater.optimizers.values() for state in each.state.values()]
     watched = [*setup.method.parameters(), *momentum]
     assert len(watched) == 2 * len(momentum)
-    # An optimizer alone writes each of its tensors once.
     with Written(watched) as step:
         setup.updater.step(0, setup.updates())
-    with Written(watched) as alone:
-        for optimizer in setup.updater.optimizers.values():
-            optimizer.step()
-    assert step.bytes == alone.bytes == sum(each.nbytes for each in watched)
+    assert step.bytes == sum(each.nbytes for each in watched)
     assert step.copies == 0
     with Written(watched) as control:
         kept = [each.detach().clone() for each in watched]
     assert control.copies == len(kept)
+
+
+# ------------------------------------------------------------------------------- the discriminators' step, in one piece
+
+BACKENDS = [name for name, why in gk.available_backends("cpu").items() if why is None]
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@each_backend
+@pytest.mark.parametrize("class_weights", ["none", "pada"])
+def test_a_step_in_place_is_the_one_along_gradients(backend: str, class_weights: str) -> None:
+    states = []
+    for in_place in (True, False):
+        setup = Setup(backend=backend, class_weights=class_weights, in_place=in_place)
+        setup.method.on_evaluation(SimpleNamespace(probabilities=torch.tensor([[0.7, 0.2, 0.1, 0.0]])))  # type: ignore[arg-type]
+        outcomes = [setup.updater.step(step, setup.updates()) for step in range(4)]
+        states.append((setup.state(), [each.terms for each in outcomes]))
+    assert_close(*states, rtol=1e-5, atol=1e-7)
+    assert differences(states[0][0], Setup().state())
+
+
+def test_what_can_be_moved_in_place_has_no_gradients() -> None:
+    for in_place in (True, False):
+        setup = Setup(in_place=in_place)
+        setup.updater.step(0, setup.updates())
+        found = {parameter.grad is None for parameter in setup.method.discriminators.parameters()}
+        assert found == {in_place}
+        assert all(parameter.grad is not None for parameter in setup.method.model.parameters())
+
+
+class Made(TorchDispatchMode):
+    """Counts the bytes of new tensors of certain shapes that operations return."""
+
+    def __init__(self, shapes: set[torch.Size]) -> None:
+        super().__init__()
+        self.shapes, self.bytes = shapes, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        known = {each.untyped_storage().data_ptr() for each in tree_leaves(args) if isinstance(each, Tensor)}
+        made = (each for each in tree_leaves(result) if isinstance(each, Tensor) and each.shape in self.shapes)
+        self.bytes += sum(each.nbytes for each in made if each.untyped_storage().data_ptr() not in known)
+        return result
+
+
+def test_no_gradient_as_large_as_a_weight_is_stored() -> None:
+    stored = {}
+    for in_place in (True, False):
+        setup = Setup(in_place=in_place)
+        weights = [setup.method.discriminators.w1, setup.method.discriminators.w2]
+        with Made({weight.shape for weight in weights}) as made:
+            setup.updater.step(0, setup.updates())
+        stored[in_place] = made.bytes
+        assert sum(weight.nbytes for weight in weights) == 7 * (7 * 8 + 7 * 7) * 4
+    assert stored == {True: 0, False: 7 * (7 * 8 + 7 * 7) * 4}
+
+
+@each_backend
+def test_the_flag_of_the_step_in_place_ends_the_run(backend: str) -> None:
+    """Every loss is finite; the gradients of w1 are not."""
+    setup = Setup(backend=backend, in_place=True, beta=1e37)
+    with torch.no_grad():
+        setup.method.discriminators.w1 *= 1e-12
+        setup.method.discriminators.b1 *= 1e-6
+        setup.method.discriminators.w2 *= 1e6
+    before = setup.state()
+    with pytest.raises(
+        TrainingError, match=r"^step 1: gradient norm of the discriminators.* not finite; nothing moves"
+    ):
+        setup.updater.step(0, setup.updates())
+    assert differences(setup.state(), before) == []
+
+
+def test_nothing_is_moved_in_place_in_a_step_that_is_skipped() -> None:
+    setup = Setup(in_place=True)
+    setup.updater._guard = LateGuard()
+    setup.updater.step(0, setup.updates())
+    setup.updater._guard._stopped.fill_(1)
+    before = setup.state()
+    setup.updater.step(1, setup.updates())
+    assert differences(setup.state(), before) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": replace(OPTIMIZER, optimizer="adam")},
+        {"optimizer": replace(OPTIMIZER, momentum=0.0)},
+        {"scale_losses": True},
+        {"ranks": Ranks(world_size=2)},
+    ],
+    ids=["Adam", "no momentum", "scaled losses", "a mean over ranks"],
+)
+def test_whoever_needs_the_gradients_gets_them(options: dict[str, Any]) -> None:
+    assert Setup(**options).updater.descent("discriminators") is None
+    assert Setup().updater.descent("discriminators") is not None
 
 
 def test_a_player_without_any_gradient_is_named() -> None:

@@ -30,7 +30,6 @@ import numpy as np
 import torch
 from PIL import Image, TiffImagePlugin
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 
 from gsda_fast.errors import UsageError, visible
 
@@ -141,6 +140,8 @@ def _read_sound(path: str) -> Sound:
 
 def _decode(sound: Sound, channels: int) -> Tensor:
     if sound.format == "JPEG":
+        from torchvision.io import ImageReadMode, decode_image
+
         mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
         try:
             return decode_image(torch.frombuffer(sound.data, dtype=torch.uint8), mode=mode)

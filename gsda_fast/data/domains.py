@@ -218,6 +218,22 @@ def open_images(folder: Path, classes: tuple[str, ...]) -> ImageDomain:
     return domain
 
 
+@_naming_what_cannot_be_read()
+def open_image(path: Path, classes: tuple[str, ...]) -> ImageDomain:
+    """One image file, without a label.
+
+    Args:
+        classes: the label space.
+
+    Raises:
+        UsageError: its name is none of an image.
+    """
+    if not _is_image(path.name):
+        kinds = " ".join(sorted(IMAGE_SUFFIXES))
+        raise UsageError(str(path), found=f"a file of another kind ({_why_not(path.name)})", expected=f"one of {kinds}")
+    return _domain(str(path), path.parent, [(path.name, UNKNOWN)], classes)
+
+
 def _unlabelled(name: str, folder: Path, classes: tuple[str, ...]) -> ImageDomain:
     passed_over: Counter[str] = Counter()
     paths = sorted(_images_below(folder, "", passed_over))

@@ -116,6 +116,19 @@ def read_embeddings(path: Path) -> Embeddings:
     return Embeddings(rows, labels, classes, [f"row {number}" for number in range(values.shape[1])])
 
 
+def rows_in_memory(name: str, features: NDArray[Any]) -> Rows:
+    """Return features that were never in a file, as `read_embeddings` would; one row will do.
+
+    Args:
+        name: by which a message calls them. features: (n, D) or (V, n, D) floating point.
+
+    Raises:
+        UsageError: another shape or type, or a number that is not finite.
+    """
+    values = _features(name, features, least=1)
+    return Rows(values, np.arange(values.shape[1]), "")
+
+
 def write_table(path: Path, digest: str, names: list[str], labels: NDArray[np.int64], classes: tuple[str, ...]) -> None:
     """Write what stands beside the rows of `path`, a .npy file.
 
@@ -168,7 +181,7 @@ def _unreadable(path: Path, error: Exception) -> UsageError:
     return UsageError(str(path), found=f"a damaged file ({error})", expected="arrays that NumPy reads")
 
 
-def _features(path: Path, array: NDArray[Any]) -> NDArray[Any]:
+def _features(path: Path | str, array: NDArray[Any], least: int = 2) -> NDArray[Any]:
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
         found = f"features of type {array.dtype}"
         raise UsageError(str(path), found=found, expected="float16, float32 or float64")
@@ -177,7 +190,7 @@ def _features(path: Path, array: NDArray[Any]) -> NDArray[Any]:
     if array.ndim != 3 or 0 in array.shape:
         found = f"features of shape {array.shape}"
         raise UsageError(str(path), found=found, expected="(samples, size) or (views, samples, size)")
-    if array.shape[1] < 2:
+    if array.shape[1] < least:
         raise UsageError(str(path), found="one sample", expected="two or more")
     for view, rows in enumerate(array):
         for start in range(0, len(rows), _CHECKED_ROWS):

@@ -27,7 +27,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
-from torchvision.transforms.v2 import functional as transforms
 
 from gsda_fast.data.batches import Batch, Crops, Role, samples_in_batch, to_device
 from gsda_fast.data.benchmarks import Preprocessing
@@ -135,6 +134,8 @@ class TorchLoader:
         self, role: Role, index: NDArray[np.int64], views: list[Augmentation], labels: IntArray | None
     ) -> "_Crops":
         """Where a file fails, its number in `index` becomes that of its substitute."""
+        from torchvision.transforms.v2 import functional as transforms
+
         preprocessing = self._preprocessing
         pixels = [self._empty_pixels(len(index), preprocessing.crop) for _ in views]
 
@@ -211,6 +212,8 @@ class TorchLoader:
         return self._normalise(cut_crops(images, self._preprocessing.crop, crops)), self._to_device(part)
 
     def _start_evaluation(self, role: Role, part: Tensor, crops: Crops) -> "_Pending[tuple[Tensor, Tensor]]":
+        from torchvision.transforms.v2 import functional as transforms
+
         domain, preprocessing = self._domains[role], self._preprocessing
         # Ten crops are cut on the device: the resized image is smaller than they are together.
         side = preprocessing.crop if crops == 1 else preprocessing.resize
@@ -284,6 +287,8 @@ def image_threads(workers: int, name: str) -> ThreadPoolExecutor:
 
 def read_resized(domain: ImageDomain, sample: int, preprocessing: Preprocessing) -> Tensor:
     """Return an image resized as `preprocessing` says, (C, resize, resize) uint8: antialiased bilinear."""
+    from torchvision.transforms.v2 import functional as transforms
+
     image = read_sample(domain, sample, preprocessing.channels)
     return transforms.resize(image, [preprocessing.resize, preprocessing.resize], antialias=True)
 
@@ -308,6 +313,8 @@ def cut_crops(images: Tensor, crop: int, crops: Crops) -> Tensor:
     Returns:
         (B * crops, C, crop, crop), the crops of an image one after another.
     """
+    from torchvision.transforms.v2 import functional as transforms
+
     if crops == 1:
         return transforms.center_crop(images, [crop])
     return torch.stack(transforms.ten_crop(images, [crop, crop]), dim=1).flatten(0, 1)

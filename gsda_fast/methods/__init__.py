@@ -14,7 +14,7 @@ from gsda_fast.methods.fixmatch import FixMatch, FixMatchSettings
 from gsda_fast.methods.gsda import GSDA, SMALL_DISCRIMINATOR, AdversarialSettings, GSDASettings
 from gsda_fast.methods.recipes import on_images
 from gsda_fast.methods.source_only import SourceOnly
-from gsda_fast.methods.step import Outputs, Player, Step, Update
+from gsda_fast.methods.step import Descent, Outputs, Player, Step, Update
 from gsda_fast.methods.terms import TERMS
 from gsda_fast.methods.tpn import TPN, TPNSettings
 from gsda_fast.model import AdaptationModel
@@ -24,6 +24,7 @@ __all__ = [
     "METHODS",
     "TERMS",
     "AdaptationSettings",
+    "Descent",
     "Entry",
     "Method",
     "MethodSettings",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from gsda_fast.methods.groups import ClassGroups
-from gsda_kernels import AdversarialTerms, DiscriminatorWeights, adversarial_terms
+from gsda_fast.methods.objective import Objective
+from gsda_fast.methods.step import Descent
+from gsda_kernels import AdversarialTerms, DiscriminatorWeights, adversarial_terms, adversarial_update_
 
 LEVELS = ("domain", "group", "class")
 
@@ -108,32 +111,88 @@ class Discriminators(nn.Module):
             AdversarialTerms: loss (K,) and gradient_norm (K,), float32 (float64 for float64 features), in the order
             domain, groups, classes.
         """
+        parameters = self._stacked
+        if frozen:
+            parameters = DiscriminatorWeights(*(parameter.detach() for parameter in parameters))
         with torch.autocast(features.device.type, enabled=False):
-            dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-            probabilities = class_probabilities.detach().to(dtype)
-            weight = probabilities @ self.class_weights.to(dtype).T
-            if "domain" in self.levels:
-                # Exactly 1, which a sum of rounded probabilities is not.
-                weight = torch.cat([torch.ones_like(weight[:, :1]), weight[:, 1:]], dim=1)
-            if sample_weight is not None:
-                weight = weight * sample_weight.detach().to(dtype).unsqueeze(1)
-            parameters = DiscriminatorWeights(self.w1, self.b1, self.w2, self.b2, self.w3, self.b3)
-            if frozen:
-                parameters = DiscriminatorWeights(*(parameter.detach() for parameter in parameters))
-            max_pairs = None
-            if num_source is not None:
-                num_target = len(features) - num_source
-                max_pairs = num_source * self._pairs_per_class + num_target * self.num_discriminators
             return adversarial_terms(
                 features,
                 parameters,
-                weight,
+                self._pair_weight(features, class_probabilities, sample_weight),
                 domain,
                 backend=self.backend,
                 min_weight=self.min_weight,
-                max_pairs=max_pairs,
+                max_pairs=self._max_pairs(len(features), num_source),
                 loss_feature_scale=loss_feature_scale,
             )
+
+    def descend_(
+        self,
+        features: Tensor,
+        class_probabilities: Tensor,
+        domain: Tensor,
+        num_source: int | None = None,
+        *,
+        objective: Callable[[AdversarialTerms], Objective],
+        descent: Descent,
+        sample_weight: Tensor | None = None,
+    ) -> tuple[Objective, Tensor]:
+        """Move the parameters by a step on an objective of the terms, in place and without gradients in memory.
+
+        Args:
+            features, class_probabilities, domain, num_source, sample_weight: see `forward`; no gradient flows to them.
+            objective: what is minimized, of the terms that `forward` returns. descent: how the parameters move.
+
+        Returns:
+            The objective before the step, detached; 0-d float32: 1 where something was not finite and nothing moved.
+        """
+        found: list[Objective] = []
+
+        def upstream(terms: AdversarialTerms) -> tuple[Tensor, Tensor]:
+            leaves = AdversarialTerms(*(term.detach().requires_grad_() for term in terms))
+            found.append(objective(leaves))
+            of_loss, of_norm = torch.autograd.grad(found[0].total, leaves, materialize_grads=True)
+            return of_loss, of_norm
+
+        parameters = self._stacked
+        with torch.autocast(features.device.type, enabled=False):
+            done = adversarial_update_(
+                features.detach(),
+                parameters,
+                DiscriminatorWeights(*descent.momentum_buffers(parameters)),
+                self._pair_weight(features, class_probabilities, sample_weight),
+                domain,
+                upstream,
+                learning_rate=descent.learning_rate,
+                momentum=descent.momentum,
+                weight_decay=descent.weight_decay,
+                nesterov=descent.nesterov,
+                skip=descent.skip,
+                backend=self.backend,
+                min_weight=self.min_weight,
+                max_pairs=self._max_pairs(len(features), num_source),
+            )
+        return replace(found[0], total=found[0].total.detach()), done.found_inf
+
+    @property
+    def _stacked(self) -> DiscriminatorWeights:
+        return DiscriminatorWeights(self.w1, self.b1, self.w2, self.b2, self.w3, self.b3)
+
+    def _pair_weight(self, features: Tensor, class_probabilities: Tensor, sample_weight: Tensor | None) -> Tensor:
+        """(N, K): what each sample weighs in each discriminator."""
+        dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+        weight = class_probabilities.detach().to(dtype) @ self.class_weights.to(dtype).T
+        if "domain" in self.levels:
+            # Exactly 1, which a sum of rounded probabilities is not.
+            weight = torch.cat([torch.ones_like(weight[:, :1]), weight[:, 1:]], dim=1)
+        if sample_weight is not None:
+            weight = weight * sample_weight.detach().to(dtype).unsqueeze(1)
+        return weight
+
+    def _max_pairs(self, num_samples: int, num_source: int | None) -> int | None:
+        if num_source is None:
+            return None
+        return num_source * self._pairs_per_class + (num_samples - num_source) * self.num_discriminators
 
 
 def stacked_linear(num: int, out_features: int, in_features: int) -> tuple[nn.Parameter, nn.Parameter]:

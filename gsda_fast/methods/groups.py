@@ -27,7 +27,7 @@ class ClassGroups(nn.Module):
     Raises:
         ValueError: a membership that is not 0/1, an empty group, a class outside a level, levels that do not nest.
 
-    Example:
+    Examples:
         >>> ClassGroups([[[1, 1, 0, 0], [0, 0, 1, 1]]]).num_groups
         2
     """

@@ -16,6 +16,7 @@ from gsda_fast.methods.base import ENCODER, AdaptationSettings, Method, MethodSe
 from gsda_fast.methods.discriminators import LEVELS, Discriminators
 from gsda_fast.methods.groups import ClassGroups
 from gsda_fast.methods.objective import (
+    Objective,
     class_probabilities,
     discriminator_objective,
     entropy,
@@ -152,21 +153,30 @@ class GSDA(Method):
         groups = self.discriminators.groups if self.synchronize else None
         beta = self.beta * (step.ramp if self.sync_ramp else 1.0)
 
+        def of_discriminators(terms: AdversarialTerms) -> Objective:
+            objective = discriminator_objective(terms, groups, beta=beta, mean_over_ranks=step.mean)
+            return replace(objective, terms=self._adversarial_terms(terms, step))
+
         if self.settings.update == "reversal":
             # What reaches the encoder is weighed, what reaches the discriminators is not.
             held = outputs.features.detach()
             weighed = held + weight * (outputs.features - held)
             terms = self.discriminators(weighed, *arguments, loss_feature_scale=-step.ramp, sample_weight=sample_weight)
-            adversarial = discriminator_objective(terms, groups, beta=beta, mean_over_ranks=step.mean)
+            adversarial = of_discriminators(terms)
             own, named = self._entropy(outputs)
-            named = {**self._adversarial_terms(terms, step), **named}
+            named = {**adversarial.terms, **named}
             players = (*ENCODER, "discriminators")
             yield self.encoder_update(outputs, batch, step, own + adversarial.total, named, players)
             return
 
-        terms = self.discriminators(outputs.features.detach(), *arguments, sample_weight=sample_weight)
-        adversarial = discriminator_objective(terms, groups, beta=beta, mean_over_ranks=step.mean)
-        yield Update(("discriminators",), adversarial.total, self._adversarial_terms(terms, step))
+        held, found_inf, descent = outputs.features.detach(), None, step.descent("discriminators")
+        if descent is None:
+            adversarial = of_discriminators(self.discriminators(held, *arguments, sample_weight=sample_weight))
+        else:
+            adversarial, found_inf = self.discriminators.descend_(
+                held, *arguments, objective=of_discriminators, descent=descent, sample_weight=sample_weight
+            )
+        yield Update(("discriminators",), adversarial.total, adversarial.terms, found_inf=found_inf)
         terms = self.discriminators(outputs.features, *arguments, frozen=True, sample_weight=sample_weight)
         against = -step.ramp * terms.loss.sum()
         if groups is not None:

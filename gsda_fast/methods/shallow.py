@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import scipy.linalg
 from numpy.typing import ArrayLike, NDArray
 
 from gsda_fast.errors import UsageError
@@ -118,7 +117,9 @@ def tca(
     scatter -= n * np.outer(mean, mean)
     penalty = np.outer(gap, gap) + mu * np.eye(len(gap))
     last = len(gap) - 1
-    eigenvalues, vectors = scipy.linalg.eigh(scatter, penalty, subset_by_index=(last - dim + 1, last))
+    from scipy.linalg import eigh
+
+    eigenvalues, vectors = eigh(scatter, penalty, subset_by_index=(last - dim + 1, last))
     eigenvalues, vectors = eigenvalues[::-1], vectors[:, ::-1]
     # eigh makes w' penalty w = 1; divided by the root of the eigenvalue, w' scatter w = 1.
     scattered = eigenvalues > eigenvalues[0] * len(gap) * np.finfo(np.float64).eps

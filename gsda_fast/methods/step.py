@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,6 +25,24 @@ class Player(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Descent:
+    """How a method moves a player itself, by what its optimizer would do: a step of `torch.optim.SGD`.
+
+    Attributes:
+        learning_rate, momentum, weight_decay, nesterov: of `torch.optim.SGD`, without dampening.
+        momentum_buffers: the optimizer's state for each of some parameters, to be moved in place with them.
+        skip: 0-d float32 on the device: 1 if nothing may move.
+    """
+
+    learning_rate: float
+    momentum: float
+    weight_decay: float
+    nesterov: bool
+    momentum_buffers: Callable[[Iterable[Tensor]], list[Tensor]]
+    skip: Tensor
+
+
+@dataclass(frozen=True)
 class Step:
     """Where in training a step is, and what the other ranks know.
 
@@ -35,12 +53,15 @@ class Step:
         mean: averages a tensor over ranks, without gradient; the identity for one process.
         gather: the rows of all ranks, (n, ...) -> (ranks * n, ...), in rank order. A function of them has the value of
             the whole batch, and the mean over ranks of its gradients is the whole batch's gradient.
+        descent: how a player moves, by its name, for an update that needs no gradients in memory; None where its
+            gradients are wanted: for another optimizer than SGD, for scaled losses, for a mean over ranks.
     """
 
     ramp: Tensor
     progress: Tensor
     mean: Callable[[Tensor], Tensor] = Tensor.detach
     gather: Callable[[Tensor], Tensor] = lambda rows: rows
+    descent: Callable[[str], Descent | None] = lambda player: None
 
 
 class Update(NamedTuple):
@@ -49,12 +70,15 @@ class Update(NamedTuple):
     Attributes:
         players: names of those that minimize `loss`. terms: loss terms by name, unweighted and detached, for the log.
         images: how many went through the network for this update, on this rank.
+        found_inf: of an update that the method has made itself, as `Step.descent` told it: 0-d float32 on the device, 1
+            where something was not finite, so that nothing moved. None: the optimizers move along the loss's gradient.
     """
 
     players: tuple[str, ...]
     loss: Tensor
     terms: Mapping[str, Tensor]
     images: int = 0
+    found_inf: Tensor | None = None
 
 
 @dataclass(frozen=True)

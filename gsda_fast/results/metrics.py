@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from gsda_fast.data.domains import UNKNOWN
 from gsda_fast.results.records import LABEL_FREE_CRITERION, Selection
@@ -181,9 +180,10 @@ def confusion_matrix(labels: Tensor, probabilities: Tensor) -> Tensor:
     low, high = int(labels.min()), int(labels.max())
     if low < UNKNOWN or high >= num_classes:
         raise ValueError(f"labels: found values from {low} to {high}; expected -1 to {num_classes - 1}")
-    return multiclass_confusion_matrix(
-        probabilities.argmax(dim=1), labels, num_classes, ignore_index=UNKNOWN, validate_args=False
-    ).cpu()
+    known = labels != UNKNOWN
+    cells = labels[known] * num_classes + probabilities[known.to(probabilities.device)].argmax(dim=1).to(labels.device)
+    # Counted on the CPU, where a bincount is deterministic.
+    return torch.bincount(cells.long().cpu(), minlength=num_classes**2).view(num_classes, num_classes)
 
 
 @dataclass(frozen=True)

@@ -56,34 +56,32 @@ class Guard:
         values = torch.stack([total.detach().float(), *(term.detach().float() for term in terms.values())])
         return torch.cat([(~torch.isfinite(values)).float(), self._wish])
 
+    @property
+    def skip(self) -> Tensor:
+        """0-d float32 on the device: 1 if nothing may move in this step, as `found_inf` of PyTorch's optimizers."""
+        return self._skipped
+
     def check(
-        self,
-        player: str,
-        terms: Iterable[str],
-        indicators: Tensor,
-        parameters: Iterable[nn.Parameter],
-        *,
-        scaled: bool,
+        self, player: str, terms: Iterable[str], indicators: Tensor, bad_gradient: Tensor, *, scaled: bool
     ) -> Tensor:
-        """Look at one update of the step, after its gradients have been averaged.
+        """Look at one update of the step.
 
         Args:
             player: who moves, for the message. terms: names of the loss terms.
-            indicators: as above, averaged over the ranks. parameters: whose gradients are looked at.
+            indicators: as above, averaged over the ranks.
+            bad_gradient: 0-d float32: above 0 if a gradient, of any rank, was not finite (`not_finite`).
             scaled: losses are scaled (fp16), so that gradients which overflow skip a step but do not end the run.
 
         Returns:
-            0-d float32 on the device: 1 if nothing may move in this step, as `found_inf` of PyTorch's optimizers.
+            `skip`, as it is from now on.
         """
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        bad_gradient = (~torch.isfinite(norm)).float().reshape(1)
+        bad_gradient = (bad_gradient > 0).float().reshape(1)
         self._wishes = torch.maximum(self._wishes, indicators[-1])
         bad = torch.cat([(indicators[:-1] > 0).float(), bad_gradient])
         self._skipped = torch.maximum(self._skipped, bad.amax())
         self._names += [f"objective of the {player}", *terms, f"gradient norm of the {player}"]
         self._updates.append(bad if not scaled else torch.cat([bad[:-1], torch.zeros_like(bad_gradient)]))
-        return self._skipped
+        return self.skip
 
     def end(self, step: int) -> None:
         """End the step with that number, counted from 0.
@@ -152,3 +150,10 @@ class Guard:
         self.stop = self.stop or wishes > 0
         if stopped:
             self.require_finite()
+
+
+def not_finite(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """0-d float32: 1 if the norm of the parameters' gradients is not finite; those without a gradient do not count."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    return (~torch.isfinite(norm)).float()

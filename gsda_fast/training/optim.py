@@ -12,7 +12,7 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from gsda_fast.errors import UsageError
-from gsda_fast.methods import Player
+from gsda_fast.methods import Descent, Player
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,27 @@ def takes_skip_flag(optimizer: torch.optim.Optimizer, flag: Tensor) -> bool:
         optimizer._dummy_overflow_buf.copy_(flag)
         return True
     return False
+
+
+def descent_of(optimizer: torch.optim.Optimizer, skip: Tensor) -> Descent | None:
+    """Return what the optimizer's next step would do, for a method that does it; None for any but SGD with momentum.
+
+    Args:
+        skip: see `Descent`.
+    """
+    if not isinstance(optimizer, torch.optim.SGD) or len(optimizer.param_groups) > 1:
+        return None
+    (group,) = optimizer.param_groups
+    if group["momentum"] == 0 or group["dampening"] != 0 or group["maximize"]:
+        return None
+    return Descent(
+        group["lr"],
+        group["momentum"],
+        group["weight_decay"],
+        group["nesterov"],
+        lambda parameters: [optimizer.state[parameter]["momentum_buffer"] for parameter in parameters],
+        skip,
+    )
 
 
 def require_apex() -> Any:

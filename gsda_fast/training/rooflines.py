@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from gsda_fast.data.benchmarks import Preprocessing
 from gsda_fast.model import FEATURES, ModelSettings, build_model
@@ -127,6 +126,8 @@ def training_work(
             else (preprocessing.channels, preprocessing.crop, preprocessing.crop)
         )
         batch = torch.empty(images, *row, dtype=dtype)
+    from torch.utils.flop_counter import FlopCounterMode
+
     operations, moved = FlopCounterMode(display=False), _MovedBytes()
     with operations, moved:
         # Layer by layer: the model's own forward has an autocast, which knows no device without memory.

@@ -210,7 +210,7 @@ class Trainer:
             torch.full((), value, device=self.device)
             for value in (self.schedule.adversarial_ramp(step), self.schedule.progress(step))
         )
-        known = Step(ramp, progress, self.ranks.mean, self.ranks.gather_rows)
+        known = Step(ramp, progress, self.ranks.mean, self.ranks.gather_rows, self.updater.descent)
         if self.schedule.warming_up(step):
             return self.updater.step(step, self.method.source_updates(batch, known))
         if step == self.schedule.warmup:

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gsda_fast.methods import Player, Update
+from gsda_fast.methods import Descent, Player, Update
 from gsda_fast.training.distributed import Ranks
-from gsda_fast.training.guard import Guard
-from gsda_fast.training.optim import forget_momentum, load_momentum, momentum_of, takes_skip_flag
+from gsda_fast.training.guard import Guard, not_finite
+from gsda_fast.training.optim import descent_of, forget_momentum, load_momentum, momentum_of, takes_skip_flag
 
 
 class StepOutcome(NamedTuple):
@@ -59,9 +59,12 @@ class Updater:
         images = 0
         self._guard.begin()
         for update in updates:
-            skip = self._gradients(update)
-            for player in update.players:
-                self._move(player, skip)
+            if update.found_inf is None:
+                skip = self._gradients(update)
+                for player in update.players:
+                    self._move(player, skip)
+            else:
+                skip = self._moved(update, update.found_inf)
             terms.update(update.terms)
             images += update.images
             if self._scaler.is_enabled() and bool(skip):
@@ -70,6 +73,12 @@ class Updater:
             self._scaler.update()
             self._guard.end(step)
         return StepOutcome(terms, images)
+
+    def descent(self, player: str) -> Descent | None:
+        """How a method may move a player itself in this step; None where it takes gradients and the optimizer."""
+        if self._ranks.several or self._scaler.is_enabled():
+            return None
+        return descent_of(self.optimizers[player], self._guard.skip)
 
     def forget(self, player: str) -> None:
         """Let a player's optimizer start afresh."""
@@ -111,9 +120,15 @@ class Updater:
         if self._scaler.is_enabled():
             for player in update.players:
                 self._scaler.unscale_(self.optimizers[player])
-        return self._guard.check(
-            " and ".join(update.players), update.terms, averaged, parameters, scaled=self._scaler.is_enabled()
-        )
+        return self._check(update, averaged, not_finite(parameters))
+
+    def _moved(self, update: Update, found_inf: Tensor) -> Tensor:
+        """Look at what the method has done itself; 1 if something in this step is not finite."""
+        return self._check(update, self._guard.indicators(update.loss, update.terms), found_inf)
+
+    def _check(self, update: Update, indicators: Tensor, bad_gradient: Tensor) -> Tensor:
+        players, scaled = " and ".join(update.players), self._scaler.is_enabled()
+        return self._guard.check(players, update.terms, indicators, bad_gradient, scaled=scaled)
 
     def _move(self, player: str, skip: Tensor) -> None:
         optimizer = self.optimizers[player]

@@ -87,7 +87,7 @@ def adversarial_terms(
         ValueError: shapes, dtypes or devices that do not fit; a negative weight; a domain label other than 0 and 1; a
             backend that cannot run here.
 
-    Example:
+    Examples:
         >>> disc = DiscriminatorWeights(*(torch.randn(s) for s in [(3, 8, 4), (3, 8), (3, 8, 8), (3, 8), (3, 8), (3,)]))
         >>> out = adversarial_terms(torch.randn(6, 4), disc, torch.rand(6, 3), torch.tensor([1, 1, 1, 0, 0, 0]))
         >>> out.loss.shape, out.gradient_norm.shape

@@ -79,7 +79,7 @@ def adversarial_update_(
             another shape, dtype, device or layout; two of these tensors, or one and another argument, that share
             memory; numbers out of their ranges. Nothing has moved then.
 
-    Example:
+    Examples:
         >>> shapes = [(3, 8, 4), (3, 8), (3, 8, 8), (3, 8), (3, 8), (3,)]
         >>> disc = DiscriminatorWeights(*(torch.randn(shape, requires_grad=True) for shape in shapes))
         >>> buffers = DiscriminatorWeights(*map(torch.zeros_like, disc))

@@ -1,0 +1,56 @@
+"""Paired differences over the runs of suites."""
+
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from benchmarks import paired
+from benchmarks.paired import difference, main, page
+
+
+def runs(**last: list[float]) -> pd.DataFrame:
+    rows = [
+        {"method": method, "task": f"a->{i % 2}", "seed": i // 2, "last": value, "label_free": value, "best": value + 1}
+        for method, values in last.items()
+        for i, value in enumerate(values)
+    ]
+    return pd.DataFrame(rows).assign(revision="0123456789abcdef")
+
+
+def test_a_difference_is_that_of_the_pairs() -> None:
+    found = difference(runs(first=[10.0, 20.0, 33.0], second=[9.0, 18.0, 30.0]), "first", "second")
+    assert found["mean"] == pytest.approx(2.0)
+    assert found["standard_error"] == pytest.approx(1 / math.sqrt(3))
+    # t of 2 degrees of freedom at 97.5 %: 4.3027.
+    assert found["high"] == pytest.approx(2 + 4.302652729911275 / math.sqrt(3))
+    assert (found["pairs"], found["higher"]) == (3, 3)
+
+
+def test_a_run_without_its_pair_takes_no_part() -> None:
+    found = difference(runs(first=[10.0, 20.0, 90.0], second=[9.0, 18.0]), "first", "second")
+    assert (found["mean"], found["pairs"]) == (pytest.approx(1.5), 2)
+
+
+@pytest.mark.parametrize("other", ["nosuch", "second"])
+def test_too_few_pairs_are_an_error(other: str) -> None:
+    with pytest.raises(ValueError, match=rf"first - {other}: found [01] pairs; expected two or more"):
+        difference(runs(first=[1.0, 2.0], second=[3.0]), "first", other)
+
+
+def test_the_page_says_what_is_resolved() -> None:
+    table = runs(first=[10.0, 20.0, 30.0, 40.0], second=[9.0, 19.1, 29.0, 39.0], third=[12.0, 17.0, 33.0, 38.0])
+    text = page(table, [("first", "second"), ("first", "third")], "Title", "command")
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
+    assert "| yes " in rows["first - second"]
+    assert "| no " in rows["first - third"]
+    assert "revision 0123456789ab." in text
+
+
+def test_the_command_writes_both_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paired, "read_runs", lambda folders: runs(gsda=[1.0, 2.0, 4.0], mcc=[1.0, 3.0, 3.0]))
+    arguments = ["a", "b", "--differences", "gsda - mcc", "--title", "Title", "--output", str(tmp_path / "found")]
+    assert main(arguments) == 0
+    assert 'python -m benchmarks.paired a b --differences "gsda - mcc"' in (tmp_path / "found.md").read_text()
+    assert len(pd.read_csv(tmp_path / "found.csv")) == 6
