@@ -3,11 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
-# A file to a process, as many as there are cores; each computes in one thread, as the tests' processes do.
-TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+# A file to a process, as many as there are cores, the longest files first (tests/conftest.py); each computes in one
+# thread, as the tests' processes do.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+SHARED_OUT := --numprocesses auto --dist loadfile --no-loadscope-reorder
+TESTS := $(PYTEST) $(SHARED_OUT)
 # A process in which Triton interprets its kernels cannot compile any: those tests run apart.
 INTERPRETED_TESTS := $(patsubst %,tests/test_%.py,equivalence fused_update triton_interpreter triton_races)
-INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED_TESTS)
+# Few files, one of which takes half of the time: these are shared out test by test.
+INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) --numprocesses auto --dist worksteal $(INTERPRETED_TESTS)
 OLDEST := .venv-oldest
 KERNEL_TESTS := $(patsubst %,tests/test_%.py,buffers closed_form equivalence functional fused_update native ops reference triton_compile triton_configs \
 	tune_triton)

@@ -32,7 +32,7 @@ class ReportOptions:
     """Folder for the page: the run's own for one run, `report` beside the runs for several. A suite's page is always
     in its own folder."""
 
-    points: int = 1000
+    points: int = 400
     """Samples of each domain in a t-SNE plot, at most. Fewer are faster."""
 
     def __post_init__(self) -> None:

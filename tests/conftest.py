@@ -6,6 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 
+LONGEST_FIRST = (
+    *("test_triton_interpreter", "test_triton_races", "test_equivalence", "test_fused_update"),
+    *("test_distributed", "test_train", "test_suite", "test_methods", "test_every_task", "test_every_suite"),
+    *("test_features", "test_kill", "test_resume", "test_page", "test_dali_loader", "test_pack"),
+    "test_compared_methods",
+    *("test_export", "test_evaluate", "test_predict", "test_commands", "test_stopping", "test_closed_form"),
+)
+"""Files that take longest. Processes that share the files out must not find one of these at the end, alone."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Longest files first, all others as they come."""
+    place = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

@@ -570,3 +570,29 @@ def test_a_table_of_many_methods_can_be_read(tmp_path: Path) -> None:
     # The highest of ours stands out, and not the paper's, which is higher.
     assert text.count("<b>73.0</b>") == 1
     assert "<b>95.7</b>" not in text
+
+
+def test_of_many_runs_few_distances_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two methods, two transfer tasks and two seeds: all, those of one seed, those of one transfer task of it."""
+    pairs = (("mnist", "fonts"), ("fonts", "mnist"))
+    groups = {
+        method: [
+            page_module._Run(run, 40, run.read_result(), "")
+            for pair in pairs
+            for seed in (0, 1)
+            for run in [fabricated_run(tmp_path, method, pair=pair, seed=seed, features=True)]
+        ]
+        for method in ("dann", "gsda")
+    }
+    calls: list[int] = []
+    monkeypatch.setattr(page_module.alignment, "proxy_a_distance", lambda *_: calls.append(1) or 1.0)
+    found = []
+    for most in (8, 4, 2):
+        calls.clear()
+        monkeypatch.setattr(page_module, "_MOST_MEASURED", most)
+        section = page_module._Section("Alignment")
+        page_module._add_distances(section, page_module._Groups(SuiteFolder(tmp_path), groups))
+        found.append((len(calls), len(section.panels), section.panels[0].alternative))
+    everywhere = "Proxy A-distance of each method"
+    # Before adaptation and after it; with one transfer task there is no plot by transfer task.
+    assert found == [(16, 2, everywhere), (8, 2, everywhere), (4, 1, f"{everywhere}, mnist → fonts")]

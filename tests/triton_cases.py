@@ -23,7 +23,7 @@ SHAPES = [
         id="medium batch: two tiles of H",
     ),
     pytest.param(
-        {"num_source": 300, "num_target": 300, "num_discriminators": 1, "dim": 16, "hidden": 32},
+        {"num_source": 300, "num_target": 220, "num_discriminators": 1, "dim": 16, "hidden": 16},
         id="large batch: samples routed in several blocks",
     ),
 ]

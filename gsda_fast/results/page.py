@@ -47,8 +47,8 @@ _MOST_DETAILED = 4
 """Single runs with plots of their own on one page: each takes seconds. Of more, the first and the last two."""
 _MOST_RECORDS = 2000
 """Records of a run that are drawn, beside its evaluations."""
-_MOST_MEASURED = 60
-"""Runs whose domains' distance is measured; of more, those of one seed."""
+_MOST_MEASURED = 24
+"""Runs whose domains' distance is measured; of more, those of one seed, and then of one transfer task."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +142,7 @@ class _Section:
         return True
 
 
-def write_page(folders: Sequence[RunFolder], folder: Path, *, points: int = 1000) -> Path:
+def write_page(folders: Sequence[RunFolder], folder: Path, *, points: int = 400) -> Path:
     """Draw the plots and write the page about one run or several.
 
     The plots of one run alone are kept as PNG files in its folder, those that compare the runs beside the page.
@@ -198,7 +198,7 @@ def write_page(folders: Sequence[RunFolder], folder: Path, *, points: int = 1000
     return page.report_path
 
 
-def write_suite_page(suite: SuiteFolder, layout: Layout, *, points: int = 1000, samples: int = 500) -> Path:
+def write_suite_page(suite: SuiteFolder, layout: Layout, *, points: int = 400, samples: int = 500) -> Path:
     """Draw the plots and write the page about the runs that have finished, beside the suite's tables.
 
     Args:
@@ -540,6 +540,8 @@ def _add_distances(section: _Section, groups: _Groups) -> None:
     if len(runs) > _MOST_MEASURED:
         first = min(run.identity["seed"] for run in runs)
         runs = [run for run in runs if run.identity["seed"] == first]
+        if len(runs) > _MOST_MEASURED:
+            runs = [run for run in runs if run.transfer_task == runs[0].transfer_task]
     lines = [
         (label, " → ".join(map(str, run.transfer_task)), run.distance("final"), run.distance("warmup"))
         for label, of_group in groups.groups.items()
@@ -552,14 +554,16 @@ def _add_distances(section: _Section, groups: _Groups) -> None:
         return
     title, unit, marked = "Proxy A-distance", "2 (1 - 2 · error)", "before adaptation"
     by_group = frame.groupby("label")[["mean", "mark"]].mean().assign(spread=frame.groupby("label")["mean"].std())
-    where = ", all transfer tasks" if frame["column"].nunique() > 1 and not groups.single else ""
+    several = frame["column"].nunique() > 1 and not groups.single
+    all_measured = len({run.transfer_task for run in groups.runs}) == len({run.transfer_task for run in runs})
+    where = ", all transfer tasks" if several else "" if all_measured else f", {frame['column'].iloc[0]}"
     figure = plots.ranking(
         by_group.reindex(groups.groups), f"{title} after the last step{where}", unit, groups.styles,
         marked=marked, limit=2.0, decimals=2,
     )  # fmt: skip
     each = "run" if groups.single else "method"
-    section.add(figure, groups.page.plot_path("proxy_a_distance"), f"{title} of each {each}")
-    if where:
+    section.add(figure, groups.page.plot_path("proxy_a_distance"), f"{title} of each {each}{'' if several else where}")
+    if several:
         columns = frame["column"].unique()
         by_task = frame.pivot_table(index="label", columns="column", values=["mean", "mark"], aggfunc="mean")
         by_task = by_task.reindex(groups.groups)

@@ -246,7 +246,7 @@ def tsne(
     *,
     classes: Sequence[str],
     title: str,
-    points: int = 1000,
+    points: int = 400,
     seed: int = 0,
 ) -> Figure | None:
     """Draw both domains in two dimensions (t-SNE), coloured by class and marked by domain.
