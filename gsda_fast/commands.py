@@ -72,7 +72,11 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _refuse_empty_options(sys.argv[1:])
-        code = _print_version() if "--version" in sys.argv[1:] else main()
+        if "--version" in sys.argv[1:]:
+            print(f"gsda-fast {VERSION}")
+            code = None
+        else:
+            code = main()
         sys.stdout.flush()
     except (UsageError, TrainingError) as error:
         if not error.reported_elsewhere:
@@ -105,10 +109,6 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         print(": ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         code = 130
     sys.exit(code or 0)
-
-
-def _print_version() -> None:
-    print(f"gsda-fast {VERSION}")
 
 
 def _show_warning(
