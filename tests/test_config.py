@@ -455,3 +455,24 @@ def test_python_options_are_the_command_lines(method: str, arguments: list[str],
 def test_python_options_are_checked_alike(method: str, options: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError, match=told):
         configure("digits", method, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "warmup"),
+    [
+        (["digits", "--steps", "400"], 300),
+        (["digits", "--steps", "60"], 22),
+        (["digits", "--steps=1"], 1),
+        (["digits", "--steps", "60", "--warmup", "50"], 50),
+        (["digits", "--steps", "60", "--warmup=60"], 60),
+        (["visda", "--steps", "60"], 0),
+    ],
+)
+def test_a_presets_warmup_fits_few_steps(arguments: list[str], warmup: int) -> None:
+    assert parse_config(arguments, "train").run.warmup == warmup
+
+
+def test_a_presets_warmup_fits_few_steps_in_python() -> None:
+    assert configure("digits", steps=60).run.warmup == 22
+    with pytest.raises(UsageError, match="--warmup: found 61; expected at most --steps, 60"):
+        configure("digits", steps=60, warmup=61)
