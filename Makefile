@@ -17,7 +17,7 @@ KERNEL_TESTS := $(patsubst %,tests/test_%.py,buffers closed_form equivalence fun
 	tune_triton)
 BUILT_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/gsda_kernels/native/*)
 
-.PHONY: help demo pictures test test-all test-oldest docs lint types clean
+.PHONY: help demo pictures test test-all test-oldest docs lint types wheel clean
 
 help:
 	@echo "make demo      train on the built-in digits and show what adaptation gained (a few minutes on a CPU)"
@@ -25,6 +25,7 @@ help:
 	@echo "make test      run the tests; make test-all adds the exhaustive sweeps"
 	@echo "make test-oldest  run the kernels' tests with the oldest PyTorch and Triton that are supported"
 	@echo "make docs      the documentation as a site, with the reference of every public name"
+	@echo "make wheel     build an installable wheel into dist/"
 	@echo "make lint      style and types"
 	@echo "make clean     remove the environment and everything built"
 
@@ -67,8 +68,17 @@ lint: $(VENV)/installed-dev types
 types: $(VENV)/installed-dev
 	MYPYPATH=kernels $(BIN)/python -m mypy -p gsda_fast -p gsda_kernels
 
+# Without a compiler a pure one; with auditwheel one for other Linux machines than this.
+wheel: $(VENV)/bin/python
+	rm -rf dist
+	$(if $(shell command -v c++ || command -v g++ || command -v clang++),,GSDA_PURE=1) \
+		$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	@if command -v auditwheel >/dev/null && ls dist/*-linux_*.whl >/dev/null 2>&1; then \
+		auditwheel repair --wheel-dir dist dist/*-linux_*.whl && rm dist/*-linux_*.whl; fi
+	@ls dist
+
 clean:
-	rm -rf $(VENV) $(OLDEST) build
+	rm -rf $(VENV) $(OLDEST) build dist
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \

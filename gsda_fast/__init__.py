@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+from gsda_fast.version import VERSION
 
 if TYPE_CHECKING:
     from gsda_fast import losses
@@ -32,10 +33,7 @@ __all__ = [
     "train",
 ]
 
-try:
-    __version__ = version("gsda-fast")
-except PackageNotFoundError:  # a checkout that was put on the path
-    __version__ = "0+unknown"
+__version__ = VERSION
 
 _OBJECTIVE = "gsda_fast.methods.objective"
 _DEFINED_IN = {

@@ -18,7 +18,7 @@ from gsda_fast.data.loaders import open_loader, require_room, resolve_loader
 from gsda_fast.data.sampling import SamplingPlan
 from gsda_fast.data.synthetic_loader import synthetic_pair
 from gsda_fast.errors import UsageError
-from gsda_fast.methods import METHODS, TaskFacts, build_method
+from gsda_fast.methods import METHODS, Division, Method, TaskFacts, build_method
 from gsda_fast.model import FEATURES, LENET, ModelSettings, build_model, input_format
 from gsda_fast.results.run_folder import RunFolder, flat_settings
 from gsda_fast.training.distributed import Ranks, digest
@@ -122,6 +122,32 @@ def _require_fit(backbone: str, benchmark: Benchmark) -> None:
         )
 
 
+def _divide(method: Method, config: Config, ranks: Ranks) -> None:
+    """Let each rank keep a share of the method's discriminators, where the settings ask for it or leave it open.
+
+    Raises:
+        UsageError: it is asked for, and there is nothing to divide, or not enough.
+    """
+    costs, wanted = method.costs_of_parts(), config.distributed.divide_discriminators
+    if not ranks.several or wanted == "off":
+        return
+    found = None
+    if len(costs) < ranks.world_size:
+        found = f"{ranks.world_size} processes and {len(costs)} discriminators that can be divided"
+    elif config.precision.precision == "fp16":
+        # A rank whose own gradients overflow would lower its scale alone.
+        found = "--precision fp16"
+    if found is None:
+        method.divide(Division(costs, ranks))
+    elif wanted == "on":
+        raise UsageError(
+            "--divide-discriminators",
+            found=f"on with {found}",
+            expected="at least as many discriminators as processes, and no scaled losses",
+            remedy="leave it at auto, or start fewer processes",
+        )
+
+
 def choose_device(config: Config) -> Literal["cpu", "cuda"]:
     """Return where to train.
 
@@ -178,9 +204,11 @@ def build_trainer(
             **flat_settings(config.to_dict()),
             "source images": source.identity,
             "target images": target.identity,
+            "discriminators": len(method.costs_of_parts()),
             "initial parameters": digest(method.state_dict()),
         }
     )
+    _divide(method, config, ranks)
     # Parameters are drawn by now, as many as the method has; what is drawn from here on (dropout) is drawn for this
     # rank's own images, and is the same for every method until warm-up ends.
     seed_generators(config.run.seed + ranks.rank)

@@ -13,11 +13,35 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
-from typing import Any, NoReturn, TypeVar
+from pathlib import Path
+from types import NoneType
+from typing import Any, NoReturn, TypeVar, get_args
+
+import tyro
 
 from gsda_fast.errors import FileWarning, Stopped, TrainingError, UsageError, UsageWarning, visible
+from gsda_fast.version import VERSION
 
 T = TypeVar("T")
+
+_OPTIONAL = tyro.constructors.ConstructorRegistry()
+_PLACEHOLDERS = {Path: "PATH", str: "STR", int: "INT"}
+
+
+@_OPTIONAL.primitive_rule
+def _optional(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """Show what an option takes that may also be left out as `PATH`; tyro's own form is `{None}|PATH`."""
+    kinds = [kind for kind in get_args(info.type) if kind is not NoneType]
+    if NoneType not in get_args(info.type) or len(kinds) != 1 or kinds[0] not in _PLACEHOLDERS:
+        return None
+    kind: Any = kinds[0]
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=_PLACEHOLDERS[kind],
+        instance_from_str=lambda words: kind(words[0]),
+        is_instance=lambda value: value is None or isinstance(value, kind),
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 _FAILING_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
@@ -38,6 +62,8 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     and keeps its traceback. A `UsageWarning` is one line on standard error, from the first of the processes that
     torchrun started; a `FileWarning` from any of them. What standard output cannot show, it shows as escapes.
 
+    With `--version` among the arguments the version is printed, and nothing else is done.
+
     Args:
         main: the command; returns its exit code, None for 0.
     """
@@ -46,7 +72,11 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _refuse_empty_options(sys.argv[1:])
-        code = main()
+        if "--version" in sys.argv[1:]:
+            print(f"gsda-fast {VERSION}")
+            code = None
+        else:
+            code = main()
         sys.stdout.flush()
     except (UsageError, TrainingError) as error:
         if not error.reported_elsewhere:
@@ -108,6 +138,11 @@ def reported_by_first_process() -> Iterator[None]:
         raise
 
 
+def program(command: str) -> str:
+    """Return how a command is called, for its help: as the user has called this process."""
+    return f"gsda {command}" if sys.argv[0].startswith("gsda ") else f"python -m gsda_fast.{command}"
+
+
 def parse_command_line(parse: Callable[[], T]) -> T:
     """Parse the options with tyro, which names a mistaken one and the one that is nearest to it.
 
@@ -120,7 +155,7 @@ def parse_command_line(parse: Callable[[], T]) -> T:
     """
     written = io.StringIO()
     try:
-        with contextlib.redirect_stderr(written):
+        with contextlib.redirect_stderr(written), _OPTIONAL:
             options = parse()
     except SystemExit as end:
         if end.code in (0, None):

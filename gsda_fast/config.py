@@ -262,6 +262,8 @@ def configure(task: str, method: str = "gsda", *, recipe: str = "common", **opti
         changes.setdefault(tables[name], {})[name] = _given(getattr(config, tables[name]), name, value)
     for table, values in changes.items():
         config = replace(config, **{table: replace(getattr(config, table), **values)})
+    if "warmup" not in options:
+        config = _with_warmup_for(config, preset(task, method, recipe).run)
     config.validate()
     return config
 
@@ -317,8 +319,22 @@ def parse_config(arguments: list[str], program: str) -> Config:
         )
     )
     config = replace(config, run=replace(config.run, method=default.run.method))
+    if _value("--warmup", rest) is None:
+        config = _with_warmup_for(config, default.run)
     config.validate()
     return config
+
+
+def _with_warmup_for(config: Config, default: RunSettings) -> Config:
+    """Return the same with a warm-up that nobody asked for as large a part of the steps as before, where these are few.
+
+    Args:
+        default: before the options, with a warm-up for its own number of steps.
+    """
+    if config.run.warmup <= config.run.steps:
+        return config
+    warmup = max(1, default.warmup * config.run.steps // default.steps)
+    return replace(config, run=replace(config.run, warmup=warmup))
 
 
 def method_options(method: str) -> set[str]:

@@ -18,7 +18,7 @@ from msgspec import Meta
 from rich.console import Console
 from torch import nn
 
-from gsda_fast.commands import parse_command_line, run_command
+from gsda_fast.commands import parse_command_line, program, run_command
 from gsda_fast.console import FilesDone, plain_console, progress_bars
 from gsda_fast.data.benchmarks import BENCHMARKS, EMBEDDED, Preprocessing
 from gsda_fast.data.domains import ImageDomain, default_root, open_domain, open_folder
@@ -264,7 +264,7 @@ def with_features(arguments: list[str], console: Console) -> list[str]:
 
 def run(arguments: list[str], console: Console) -> None:
     """Compute what the command line asks for and say where it lies."""
-    settings = parse_command_line(lambda: tyro.cli(EmbedSettings, args=arguments, prog="python -m gsda_fast.embed"))
+    settings = parse_command_line(lambda: tyro.cli(EmbedSettings, args=arguments, prog=program("embed")))
     with progress_bars(console) as progress:
         paths = embed(settings, progress)
     for path in paths:
@@ -273,5 +273,9 @@ def run(arguments: list[str], console: Console) -> None:
         console.print(f"train with: python -m gsda_fast.train {settings.what}{EMBEDDED}", soft_wrap=True)
 
 
+def main() -> None:
+    run(sys.argv[1:], plain_console())
+
+
 if __name__ == "__main__":
-    run_command(lambda: run(sys.argv[1:], plain_console()))
+    run_command(main)

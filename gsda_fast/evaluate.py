@@ -12,7 +12,7 @@ import tyro
 from rich.table import Table
 
 from gsda_fast.assemble import build_trainer, resolve
-from gsda_fast.commands import parse_command_line, run_command
+from gsda_fast.commands import parse_command_line, program, run_command
 from gsda_fast.console import plain_console
 from gsda_fast.data.batches import Crops
 from gsda_fast.data.domains import ImageDomain
@@ -85,9 +85,7 @@ def _metric(value: float | None) -> str:
 
 
 def main() -> None:
-    settings = parse_command_line(
-        lambda: tyro.cli(EvaluateSettings, args=sys.argv[1:], prog="python -m gsda_fast.evaluate")
-    )
+    settings = parse_command_line(lambda: tyro.cli(EvaluateSettings, args=sys.argv[1:], prog=program("evaluate")))
     step, metrics, classes = evaluate(settings)
     crops = settings.test_crops or RunFolder(settings.run).setting("test_crops")
     console = plain_console()

@@ -14,7 +14,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from gsda_fast.commands import parse_command_line, run_command
+from gsda_fast.commands import parse_command_line, program, run_command
 from gsda_fast.console import echo
 from gsda_fast.errors import UsageError
 from gsda_fast.files import atomic_file
@@ -114,9 +114,7 @@ def _program(network: _Network, trained: TrainedModel) -> torch.export.ExportedP
 
 
 def main() -> None:
-    settings = parse_command_line(
-        lambda: tyro.cli(ExportSettings, args=sys.argv[1:], prog="python -m gsda_fast.export")
-    )
+    settings = parse_command_line(lambda: tyro.cli(ExportSettings, args=sys.argv[1:], prog=program("export")))
     for path in export(settings):
         echo(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
 

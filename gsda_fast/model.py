@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from textwrap import shorten
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import torch
 from msgspec import Meta
 from torch import Tensor, nn
 
 from gsda_fast import efficientnet_lite
-from gsda_fast.errors import UsageError
+from gsda_fast.errors import UsageError, UsageWarning
 
 if TYPE_CHECKING:
     from torchvision.models import WeightsEnum
@@ -240,7 +241,7 @@ def _efficientnet_lite0(weights: str) -> tuple[nn.Module, int]:
         raise UsageError("--weights", found=weights, expected="none, an existing file, or IMAGENET1K_V1")
     if weights != "none":
         assert path is not None
-        _load(network, path)
+        _load(network, path, "_fc")
     width = network._fc.in_features
     network._fc = nn.Identity()  # type: ignore[assignment]
     return network, width
@@ -277,7 +278,8 @@ def _timm_backbone(backbone: str, weights: str) -> tuple[nn.Module, int]:
             "--weights", found=f"weights that timm could not fetch ({message})", expected="a file"
         ) from error
     if path.is_file():
-        _load(network, path)
+        classifier = network.default_cfg.get("classifier", "")
+        _load(network, path, classifier if isinstance(classifier, str) else "")
     return network, network.num_features
 
 
@@ -299,7 +301,7 @@ def _torchvision_backbone(name: str, weights: str) -> tuple[nn.Module, int]:
         network = models.get_model(name)
     elif path.is_file():
         network = models.get_model(name)
-        _load(network, path)
+        _load(network, path, _last_linear(network)[0])
     else:
         raise UsageError("--weights", found=weights, expected=f"none, an existing file, or one of {', '.join(known)}")
     where, last = _last_linear(network)
@@ -328,11 +330,57 @@ def _last_linear(network: nn.Module) -> tuple[str, nn.Linear | None]:
     return linear[-1] if linear else ("", None)
 
 
-def _load(network: nn.Module, path: Path) -> None:
+_BEGINNING = 12
+"""Bytes of a file that are shown where it holds no weights."""
+
+
+def _load(network: nn.Module, path: Path, output: str) -> None:
+    """Load the parameters that a file holds, as they are or wrapped as training scripts store them.
+
+    Args:
+        output: the layer whose place the bottleneck takes: it may have another number of classes, or be missing here.
+
+    Raises:
+        UsageError: no file of weights, or another network's.
+    """
+    expected = "a state dict of the backbone"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        network.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, UnpicklingError) as error:
+        message = shorten(str(error) or type(error).__name__, 100, placeholder=" ...")
+        begins = f", which begins with {_beginning(path)!r}" if path.is_file() else ""
+        raise UsageError("--weights", found=f"{path}{begins} ({message})", expected=expected) from error
+    try:
+        state, own = _unwrapped(state), network.state_dict()
+        for name in [name for name in state if output and name.startswith(f"{output}.")]:
+            stored = state.pop(name)
+            if name in own:
+                alike = stored.shape == own[name].shape
+                state[name] = stored if alike or stored.shape[1:] != own[name].shape[1:] else own[name]
+                if state[name] is not stored and name.endswith(".weight"):
+                    reason = f"it has {len(stored)} classes, and the bottleneck takes its place"
+                    warnings.warn(f"{path}: {output} is left out: {reason}", UsageWarning, stacklevel=5)
+        network.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         # The keys that do not fit follow on later lines; a large network has hundreds of them.
         message = shorten(str(error) or type(error).__name__, 160, placeholder=" ...")
-        raise UsageError("--weights", found=f"{path} ({message})", expected="a state dict of the backbone") from error
+        raise UsageError("--weights", found=f"{path} ({message})", expected=expected) from error
+
+
+def _beginning(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_BEGINNING)
+
+
+def _unwrapped(stored: Any) -> dict[str, Tensor]:
+    """Return the parameters inside what scripts, DataParallel, torch.compile and Lightning put around them."""
+    for name in ("state_dict", "model_state_dict", "model"):
+        if isinstance(stored, Mapping) and isinstance(stored.get(name), Mapping):
+            stored = stored[name]
+    if not isinstance(stored, Mapping):
+        raise TypeError(f"a {type(stored).__name__}")
+    state = dict(stored)
+    for prefix in ("module.", "_orig_mod.", "model."):
+        if state and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state

@@ -15,7 +15,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from gsda_fast.commands import parse_command_line, run_command
+from gsda_fast.commands import parse_command_line, program, run_command
 from gsda_fast.console import plain_console, progress_bars, spreadsheet_text
 from gsda_fast.data.batches import Loader
 from gsda_fast.data.domains import ImageDomain, open_features, open_image, open_images
@@ -101,9 +101,7 @@ def _open(output: Path | None) -> Iterator[TextIO]:
 
 def main() -> int:
     """Exit code 1 if files could not be read; each of them is named on standard error and left out."""
-    settings = parse_command_line(
-        lambda: tyro.cli(PredictSettings, args=sys.argv[1:], prog="python -m gsda_fast.predict")
-    )
+    settings = parse_command_line(lambda: tyro.cli(PredictSettings, args=sys.argv[1:], prog=program("predict")))
     if settings.batch_size < 1:
         raise UsageError("--batch-size", found=str(settings.batch_size), expected="a whole number >= 1")
     trained = load_trained(settings.run, settings.checkpoint, settings.device)

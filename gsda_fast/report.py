@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from gsda_fast.commands import parse_command_line, run_command
+from gsda_fast.commands import parse_command_line, program, run_command
 from gsda_fast.data.benchmarks import Benchmark, find_benchmark
 from gsda_fast.errors import UsageError
 from gsda_fast.methods import METHODS
@@ -83,7 +83,7 @@ def report_on_suite(suite: SuiteFolder, *, points: int = ReportOptions.points) -
 
 
 def main() -> None:
-    options = parse_command_line(lambda: tyro.cli(ReportOptions, prog="python -m gsda_fast.report"))
+    options = parse_command_line(lambda: tyro.cli(ReportOptions, prog=program("report")))
     suite = None
     if len(options.runs) == 1 and not RunFolder(options.runs[0]).begun:
         suite = SuiteFolder.find(options.runs[0])

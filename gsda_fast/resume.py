@@ -56,7 +56,7 @@ class Start:
             return []
         if self.weights_alone:
             return [self._load_weights(trainer)]
-        trainer_tensors = trainer.method.state_dict()
+        trainer_tensors = trainer.method_state()
         _require_shapes(self.state["method"], trainer_tensors, self.origin)
         strangers = set(self.state["method"]) ^ set(trainer_tensors)
         if strangers:
@@ -83,13 +83,13 @@ class Start:
 
     def _load_weights(self, trainer: Trainer) -> str:
         assert self.state is not None
-        stored, own = self.state["method"], trainer.method.state_dict()
+        stored, own = self.state["method"], trainer.method_state()
         _require_shapes(stored, own, self.origin)
         missing = [name for name in own if name not in stored]
         in_the_model = [name for name in missing if name.startswith("model.")]
         if in_the_model:
             raise _other_network(self.origin, f"no tensor {in_the_model[0]}", "weights of the same network")
-        trainer.method.load_state_dict({**own, **{name: stored[name] for name in own if name in stored}})
+        trainer.load_method_state({**own, **{name: stored[name] for name in own if name in stored}})
         message = f"starting with the weights of {self.origin}, after its step {self.state['step']}"
         return f"{message}; {len(missing)} tensors that it lacks start afresh" if missing else message
 

@@ -138,6 +138,7 @@ class Run:
         pair = f"{self.source.name} -> {self.target.name}, {config.run.method}"
         self.console.print(f"{config.task} {pair}: {len(self.source)} + {len(self.target)} images")
         self.console.print(_processes_line(config, trainer), soft_wrap=True)
+        self.console.print(_sizes_line(config, trainer), soft_wrap=True)
         if trainer.step == config.run.warmup == 0:
             self._before_checkpoint.append(self._features("warmup"))
         return trainer
@@ -374,6 +375,21 @@ def _spread(count: int, at_most: int) -> np.ndarray:
     part.
     """
     return np.unique(np.linspace(0, count - 1, min(count, at_most)).round().astype(np.int64))
+
+
+def _sizes_line(config: Config, trainer: Trainer) -> str:
+    """Return how large the network and the method's own modules are, and a checkpoint with the optimizers' buffers."""
+    method = trainer.method
+    network, whole = (sum(each.numel() for each in module.parameters()) for module in (method.model, method))
+    own = sum(each.numel() * each.element_size() for each in method.parameters()) * (whole - network) / whole
+    stored = sum(each.numel() * each.element_size() for each in method.state_dict().values())
+    buffers = 2 if config.optimizer.optimizer == "adam" else 1
+    groups = [group for optimizer in trainer.optimizers.values() for group in optimizer.param_groups]
+    stored += buffers * sum(each.numel() * each.element_size() for group in groups for each in group["params"])
+    return (
+        f"network {network / 1e6:.2f} M parameters, {config.run.method} {(whole - network) / 1e6:.2f} M beside it "
+        f"({own / 2**20:.1f} MiB); a checkpoint takes about {stored / 2**20:.1f} MiB"
+    )
 
 
 def _processes_line(config: Config, trainer: Trainer) -> str:

@@ -72,11 +72,9 @@ class AdaptedClassifier(ClassifierMixin, BaseEstimator):
         if X_target is not None:
             target = validate_data(self, X_target, dtype=X.dtype, reset=False, ensure_min_samples=2)
         named = {name: getattr(self, name) for name in ("steps", "warmup", "batch_size", "learning_rate")}
-        given = {name: value for name, value in named.items() if value is not None}
-        method, options = (
-            self.method,
-            {**given, "seed": self.random_state, "device": self.device, **(self.options or {})},
-        )
+        options = {name: value for name, value in named.items() if value is not None}
+        options |= {"seed": self.random_state, "device": self.device, **(self.options or {})}
+        method = self.method
         if X_target is None:
             config = configure("features", method, **options)
             own = {each.name for each in dataclasses.fields(config.method)}

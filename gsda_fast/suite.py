@@ -23,7 +23,7 @@ import tyro
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from gsda_fast.commands import parse_command_line, run_command
+from gsda_fast.commands import parse_command_line, program, run_command
 from gsda_fast.config import TASKS, Config, method_options, parse_config
 from gsda_fast.console import plain_console
 from gsda_fast.data.benchmarks import Benchmark, find_benchmark
@@ -46,8 +46,6 @@ from gsda_fast.results.suite_folder import (
 )
 from gsda_fast.results.tables import Table, sweep_tables, to_terminal
 from gsda_fast.train import train
-
-PROGRAM = "python -m gsda_fast.suite"
 
 ABLATION = ("source-only", "entropy", "glb", "glb-cls", "glb-cls-grp", "gsda")
 """The four rows of the paper's Table 1, and before them what they start from: each adds one part to the one before."""
@@ -243,7 +241,7 @@ def _config_of_method(method: str, arguments: Sequence[str], methods: Sequence[s
             keep = name not in strange and name.replace("--no-", "--", 1) not in strange
         if keep:
             kept.append(argument)
-    return parse_config([*kept, "--method", method], PROGRAM)
+    return parse_config([*kept, "--method", method], program("suite"))
 
 
 def _sweep_axes(sweep: Sequence[str]) -> dict[str, list[str]]:
@@ -420,7 +418,7 @@ def parse_suite(arguments: list[str]) -> tuple[SuiteSettings, dict[str, dict[str
         UsageError, SystemExit: a mistake in the options.
     """
     settings, rest = parse_command_line(
-        lambda: tyro.cli(SuiteSettings, args=arguments, prog=PROGRAM, return_unknown_args=True)
+        lambda: tyro.cli(SuiteSettings, args=arguments, prog=program("suite"), return_unknown_args=True)
     )
     if "--methods" in arguments and not settings.methods:
         raise UsageError("--methods", found="none", expected=f"one or more of {', '.join(METHODS)}")
@@ -431,11 +429,11 @@ def parse_suite(arguments: list[str]) -> tuple[SuiteSettings, dict[str, dict[str
 
 
 def main() -> None:
+    # A scheduler's wish to stop is Ctrl-C's: the runs save a checkpoint before they end.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     settings, variants = parse_suite(with_features(sys.argv[1:], plain_console()))
     run_suite(settings, variants, plain_console())
 
 
 if __name__ == "__main__":
-    # A scheduler's wish to stop is Ctrl-C's: the runs save a checkpoint before they end.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run_command(main)

@@ -8,7 +8,7 @@ from types import ModuleType
 from rich.console import Console
 
 from gsda_fast.assemble import choose_device
-from gsda_fast.commands import reported_by_first_process, run_command
+from gsda_fast.commands import program, reported_by_first_process, run_command
 from gsda_fast.config import Config, parse_config
 from gsda_fast.console import plain_console
 from gsda_fast.embed import with_features
@@ -66,7 +66,7 @@ sys.modules[__name__].__class__ = _CallableModule
 def main() -> None:
     with reported_by_first_process():
         arguments = with_features(sys.argv[1:], plain_console())
-        config = parse_config(arguments, "python -m gsda_fast.train")
+        config = parse_config(arguments, program("train"))
     train(config, plain_console())
 
 

@@ -561,7 +561,8 @@ def test_adda_starts_from_the_source_and_leaves_it_alone() -> None:
     statistics = method.model.bottleneck[1].running_mean
     assert not torch.equal(statistics, frozen["layers.1.1.running_mean"])  # of target images, in training
     rates = build_optimizers(method.players(), OptimizerSettings(learning_rate=1.0), method.trained.backbone)
-    assert rates["target_encoder"].param_groups[-1]["lr"] == pytest.approx(0.1)
+    assert 0 < method.settings.encoder_rate < 1
+    assert rates["target_encoder"].param_groups[-1]["lr"] == pytest.approx(method.settings.encoder_rate)
 
 
 def test_adda_needs_a_warm_up() -> None:

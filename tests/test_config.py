@@ -26,13 +26,13 @@ OPTIONS = """
 --threads INT
 --profile INT
 --checkpoint-seconds INT
---output {None}|PATH
+--output PATH
 --resume auto|never|PATH
 --weights-alone, --no-weights-alone
---source {None}|STR
---target {None}|STR
---data-root {None}|PATH
---quarantine {None}|PATH
+--source STR
+--target STR
+--data-root PATH
+--quarantine PATH
 --verify, --no-verify
 --loader {auto,dali,torch}
 --workers INT
@@ -74,6 +74,7 @@ OPTIONS = """
 --cuda-graphs, --no-cuda-graphs
 --scale-learning-rate, --no-scale-learning-rate
 --sync-batchnorm, --no-sync-batchnorm
+--divide-discriminators {auto,on,off}
 --timeout INT
 """
 
@@ -454,3 +455,24 @@ def test_python_options_are_the_command_lines(method: str, arguments: list[str],
 def test_python_options_are_checked_alike(method: str, options: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError, match=told):
         configure("digits", method, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "warmup"),
+    [
+        (["digits", "--steps", "400"], 300),
+        (["digits", "--steps", "60"], 22),
+        (["digits", "--steps=1"], 1),
+        (["digits", "--steps", "60", "--warmup", "50"], 50),
+        (["digits", "--steps", "60", "--warmup=60"], 60),
+        (["visda", "--steps", "60"], 0),
+    ],
+)
+def test_a_presets_warmup_fits_few_steps(arguments: list[str], warmup: int) -> None:
+    assert parse_config(arguments, "train").run.warmup == warmup
+
+
+def test_a_presets_warmup_fits_few_steps_in_python() -> None:
+    assert configure("digits", steps=60).run.warmup == 22
+    with pytest.raises(UsageError, match="--warmup: found 61; expected at most --steps, 60"):
+        configure("digits", steps=60, warmup=61)

@@ -223,24 +223,26 @@ def raising(message: str, here: bool) -> str:
     return "well"
 
 
-def stopped_and_resumed(ranks: Ranks) -> dict[str, Any]:
+def stopped_and_resumed(ranks: Ranks, *, divide: bool = False) -> dict[str, Any]:
     """Runs that one rank is asked to stop, and that go on from the state that they left; what differs in the end."""
     import test_trainer
 
+    build = partial(test_trainer.build, ranks=ranks, divide=divide)
+
     def whole() -> dict[str, Any]:
-        trainer = test_trainer.build(ranks=ranks)
+        trainer = build()
         list(trainer.run(lambda: None))
         return test_trainer.without_times(trainer.state_dict())
 
     def in_two_parts(look: int, incomplete: Callable[[dict[str, Any]], None] = lambda state: None) -> dict[str, Any]:
         asked = test_trainer.StopAt(look) if ranks.rank == ranks.world_size - 1 else lambda: False
-        trainer = test_trainer.build(ranks=ranks, stop=asked)
+        trainer = build(stop=asked)
         list(trainer.run(lambda: None))
         assert not trainer.finished
         assert len(set(ranks.gather_objects((trainer.step, trainer.pending is None)))) == 1
         state = deepcopy(trainer.state_dict())
         incomplete(state)
-        resumed = test_trainer.build(seed=1, ranks=ranks)
+        resumed = build(seed=1)
         resumed.load_state_dict(state)
         list(resumed.run(lambda: None))
         return test_trainer.without_times(resumed.state_dict())

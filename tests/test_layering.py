@@ -21,7 +21,8 @@ FLOORS = [
     ["gsda_fast.training", "gsda_fast.methods", "gsda_fast.report"],
     ["gsda_fast.losses", "gsda_fast.data", "gsda_fast.results", "gsda_fast.model",
      "gsda_fast.efficientnet_lite"],
-    ["gsda_fast.files", "gsda_fast.console", "gsda_fast.commands", "gsda_fast.errors", "gsda_kernels"],
+    ["gsda_fast.files", "gsda_fast.console", "gsda_fast.commands", "gsda_fast.errors",
+     "gsda_fast.version", "gsda_kernels"],
 ]  # fmt: skip
 
 

@@ -191,3 +191,17 @@ def test_a_reader_that_has_seen_enough(digits: Path, few_digits: Path) -> None:
     arguments = [sys.executable, str(digits), str(few_digits)]
     ended = subprocess.run(["bash", "-c", script, *arguments], capture_output=True, text=True)
     assert (ended.stdout.split(), ended.stderr) == (["141"], "")
+
+
+def test_one_image_file(digits: Path, few_digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = sorted((few_digits / "optdigits").rglob("*.png"))[3]
+    one = Called(capsys, digits, image)
+    assert one.code == 0
+    assert [row["file"] for row in one.rows] == [image.name]
+    among_others = Called(capsys, digits, image.parent)
+    expected = next(row for row in among_others.rows if row["file"] == image.name)
+    assert float(one.rows[0]["confidence"]) == pytest.approx(float(expected["confidence"]), rel=1e-4)
+    text = digits / "config.toml"
+    refused = Called(capsys, digits, text)
+    assert refused.code == 2
+    assert f"{text}: found a file of another kind (.toml); expected one of " in refused.told

@@ -1,14 +1,18 @@
 import io
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from clouds import clouds
 from rich.console import Console
 from test_trainer import SCORED, build
 
 from gsda_fast import run as run_module
-from gsda_fast.config import parse_config
+from gsda_fast.config import configure, parse_config
 from gsda_fast.run import Run
+from gsda_fast.train import train
 from gsda_fast.training.checkpoint import CheckpointFolder
 from gsda_fast.training.distributed import Ranks
 from gsda_fast.training.stopping import StopRequest
@@ -82,3 +86,17 @@ def test_after_a_failure_the_next_attempt_waits_as_long(tmp_path: Path, monkeypa
     """Three failures end a run, which a full disk must not do within a second."""
     asked = saved(tmp_path, monkeypatch, 60, between=30, fails=(SCORED[1],))
     assert asked == [SCORED[1], SCORED[3], SCORED[4]]
+
+
+def test_a_run_says_how_large_its_network_and_its_checkpoints_are(tmp_path: Path) -> None:
+    rows, labels = clouds(40, 0, 0, [0, 1])
+    np.savez(tmp_path / "s.npz", features=rows, labels=labels)
+    places = {"source": "s.npz", "target": "s.npz", "data_root": tmp_path, "output": tmp_path / "run"}
+    config = configure("features", **places, steps=4, warmup=1, refresh_every=1, batch_size=4, bottleneck_dim=512)
+    written = io.StringIO()
+    train(config, Console(file=written, width=200))
+    told = re.search(r"network ([\d.]+) M parameters, gsda ([\d.]+) M .* takes about ([\d.]+) MiB", written.getvalue())
+    assert told is not None
+    assert float(told[1]) == round((6 * 512 + 512 + 512 * 2 + 2) / 1e6, 2)
+    file = max((tmp_path / "run" / "checkpoints").iterdir(), key=lambda each: each.stat().st_size)
+    assert float(told[3]) == pytest.approx(file.stat().st_size / 2**20, rel=0.1)

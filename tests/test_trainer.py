@@ -19,7 +19,7 @@ from gsda_fast.data.benchmarks import find_benchmark
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.sampling import IntArray, SamplingPlan
 from gsda_fast.errors import TrainingError
-from gsda_fast.methods import METHODS, AdaptationSettings, Player, TaskFacts, Update, build_method
+from gsda_fast.methods import METHODS, AdaptationSettings, Division, Player, TaskFacts, Update, build_method
 from gsda_fast.methods.gsda import GSDA, GSDASettings
 from gsda_fast.methods.objective import class_probabilities, target_class_weights
 from gsda_fast.model import AdaptationModel, ModelSettings
@@ -97,6 +97,7 @@ def build(
     ranks: Ranks | None = None,
     test_crops: Crops = 1,
     stop: Callable[[], bool] = lambda: False,
+    divide: bool = False,
 ) -> Trainer:
     torch.manual_seed(seed)
     backbone = nn.Sequential(nn.Linear(DIM, 10), nn.BatchNorm1d(10), nn.ReLU(), nn.Dropout(dropout))
@@ -109,6 +110,8 @@ def build(
     target = ImageDomain("target", Path("nowhere"), paths, loader.labels["target"].numpy(), tuple("abcd"))
     preprocessing = find_benchmark("digits").preprocessing
     ranks = ranks or Ranks()
+    if divide:
+        built.divide(Division(built.costs_of_parts(), ranks))
     torch.manual_seed(seed + ranks.rank)
     labels, sizes = loader.labels["source"].numpy(), {"batch_size": BATCH_SIZE, "world_size": ranks.world_size}
     plan = SamplingPlan(labels, NUM_TARGET, preprocessing=preprocessing, seed=0, **sizes)

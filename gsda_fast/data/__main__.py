@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 from rich.text import Text
 
-from gsda_fast.commands import parse_command_line, run_command
+from gsda_fast.commands import parse_command_line, program, run_command
 from gsda_fast.console import plain_console, progress_bars
 from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.data.digits import cache_home
@@ -24,7 +24,6 @@ from gsda_fast.data.pictures.build import verify as compare_with_manifest
 from gsda_fast.data.verify import findings_table, verify, write_quarantine
 from gsda_fast.errors import UsageError, visible
 
-_PROGRAM = "python -m gsda_fast.data"
 _TASKS = "|".join(BENCHMARKS)
 _BUILDABLE = [name for name, benchmark in BENCHMARKS.items() if benchmark.buildable]
 
@@ -173,18 +172,23 @@ _COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Console], int]]] = {
 }
 
 
-def main(arguments: list[str], console: Console) -> int:
-    """Run a subcommand; returns its exit code."""
-    if arguments[:1] in (["-h"], ["--help"]):
-        print(f"usage: {_PROGRAM} {'|'.join(_COMMANDS)} TASK [options]\n\n{_PROGRAM} COMMAND --help lists the options")
+def main(arguments: list[str] | None = None, console: Console | None = None) -> int:
+    """Run a subcommand and return its exit code.
+
+    Args:
+        arguments: those of the process if None. console: where it tells what it found; standard output if None.
+    """
+    given, own = sys.argv[1:] if arguments is None else arguments, program("data")
+    if given[:1] in (["-h"], ["--help"]):
+        print(f"usage: {own} {'|'.join(_COMMANDS)} TASK [options]\n\n{own} COMMAND --help lists the options")
         return 0
-    if not arguments or arguments[0] not in _COMMANDS:
-        found = f"'{arguments[0]}'" if arguments else "nothing"
-        raise UsageError(_PROGRAM, found=found, expected=f"a command: {', '.join(_COMMANDS)}")
-    kind, run = _COMMANDS[arguments[0]]
-    settings = parse_command_line(lambda: tyro.cli(kind, args=arguments[1:], prog=f"{_PROGRAM} {arguments[0]}"))
-    return run(settings, console)
+    if not given or given[0] not in _COMMANDS:
+        found = f"'{given[0]}'" if given else "nothing"
+        raise UsageError(own, found=found, expected=f"a command: {', '.join(_COMMANDS)}")
+    kind, run = _COMMANDS[given[0]]
+    settings = parse_command_line(lambda: tyro.cli(kind, args=given[1:], prog=f"{own} {given[0]}"))
+    return run(settings, console or plain_console())
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(sys.argv[1:], plain_console()))
+    run_command(main)

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gsda_fast.methods import adda, cdan, dan, gsda, jan, mada, mcd, mdd, rtn, sdat, self_ensembling, symnets
+from gsda_fast.methods import adda, cdan, dan, gsda, jan, mada, mcd, mdd, rtn, sdat, self_ensembling, symnets, tpn
 from gsda_fast.methods.adversarial import DiscriminatorSettings
 from gsda_fast.methods.base import AdaptationSettings, Method, MethodSettings, TargetSamples, TaskFacts
+from gsda_fast.methods.division import Division
 from gsda_fast.methods.fitted import GeodesicFlow, GFKSettings, TCASettings, TransferComponents
 from gsda_fast.methods.fixmatch import FixMatch, FixMatchSettings
 from gsda_fast.methods.gsda import GSDA, SMALL_DISCRIMINATOR, AdversarialSettings, GSDASettings
@@ -16,7 +17,6 @@ from gsda_fast.methods.recipes import on_images
 from gsda_fast.methods.source_only import SourceOnly
 from gsda_fast.methods.step import Descent, Outputs, Player, Step, Update
 from gsda_fast.methods.terms import TERMS
-from gsda_fast.methods.tpn import TPN, TPNSettings
 from gsda_fast.model import AdaptationModel
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "TERMS",
     "AdaptationSettings",
     "Descent",
+    "Division",
     "Entry",
     "Method",
     "MethodSettings",
@@ -144,7 +145,7 @@ METHODS: dict[str, Entry] = {
     ),
     "bsp-dann": Entry(GSDA, AdversarialSettings(), presets=_BSP, variant=_DANN),
     "bsp-cdan": Entry(cdan.CDAN, _CDAN_E, presets=_BSP, recipe=on_images(data={"test_crops": 10})),
-    "tpn": Entry(TPN, TPNSettings()),
+    "tpn": Entry(tpn.TPN, tpn.TPNSettings(), presets=tpn.PRESETS),
     "self-ensembling": Entry(
         self_ensembling.SelfEnsembling,
         self_ensembling.SelfEnsemblingSettings(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gsda_fast.data.batches import Batch
+from gsda_fast.methods.division import Division
 from gsda_fast.methods.objective import classification_loss, target_class_weights
 from gsda_fast.methods.step import Outputs, Player, Step, Update
 from gsda_fast.methods.terms import TERMS
@@ -141,6 +142,18 @@ class Method(nn.Module):
         """Return what moves, by name; each player gets an optimizer."""
         trained = self.trained
         return {"encoder": Player((trained.backbone, trained.bottleneck)), "classifier": Player((trained.classifier,))}
+
+    def costs_of_parts(self) -> Sequence[float]:
+        """Return what each part costs of those that ranks can divide among them; empty where there are none."""
+        return ()
+
+    def divide(self, division: Division) -> None:
+        """Keep this rank's share of the parts alone; before optimizers are built.
+
+        Args:
+            division: by `costs_of_parts`.
+        """
+        raise NotImplementedError
 
     def compile_parts(self, mode: str | None = None) -> None:
         """Compile what runs in every training step; a method with more modules compiles those as well.

@@ -30,7 +30,8 @@ class Discriminators(nn.Module):
         min_weight: target pairs below this weight are dropped; 0 is exact.
 
     Attributes:
-        w1 (K, H, D), b1 (K, H), w2 (K, H, H), b2 (K, H), w3 (K, H), b3 (K,): the parameters.
+        w1 (K, H, D), b1 (K, H), w2 (K, H, H), b2 (K, H), w3 (K, H), b3 (K,): the parameters. After `keep`, K stands for
+            the number of those that are left, here and in all results.
     """
 
     class_weights: Tensor
@@ -65,7 +66,7 @@ class Discriminators(nn.Module):
             start += size
         # (K, r): what each class's probability weighs in each discriminator.
         self.register_buffer("class_weights", torch.cat([rows[level] for level in self.levels]))
-        self._pairs_per_class = int((self.class_weights > 0).sum(0).max())
+        self._count_pairs(slice(0, self.num_discriminators))
         shape = (self.num_discriminators, hidden_dim)
         self.w1, self.b1 = stacked_linear(*shape, feature_dim)
         self.w2, self.b2 = stacked_linear(*shape, hidden_dim)
@@ -74,8 +75,23 @@ class Discriminators(nn.Module):
 
     @property
     def num_discriminators(self) -> int:
-        """K."""
+        """K, of all levels together."""
         return len(self.class_weights)
+
+    def expected_pairs(self) -> list[float]:
+        """Return in how many pairs each discriminator takes part, for one source and one target sample."""
+        of_source = (self.class_weights > 0).double().mean(1)
+        return (1 + of_source).tolist()
+
+    def keep(self, own: slice) -> None:
+        """Keep some of the discriminators alone, where others are kept by other ranks."""
+        self._count_pairs(own)
+        for name, parameter in list(self.named_parameters(recurse=False)):
+            setattr(self, name, nn.Parameter(parameter.detach()[own].clone()))
+
+    def _count_pairs(self, own: slice) -> None:
+        self._own = own
+        self._pairs_per_class = int((self.class_weights[own] > 0).sum(0).max())
 
     def level_slice(self, level: str) -> slice:
         """Return where a level's discriminators lie in the (K,) results."""
@@ -91,21 +107,22 @@ class Discriminators(nn.Module):
         class_probabilities: Tensor,
         domain: Tensor,
         num_source: int | None = None,
+        sample_weight: Tensor | None = None,
+        *,
         loss_feature_scale: float | Tensor = 1.0,
         frozen: bool = False,
-        sample_weight: Tensor | None = None,
     ) -> AdversarialTerms:
         """Return losses and gradient magnitudes of all discriminators (eqs. 6-12).
 
         Args:
-            features: (N, D), source rows first.
+            features: (N, D), in any order.
             class_probabilities: (N, r), source rows one-hot, target rows predicted; used as constants.
             domain: (N,), 1 source, 0 target.
             num_source: number of source rows, which bounds the work: a one-hot row takes part in few discriminators.
                 None: no bound is assumed.
+            sample_weight: (N,) >= 0, a constant: what each sample counts for in all discriminators; None: 1.
             loss_feature_scale: factor on the losses' gradient to `features`; -lambda is gradient reversal.
             frozen: hold the parameters, as the step of the encoder does.
-            sample_weight: (N,) >= 0, a constant: what each sample counts for in all discriminators; None: 1.
 
         Returns:
             AdversarialTerms: loss (K,) and gradient_norm (K,), float32 (float64 for float64 features), in the order
@@ -131,11 +148,10 @@ class Discriminators(nn.Module):
         features: Tensor,
         class_probabilities: Tensor,
         domain: Tensor,
-        num_source: int | None = None,
-        *,
+        num_source: int | None,
+        sample_weight: Tensor | None,
         objective: Callable[[AdversarialTerms], Objective],
         descent: Descent,
-        sample_weight: Tensor | None = None,
     ) -> tuple[Objective, Tensor]:
         """Move the parameters by a step on an objective of the terms, in place and without gradients in memory.
 
@@ -151,8 +167,10 @@ class Discriminators(nn.Module):
         def upstream(terms: AdversarialTerms) -> tuple[Tensor, Tensor]:
             leaves = AdversarialTerms(*(term.detach().requires_grad_() for term in terms))
             found.append(objective(leaves))
-            of_loss, of_norm = torch.autograd.grad(found[0].total, leaves, materialize_grads=True)
-            return of_loss, of_norm
+            total = found[0].total
+            of_loss, of_norm = torch.autograd.grad(total, leaves, materialize_grads=True)
+            # Terms of other ranks can be part of it: where one of these is not finite, nothing moves anywhere.
+            return torch.where(total.isfinite(), of_loss, torch.nan), of_norm
 
         parameters = self._stacked
         with torch.autocast(features.device.type, enabled=False):
@@ -181,8 +199,8 @@ class Discriminators(nn.Module):
     def _pair_weight(self, features: Tensor, class_probabilities: Tensor, sample_weight: Tensor | None) -> Tensor:
         """(N, K): what each sample weighs in each discriminator."""
         dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-        weight = class_probabilities.detach().to(dtype) @ self.class_weights.to(dtype).T
-        if "domain" in self.levels:
+        weight = class_probabilities.detach().to(dtype) @ self.class_weights[self._own].to(dtype).T
+        if "domain" in self.levels and self._own.start == 0:
             # Exactly 1, which a sum of rounded probabilities is not.
             weight = torch.cat([torch.ones_like(weight[:, :1]), weight[:, 1:]], dim=1)
         if sample_weight is not None:
@@ -192,7 +210,7 @@ class Discriminators(nn.Module):
     def _max_pairs(self, num_samples: int, num_source: int | None) -> int | None:
         if num_source is None:
             return None
-        return num_source * self._pairs_per_class + (num_samples - num_source) * self.num_discriminators
+        return num_source * self._pairs_per_class + (num_samples - num_source) * len(self.w1)
 
 
 def stacked_linear(num: int, out_features: int, in_features: int) -> tuple[nn.Parameter, nn.Parameter]:

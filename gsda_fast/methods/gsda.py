@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -14,6 +14,7 @@ from gsda_fast.data.batches import Batch
 from gsda_fast.errors import UsageError
 from gsda_fast.methods.base import ENCODER, AdaptationSettings, Method, MethodSettings, TaskFacts
 from gsda_fast.methods.discriminators import LEVELS, Discriminators
+from gsda_fast.methods.division import AdversarialRows, Division
 from gsda_fast.methods.groups import ClassGroups
 from gsda_fast.methods.objective import (
     Objective,
@@ -109,6 +110,7 @@ class GSDA(Method):
         self.alpha = full.alpha if minimize_entropy else 0.0
         self.beta, self.sync_ramp = full.beta, full.sync_ramp
         self.synchronize = synchronize
+        self.division: Division | None = None
         self.discriminators = Discriminators(
             model.feature_dim,
             ClassGroups.random(task.num_classes, full.groups, task.seed),
@@ -138,7 +140,14 @@ class GSDA(Method):
         return replace(settings, backend="auto")
 
     def players(self) -> dict[str, Player]:
-        return {**super().players(), "discriminators": Player((self.discriminators,))}
+        return {**super().players(), "discriminators": Player((self.discriminators,), division=self.division)}
+
+    def costs_of_parts(self) -> Sequence[float]:
+        return self.discriminators.expected_pairs()
+
+    def divide(self, division: Division) -> None:
+        self.division = division
+        self.discriminators.keep(division.own)
 
     def compile_parts(self, mode: str | None = None) -> None:
         super().compile_parts(mode)
@@ -146,44 +155,53 @@ class GSDA(Method):
 
     def updates(self, batch: Batch, step: Step) -> Iterator[Update]:
         outputs = self.outputs(batch)
-        probabilities = class_probabilities(outputs.logits, batch.source_labels)
-        arguments = probabilities, outputs.domain, outputs.num_source
-        sample_weight = self.sample_weight(batch)
+        rows = self._rows(outputs, batch)
         weight = self.settings.adversarial_weight
         groups = self.discriminators.groups if self.synchronize else None
         beta = self.beta * (step.ramp if self.sync_ramp else 1.0)
+        # Of divided discriminators the terms are those of all ranks as they are.
+        mean = step.mean if self.division is None else None
 
-        def of_discriminators(terms: AdversarialTerms) -> Objective:
-            objective = discriminator_objective(terms, groups, beta=beta, mean_over_ranks=step.mean)
-            return replace(objective, terms=self._adversarial_terms(terms, step))
+        def of_discriminators(own: AdversarialTerms) -> Objective:
+            terms = self._all_terms(own)
+            objective = discriminator_objective(terms, groups, beta=beta, mean_over_ranks=mean)
+            return replace(objective, terms=self._adversarial_terms(terms, mean))
 
         if self.settings.update == "reversal":
             # What reaches the encoder is weighed, what reaches the discriminators is not.
-            held = outputs.features.detach()
-            weighed = held + weight * (outputs.features - held)
-            terms = self.discriminators(weighed, *arguments, loss_feature_scale=-step.ramp, sample_weight=sample_weight)
-            adversarial = of_discriminators(terms)
+            held = rows.features.detach()
+            weighed = rows._replace(features=held + weight * (rows.features - held))
+            adversarial = of_discriminators(self.discriminators(*weighed, loss_feature_scale=-step.ramp))
             own, named = self._entropy(outputs)
             named = {**adversarial.terms, **named}
             players = (*ENCODER, "discriminators")
             yield self.encoder_update(outputs, batch, step, own + adversarial.total, named, players)
             return
 
-        held, found_inf, descent = outputs.features.detach(), None, step.descent("discriminators")
+        constant = rows._replace(features=rows.features.detach())
+        found_inf, descent = None, step.descent("discriminators")
         if descent is None:
-            adversarial = of_discriminators(self.discriminators(held, *arguments, sample_weight=sample_weight))
+            adversarial = of_discriminators(self.discriminators(*constant))
         else:
-            adversarial, found_inf = self.discriminators.descend_(
-                held, *arguments, objective=of_discriminators, descent=descent, sample_weight=sample_weight
-            )
+            adversarial, found_inf = self.discriminators.descend_(*constant, of_discriminators, descent)
         yield Update(("discriminators",), adversarial.total, adversarial.terms, found_inf=found_inf)
-        terms = self.discriminators(outputs.features, *arguments, frozen=True, sample_weight=sample_weight)
+        terms = self._all_terms(self.discriminators(*rows, frozen=True))
         against = -step.ramp * terms.loss.sum()
         if groups is not None:
-            against = against + beta * synchronization_loss(terms.gradient_norm, groups, step.mean)
+            against = against + beta * synchronization_loss(terms.gradient_norm, groups, mean)
         own, named = self._entropy(outputs)
         # The discriminators' own update has logged the adversarial terms, before they moved.
         yield self.encoder_update(outputs, batch, step, own + weight * against, named)
+
+    def _rows(self, outputs: Outputs, batch: Batch) -> AdversarialRows:
+        """What the discriminators of this rank see."""
+        probabilities = class_probabilities(outputs.logits, batch.source_labels)
+        weight = self.sample_weight(batch)
+        rows = AdversarialRows(outputs.features, probabilities, outputs.domain, outputs.num_source, weight)
+        return rows if self.division is None else self.division.everyone(rows)
+
+    def _all_terms(self, own: AdversarialTerms) -> AdversarialTerms:
+        return own if self.division is None else self.division.terms(own)
 
     def _entropy(self, outputs: Outputs) -> tuple[Tensor | float, dict[str, Tensor]]:
         if not self.alpha:
@@ -191,11 +209,11 @@ class GSDA(Method):
         value = entropy(outputs.target_logits)
         return self.alpha * value, {"entropy": value}
 
-    def _adversarial_terms(self, terms: AdversarialTerms, step: Step) -> dict[str, Tensor]:
+    def _adversarial_terms(self, terms: AdversarialTerms, mean: Callable[[Tensor], Tensor] | None) -> dict[str, Tensor]:
         per_level, norms = self.discriminators.sum_per_level, terms.gradient_norm.detach()
         named = {f"adversarial_{level}": value for level, value in per_level(terms.loss.detach()).items()}
         named |= {f"gradient_norm_{level}": value for level, value in per_level(norms).items()}
         if self.discriminators.levels == LEVELS:
             # Logged without synchronization as well, to show what it changes.
-            named["synchronization"] = synchronization_loss(norms, self.discriminators.groups, step.mean)
+            named["synchronization"] = synchronization_loss(norms, self.discriminators.groups, mean)
         return named

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gsda_fast.methods.division import Division
+
 
 class Player(NamedTuple):
     """What one optimizer moves.
@@ -17,11 +19,14 @@ class Player(NamedTuple):
         modules: whose parameters it has. The backbone's parameters learn at the backbone's rate, in whichever player.
         lr_scale: factor on the run's learning rates.
         momentum: None: the run's.
+        division: where each rank has a share of the modules' parameters, along their first dimension, and gradients to
+            it that are those of the whole batch. None: all ranks have all of them.
     """
 
     modules: tuple[nn.Module, ...]
     lr_scale: float = 1.0
     momentum: float | None = None
+    division: Division | None = None
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,11 @@ class TPNSettings(MethodSettings):
     """Weight of the divergences between predictions by different prototypes."""
 
 
+# At the rate of the digits whole weights drive the prototypes apart without end.
+_DIGITS = {"method": {"general_weight": 0.01, "task_weight": 0.01}}
+PRESETS = {"digits": _DIGITS, "digits-partial": _DIGITS}
+
+
 class TPN(Method):
     """Align class means, and the predictions by distance to them, of source, target and both.
 

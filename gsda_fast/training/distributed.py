@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -55,6 +55,9 @@ class DistributedSettings:
     """Multiply the learning rates by the number of processes."""
     sync_batchnorm: bool = False
     """BatchNorm statistics over the batches of all processes (GPUs only); otherwise each normalizes its own batch."""
+    divide_discriminators: Literal["auto", "on", "off"] = "auto"
+    """Let each process own a share of the discriminators, with their momentum and update, where otherwise all of them
+    have all; auto: where there are as many discriminators as processes, and no fp16."""
     timeout: Annotated[int, Meta(ge=1)] = 600
     """Seconds after which a process that waits for another one gives up."""
 
@@ -107,6 +110,26 @@ class Ranks:
             return rows
         gathered: Tensor = _GatheredRows.apply(rows, self)
         return gathered
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensor of every rank, all of one shape, in rank order, detached."""
+        if not self.several:
+            return [tensor.detach()]
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor.detach().contiguous())
+        return parts
+
+    def reduce_scatter(self, parts: Sequence[Tensor]) -> Tensor:
+        """The sum over ranks of what each of them has for this one.
+
+        Args:
+            parts: one for each rank, in rank order, contiguous and of one shape.
+        """
+        if not self.several:
+            return parts[0]
+        total = torch.empty_like(parts[0])
+        dist.reduce_scatter(total, list(parts))
+        return total
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum over ranks, detached."""
@@ -177,10 +200,8 @@ class Ranks:
         """
         if not self.several:
             return rows
-        parts = [torch.empty_like(rows) for _ in range(self.world_size)]
-        dist.all_gather(parts, rows.contiguous())
         # Sample i is row i // world_size of rank i % world_size.
-        return torch.stack(parts, dim=1).flatten(0, 1)[:count]
+        return torch.stack(self.all_gather(rows), dim=1).flatten(0, 1)[:count]
 
     def gather_objects(self, value: T) -> list[T]:
         """Return the value of every rank, on every rank."""
@@ -314,9 +335,7 @@ class _GatheredRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, ranks: Ranks) -> Tensor:
         ctx.ranks, ctx.count = ranks, len(rows)
-        parts = [torch.empty_like(rows) for _ in range(ranks.world_size)]
-        dist.all_gather(parts, rows.detach().contiguous())
-        return torch.cat(parts)
+        return torch.cat(ranks.all_gather(rows))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

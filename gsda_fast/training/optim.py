@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -12,7 +12,7 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from gsda_fast.errors import UsageError
-from gsda_fast.methods import Descent, Player
+from gsda_fast.methods import Descent, Division, Player
 
 
 @dataclass(frozen=True)
@@ -56,16 +56,32 @@ def set_learning_rate(optimizers: dict[str, torch.optim.Optimizer], factor: floa
             group["lr"] = group["initial_lr"] * factor
 
 
-def momentum_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return what an optimizer has gathered. Its settings (rates, decay, implementation) are the run's."""
+def momentum_of(optimizer: torch.optim.Optimizer, division: Division | None = None) -> dict[str, Any]:
+    """Return what an optimizer has gathered. Its settings (rates, decay, implementation) are the run's.
+
+    Args:
+        division: of its parameters over the ranks, all of which then call this and get the whole.
+    """
     state = optimizer.state_dict()["state"]
-    return {"state": {number: each for number, each in state.items() if any(x is not None for x in each.values())}}
+    kept = {number: each for number, each in state.items() if any(x is not None for x in each.values())}
+    return {"state": kept if division is None else _each(kept, division.whole)}
 
 
-def load_momentum(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
+def load_momentum(optimizer: torch.optim.Optimizer, stored: dict[str, Any], division: Division | None = None) -> None:
     """Load what `momentum_of` returned. The settings stay: a run that goes on with others means them."""
-    own = optimizer.state_dict()
-    optimizer.load_state_dict({"state": {**own["state"], **stored["state"]}, "param_groups": own["param_groups"]})
+    own, state = optimizer.state_dict(), stored["state"]
+    if division is not None:
+        state = _each(state, lambda whole: whole[division.own])
+    optimizer.load_state_dict({"state": {**own["state"], **state}, "param_groups": own["param_groups"]})
+
+
+def _each(state: dict[Any, dict[str, Any]], change: Callable[[Tensor], Tensor]) -> dict[Any, dict[str, Any]]:
+    """The same with every tensor changed that is like a parameter; a count of steps is not."""
+
+    def changed(value: Any) -> Any:
+        return change(value) if isinstance(value, Tensor) and value.dim() else value
+
+    return {number: {name: changed(value) for name, value in each.items()} for number, each in state.items()}
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from gsda_fast.data.batches import Batch, Crops, Loader, Role
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.sampling import SamplingPlan
 from gsda_fast.errors import Stopped
-from gsda_fast.methods import Method, Step
+from gsda_fast.methods import Division, Method, Step
 from gsda_fast.model import ModelOutput
 from gsda_fast.results.metrics import AccuracyHistory, EvaluationMetrics, evaluation_metrics
 from gsda_fast.training.distributed import Ranks, mean_of_buffers
@@ -91,9 +91,17 @@ class Trainer:
         self.confidence_threshold, self.device, self.log_every = confidence_threshold, device, log_every
         self.test_crops: Crops = test_crops
         self.on_step = on_step
-        self.optimizers = build_optimizers(method.players(), optimizer, method.trained.backbone)
+        players = method.players()
+        self._divided = {
+            id(parameter): player.division
+            for player in players.values()
+            for module in player.modules
+            for parameter in module.parameters()
+            if player.division is not None
+        }
+        self.optimizers = build_optimizers(players, optimizer, method.trained.backbone)
         self.ranks, self.floors, self.cuda_graphs = ranks or Ranks(), floors, cuda_graphs
-        self.updater = Updater(method.players(), self.optimizers, self.ranks, device, scale_losses)
+        self.updater = Updater(players, self.optimizers, self.ranks, device, scale_losses)
         self._stop = stop
         self.pending: dict[str, float | None] | None = None
         self.history = AccuracyHistory()
@@ -291,7 +299,7 @@ class Trainer:
         return {
             "step": self.step,
             "classes": list(self.classes),
-            "method": {**self.method.state_dict(), **mean_of_buffers([each["buffers"] for each in of_ranks])},
+            "method": {**self.method_state(), **mean_of_buffers([each["buffers"] for each in of_ranks])},
             **self.updater.state_dict(),
             "target_table": None if table is None else torch.from_numpy(table),
             "pending": self.pending,
@@ -301,6 +309,24 @@ class Trainer:
             "training_seconds": self.training_seconds,
             "seconds": self.seconds,
         }
+
+    def method_state(self) -> dict[str, Tensor]:
+        """The method's state as the ranks have it together: of what is divided among them, the whole."""
+        own = self._divisions()
+        stored = self.method.state_dict()
+        return {name: own[name].whole(value) if name in own else value for name, value in stored.items()}
+
+    def load_method_state(self, state: dict[str, Tensor]) -> None:
+        """Load what `method_state` returned; of what is divided, this rank's share."""
+        own = self._divisions()
+        self.method.load_state_dict(
+            {name: value[own[name].own] if name in own else value for name, value in state.items()}
+        )
+
+    def _divisions(self) -> dict[str, Division]:
+        """By the names of the parameters that are divided."""
+        named = self.method.named_parameters()
+        return {name: self._divided[id(each)] for name, each in named if id(each) in self._divided}
 
     def _own_buffers(self) -> dict[str, Tensor]:
         """Return the buffers that differ between ranks, on the host."""
@@ -322,10 +348,10 @@ class Trainer:
         self.pending = state["pending"]
         self.history.load_state_dict(state["history"])
         if len(state["ranks"]) != self.ranks.world_size:
-            self.method.load_state_dict(state["method"])
+            self.load_method_state(state["method"])
         else:
             own = state["ranks"][self.ranks.rank]
-            self.method.load_state_dict({**state["method"], **own["buffers"]})
+            self.load_method_state({**state["method"], **own["buffers"]})
             set_generator_states(own["random"], self.device)
         self.images_seen, self.training_seconds = state["images_seen"], state["training_seconds"]
         self._earlier_seconds, self._started = state["seconds"], time.perf_counter()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gsda_fast.methods import Descent, Player, Update
 from gsda_fast.training.distributed import Ranks
@@ -45,6 +45,7 @@ class Updater:
             name: [parameter for module in player.modules for parameter in module.parameters()]
             for name, player in players.items()
         }
+        self._divided = {name: player.division for name, player in players.items() if player.division is not None}
         self._ranks = ranks
         self._guard = Guard(device)
         self._scaler = torch.amp.GradScaler(device.type, enabled=scale_losses)
@@ -76,7 +77,7 @@ class Updater:
 
     def descent(self, player: str) -> Descent | None:
         """How a method may move a player itself in this step; None where it takes gradients and the optimizer."""
-        if self._ranks.several or self._scaler.is_enabled():
+        if self._scaler.is_enabled() or (self._ranks.several and player not in self._divided):
             return None
         return descent_of(self.optimizers[player], self._guard.skip)
 
@@ -113,18 +114,30 @@ class Updater:
                 raise RuntimeError(
                     f"player {player}: found no gradient for any parameter; expected its loss to move it"
                 )
-        parameters = [parameter for player in update.players for parameter in self._parameters[player]]
-        indicators = self._guard.indicators(update.loss, update.terms)
-        averaged = self._ranks.mean_gradients(parameters, indicators)
-        assert averaged is not None
+        shared = [each for name in update.players if name not in self._divided for each in self._parameters[name]]
+        own = [each for name in update.players if name in self._divided for each in self._parameters[name]]
+        # A rank's own gradients are whole as they are; of whether they are finite it tells the others.
+        indicators, bad_gradient = self._averaged(update, not_finite(own) if own else None, shared)
         if self._scaler.is_enabled():
             for player in update.players:
                 self._scaler.unscale_(self.optimizers[player])
-        return self._check(update, averaged, not_finite(parameters))
+        if shared:
+            bad_gradient = torch.maximum(bad_gradient, not_finite(shared))
+        return self._check(update, indicators, bad_gradient)
 
     def _moved(self, update: Update, found_inf: Tensor) -> Tensor:
-        """Look at what the method has done itself; 1 if something in this step is not finite."""
-        return self._check(update, self._guard.indicators(update.loss, update.terms), found_inf)
+        """Look at what the method has done itself; 1 if something in this step is not finite, on any rank."""
+        return self._check(update, *self._averaged(update, found_inf))
+
+    def _averaged(
+        self, update: Update, found_inf: Tensor | None, parameters: Sequence[nn.Parameter] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Average gradients over the ranks, and on the same way the guard's indicators and a flag that a rank has."""
+        indicators = self._guard.indicators(update.loss, update.terms)
+        flag = indicators.new_zeros(1) if found_inf is None else found_inf.reshape(1)
+        averaged = self._ranks.mean_gradients(parameters, torch.cat([indicators, flag]))
+        assert averaged is not None
+        return averaged[:-1], averaged[-1]
 
     def _check(self, update: Update, indicators: Tensor, bad_gradient: Tensor) -> Tensor:
         players, scaled = " and ".join(update.players), self._scaler.is_enabled()
@@ -136,14 +149,17 @@ class Updater:
             optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
+        """What all ranks have together; all of them call it."""
         return {
-            "optimizers": {name: momentum_of(optimizer) for name, optimizer in self.optimizers.items()},
+            "optimizers": {
+                name: momentum_of(optimizer, self._divided.get(name)) for name, optimizer in self.optimizers.items()
+            },
             "scaler": self._scaler.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, optimizer in self.optimizers.items():
-            load_momentum(optimizer, state["optimizers"][name])
+            load_momentum(optimizer, state["optimizers"][name], self._divided.get(name))
         # Empty where the checkpoint's run scaled no losses: the scale then starts afresh.
         if self._scaler.is_enabled() and state["scaler"]:
             self._scaler.load_state_dict(state["scaler"])
