@@ -4,9 +4,9 @@ import json
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from processes import Command
 from rich.console import Console
 from table_cells import squeezed
 
@@ -457,11 +456,6 @@ def uninterrupted(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return arguments, figures(folder)
 
 
-def in_a_session_of_its_own() -> None:
-    os.setsid()
-    warnings.simplefilter("ignore")  # of the few digits
-
-
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_suite_goes_on_as_if_it_had_not_been(
     by: signal.Signals,
@@ -474,26 +468,29 @@ def test_an_interrupted_suite_goes_on_as_if_it_had_not_been(
     output = tmp_path / "suite"
     arguments = [*arguments, "--output", str(output)]
     first, second = (RunFolder(output / name) for name in RUNS)
-    quiet = {"PYTHONWARNINGS": "ignore"}  # of the few digits, in the runs' processes
-    suite = Command(tmp_path / "written", "gsda_fast.suite", arguments, quiet, before=in_a_session_of_its_own)
-    process, group = suite.process, suite.process.pid
-    assert group is not None
+    suite = subprocess.Popen(
+        [sys.executable, "-m", "gsda_fast.suite", *arguments],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},  # of the few digits
+        # In the background of a shell, where these tests may run, Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     try:
         while not (second.metrics_path.is_file() and second.read_metrics()):
-            assert process.is_alive(), suite.wait()
+            assert suite.poll() is None, suite.communicate()
             time.sleep(0.02)
         if by == signal.SIGINT:
-            os.killpg(group, by)
+            os.killpg(suite.pid, by)
         else:
-            os.kill(group, by)
-        returncode, _, told = suite.wait()
+            suite.send_signal(by)
+        _, told = suite.communicate(timeout=60)
         # Left alone, a worker would train to its run's end, in a folder that the next start gives to another one.
-        assert whole_group_ends(group)
+        assert whole_group_ends(suite.pid)
     finally:
-        if not whole_group_ends(group, within=0.1):
-            os.killpg(group, signal.SIGKILL)
+        if not whole_group_ends(suite.pid, within=0.1):
+            os.killpg(suite.pid, signal.SIGKILL)
     if by != signal.SIGKILL:
-        assert returncode == 130
+        assert suite.returncode == 130
         assert told == "interrupted: 1 of 2 runs have finished; the same command goes on with the others\n"
         # Asked to stop, the run has kept what it did, long before the first scoring.
         assert CheckpointFolder(second.checkpoints).steps()
