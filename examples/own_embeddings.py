@@ -20,7 +20,7 @@ def rows_of(domain: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]
     labels = generator.integers(0, len(CLASSES), count)
     rows = 3 * np.eye(len(CLASSES), SIZE)[labels] + 0.6 * generator.standard_normal((count, SIZE))
     if domain == "target":
-        rows = 0.6 * rows + 1.2 * np.roll(rows, 5, axis=1)
+        rows = 0.35 * rows + 1.2 * np.roll(rows, 5, axis=1)
     return rows.astype(np.float32), CLASSES[labels]
 
 

@@ -62,7 +62,7 @@ def main(root: Path) -> None:
     )
     print(f"accuracy on {target.name} after {adapted.result.steps} steps: {adapted.accuracy:.1f} %")
     one = target / "square" / "0.png"
-    probabilities = dict(zip(adapted.classes, adapted.predict_proba(one)[0].round(2).tolist()))
+    probabilities = dict(zip(adapted.classes.tolist(), adapted.predict_proba(one)[0].astype(float).round(2).tolist()))
     print(f"{one.parent.name}/{one.name}: {adapted.predict(one)[0]} {probabilities}")
     print(f"run: {adapted.run}")
 
