@@ -47,13 +47,9 @@ def read_runs(folders: Sequence[Path]) -> pd.DataFrame:
 
 def _name(folder: RunFolder, method: str) -> str:
     """Return the method's name, with the terms that its own presets do not add."""
-    added = dict(folder.setting("adaptation.add") or {})
+    added = folder.read_config().get("adaptation", {}).get("add", {})
     presets = METHODS[method].presets
-    own = {
-        name
-        for tables in presets.values()
-        for name in dict(tables.get("adaptation", {}).get("add", {}))
-    }  # fmt: skip
+    own = {name for tables in presets.values() for name in tables.get("adaptation", {}).get("add", {})}
     return "+".join([method, *sorted(set(added) - own)])
 
 
@@ -80,7 +76,7 @@ def difference(runs: pd.DataFrame, first: str, second: str) -> dict[str, float]:
     }
 
 
-def page(runs: pd.DataFrame, differences: Sequence[tuple[str, str]], title: str, command: str) -> str:
+def page(runs: pd.DataFrame, differences: Sequence[tuple[str, str]], title: str, command: str, note: str = "") -> str:
     """Return averages and differences in Markdown."""
     tasks = list(dict.fromkeys(runs["task"]))
     by_task = runs.pivot_table(index="method", columns="task", values="last", aggfunc="mean")[tasks]
@@ -115,6 +111,7 @@ def page(runs: pd.DataFrame, differences: Sequence[tuple[str, str]], title: str,
             "",
             pd.DataFrame(rows).to_markdown(index=False),
             "",
+            *([note, ""] if note else []),
             f"    {command}",
             "",
         ]
@@ -126,13 +123,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folders", nargs="+", type=Path, help="suites")
     parser.add_argument("--differences", nargs="+", required=True, help='such as "gsda - mcc"')
     parser.add_argument("--title", required=True)
+    parser.add_argument("--note", default="", help="a paragraph below the tables")
     parser.add_argument("--output", type=Path, required=True, help="without an ending")
     options = parser.parse_args(arguments)
     runs = read_runs(options.folders)
     differences = [(first, second) for first, _, second in (each.partition(" - ") for each in options.differences)]
     quoted = " ".join(json.dumps(each) for each in options.differences)
     command = f"python -m benchmarks.paired {' '.join(map(str, options.folders))} --differences {quoted}"
-    text = page(runs, differences, options.title, command)
+    text = page(runs, differences, options.title, command, options.note)
     options.output.with_suffix(".md").write_text(text)
     runs.to_csv(options.output.with_suffix(".csv"), index=False, float_format="%.4f")
     print(text)

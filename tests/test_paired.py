@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from fabricated_runs import fabricated_run
 
 from benchmarks import paired
-from benchmarks.paired import difference, main, page
+from benchmarks.paired import difference, main, page, read_runs
 
 
 def runs(**last: list[float]) -> pd.DataFrame:
@@ -46,6 +47,23 @@ def test_the_page_says_what_is_resolved() -> None:
     assert "| yes " in rows["first - second"]
     assert "| no " in rows["first - third"]
     assert "revision 0123456789ab." in text
+
+
+@pytest.mark.parametrize(
+    ("method", "added", "name"),
+    [
+        ("gsda", {}, "gsda"),
+        ("gsda", {"mcc": 1.0}, "gsda+mcc"),
+        ("mcc", {"mcc": 1.0}, "mcc"),
+        ("mcc", {"bsp": 1.0}, "mcc+bsp"),
+    ],
+)
+def test_a_method_is_named_with_the_terms_that_are_not_its_own(
+    method: str, added: dict[str, float], name: str, tmp_path: Path
+) -> None:
+    run = fabricated_run(tmp_path, method)
+    run.write_config({**run.read_config(), "adaptation": {"add": added}})
+    assert list(read_runs([tmp_path])["method"]) == [name]
 
 
 def test_the_command_writes_both_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
