@@ -247,7 +247,7 @@ def test_a_disk_that_refuses_is_one_line(code: int, exit_code: int, capsys: pyte
 
 def test_a_table_with_a_closed_pipe_ends_with_141() -> None:
     endless = "[plain_console().print('x' * 99) for _ in range(9999)]"
-    program = f"from gsda_fast.commands import *\nrun_command(lambda: {endless})"
+    program = f"from gsda_fast.commands import *; from gsda_fast.console import *\nrun_command(lambda: {endless})"
     command = f'"{sys.executable}" -c "{program}" | head -1; echo "${{PIPESTATUS[0]}}"'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300, check=True)
     assert (done.stdout.splitlines()[-1], done.stderr) == ("141", "")
@@ -255,7 +255,7 @@ def test_a_table_with_a_closed_pipe_ends_with_141() -> None:
 
 def test_a_terminal_that_is_not_utf8_gets_escapes() -> None:
     both = "(plain_console().print('größe'), echo('größe'))[0]"
-    program = f"from gsda_fast.commands import *\nrun_command(lambda: {both})"
+    program = f"from gsda_fast.commands import *; from gsda_fast.console import *\nrun_command(lambda: {both})"
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300, check=True

@@ -318,6 +318,6 @@ def test_other_versions_are_told(first: First, monkeypatch: pytest.MonkeyPatch) 
     assert start.load_into(trainer) == ["resuming after step 6"]
     now = resume.versions()["torch"]
     monkeypatch.setattr(resume, "versions", lambda: {**start.state["versions"], "torch": "9.9"})  # type: ignore[index]
-    expected = f"the checkpoint was written with torch {now}, now 9.9: figures may differ"
+    expected = f"the checkpoint was written with torch {now}, now 9.9: metrics may differ"
     assert start.load_into(trainer) == ["resuming after step 6", expected]
     trainer.loader.close()

@@ -72,8 +72,8 @@ def test_a_layout_keeps_what_there_are_results_of() -> None:
     layout = suite_layout(BENCHMARKS["office31"])
     assert layout.transfer_tasks == BENCHMARKS["office31"].transfer_tasks
     assert layout.short_names["amazon"] == "A"
-    assert layout.figure == "accuracy"
-    assert suite_layout(BENCHMARKS["visda"]).figure == "mean_per_class"
+    assert layout.metric == "accuracy"
+    assert suite_layout(BENCHMARKS["visda"]).metric == "mean_per_class"
 
 
 def test_only_measured_methods_and_transfer_tasks_in_the_layouts_order(tmp_path: Path) -> None:

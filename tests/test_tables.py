@@ -144,7 +144,7 @@ def test_csv_has_full_precision() -> None:
     )
     assert len(lines) == 2 * 2 * 3
     assert lines[2] == {
-        "task": "digits", "figure": "accuracy", "choice": "last", "subject": "",
+        "task": "digits", "metric": "accuracy", "choice": "last", "subject": "",
         "method": "source-only", "kind": "ours", "column": "avg", "mean": "61.0",
         "standard_deviation": repr(31**0.5), "seeds": "3",
     }  # fmt: skip
