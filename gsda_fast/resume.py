@@ -78,8 +78,8 @@ class Start:
                 expected="a sound checkpoint",
             ) from error
         whence = "" if self.own_step is not None else f" of {self.origin}"
-        told = [_another_seed(self.state["identity"], self.seed), _changed_versions(self.state["versions"])]
-        return [f"resuming after step {trainer.step}{whence}", *filter(None, told)]
+        notices = [_another_seed(self.state["identity"], self.seed), _changed_versions(self.state["versions"])]
+        return [f"resuming after step {trainer.step}{whence}", *filter(None, notices)]
 
     def _load_weights(self, trainer: Trainer) -> str:
         assert self.state is not None

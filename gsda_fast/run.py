@@ -348,7 +348,7 @@ class Run:
 
     def _note_unreadable(self) -> dict[str, str]:
         """Gather what failed on any rank so far. Return what is wrong with each file, by its name below its domain."""
-        here = {self._name_of(path): told for path, told in self._trainer.loader.failed}
+        here = {self._name_of(path): problem for path, problem in self._trainer.loader.failed}
         for of_rank in self.ranks.gather_objects(here):
             self._unreadable.update(of_rank)
         return dict(sorted(self._unreadable.items()))
@@ -417,7 +417,7 @@ def _accuracy_line(result: RunResult) -> str:
 
 
 def _unreadable_line(files: dict[str, str]) -> str:
-    shown = "; ".join(f"{name} ({told})" for name, told in list(files.items())[:_SHOWN])
+    shown = "; ".join(f"{name} ({problem})" for name, problem in list(files.items())[:_SHOWN])
     more = f"; and {len(files) - _SHOWN} more" if len(files) > _SHOWN else ""
     return f"{len(files)} files could not be read, and others took their places: {shown}{more}"
 

@@ -429,7 +429,7 @@ def figures(folder: Path) -> dict[str, Any]:
     }
 
 
-def whole_group_ends(group: int, within: float = 60) -> bool:
+def whole_group_ends(group: int, within: float = 600) -> bool:
     """Whether no process of that group is left."""
     until = time.monotonic() + within
     while time.monotonic() < until:

@@ -197,7 +197,7 @@ class Discriminators(nn.Module):
         return DiscriminatorWeights(self.w1, self.b1, self.w2, self.b2, self.w3, self.b3)
 
     def _pair_weight(self, features: Tensor, class_probabilities: Tensor, sample_weight: Tensor | None) -> Tensor:
-        """(N, K): what each sample weighs in each discriminator."""
+        """Return (N, K): what each sample weighs in each discriminator."""
         dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
         weight = class_probabilities.detach().to(dtype) @ self.class_weights[self._own].to(dtype).T
         if "domain" in self.levels and self._own.start == 0:

@@ -75,7 +75,7 @@ class Update(NamedTuple):
     Attributes:
         players: names of those that minimize `loss`. terms: loss terms by name, unweighted and detached, for the log.
         images: how many went through the network for this update, on this rank.
-        found_inf: of an update that the method has made itself, as `Step.descent` told it: 0-d float32 on the device, 1
+        found_inf: of an update that the method has made itself, by `Step.descent`: 0-d float32 on the device, 1
             where something was not finite, so that nothing moved. None: the optimizers move along the loss's gradient.
     """
 

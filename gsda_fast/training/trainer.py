@@ -311,7 +311,7 @@ class Trainer:
         }
 
     def method_state(self) -> dict[str, Tensor]:
-        """The method's state as the ranks have it together: of what is divided among them, the whole."""
+        """Return the method's state as the ranks have it together: of what is divided among them, the whole."""
         own = self._divisions()
         stored = self.method.state_dict()
         return {name: own[name].whole(value) if name in own else value for name, value in stored.items()}
@@ -324,7 +324,7 @@ class Trainer:
         )
 
     def _divisions(self) -> dict[str, Division]:
-        """By the names of the parameters that are divided."""
+        """Return the divisions by the names of the parameters that are divided."""
         named = self.method.named_parameters()
         return {name: self._divided[id(each)] for name, each in named if id(each) in self._divided}
 

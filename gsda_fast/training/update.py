@@ -76,7 +76,7 @@ class Updater:
         return StepOutcome(terms, images)
 
     def descent(self, player: str) -> Descent | None:
-        """How a method may move a player itself in this step; None where it takes gradients and the optimizer."""
+        """Return how a method may move a player itself now; None where it takes gradients and the optimizer."""
         if self._scaler.is_enabled() or (self._ranks.several and player not in self._divided):
             return None
         return descent_of(self.optimizers[player], self._guard.skip)
@@ -149,7 +149,7 @@ class Updater:
             optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """What all ranks have together; all of them call it."""
+        """Return what all ranks have together; all of them call it."""
         return {
             "optimizers": {
                 name: momentum_of(optimizer, self._divided.get(name)) for name, optimizer in self.optimizers.items()
