@@ -484,6 +484,30 @@ def test_rtn_moves_its_residual_by_the_source_and_predicts_without_it() -> None:
     assert torch.equal(method.model(batch().source_images).logits, before)
 
 
+def test_jan_moves_the_classifier_through_both_domains() -> None:
+    """Beside the source's cross-entropy it moves by the discrepancy, of the source's predictions and the target's."""
+    method, given = build("jan", ramp=False), batch()
+    (update,) = method.updates(given, step())
+    weights = list(method.model.classifier.parameters())
+    outputs = method.outputs(given)
+
+    def discrepancy(held: str) -> Tensor:
+        domains = {
+            domain: (getattr(outputs, f"{domain}_features"), getattr(outputs, f"{domain}_logits").softmax(1))
+            for domain in ("source", "target")
+        }
+        if held:
+            domains[held] = (domains[held][0], domains[held][1].detach())
+        return losses.joint_mmd(domains["source"], domains["target"])
+
+    supervised = method.classification(outputs.source_logits, given, step())
+    found = gradient(update.loss - supervised, *weights)
+    for each, right in zip(found, gradient(discrepancy(""), *weights)):
+        assert_close(each, right, **EXACT)
+    for domain in ("source", "target"):
+        assert (found[0] - gradient(discrepancy(domain), *weights)[0]).abs().max() > 1e-6
+
+
 def test_symnets_routes_each_loss_to_its_player() -> None:
     method, given = build("symnets"), batch()
     (update,) = method.updates(given, step())
