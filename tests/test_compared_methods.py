@@ -30,7 +30,7 @@ from gsda_fast.methods.mcd import MCD
 from gsda_fast.methods.rtn import RTN
 from gsda_fast.methods.sdat import ascent
 from gsda_fast.methods.self_ensembling import SelfEnsembling
-from gsda_fast.methods.shallow import gfk, tca
+from gsda_fast.methods.shallow import gfk, subspace_disagreement, tca
 from gsda_fast.methods.tpn import TPN
 from gsda_fast.model import AdaptationModel, ModelOutput, ModelSettings
 from gsda_fast.training.distributed import Ranks
@@ -358,6 +358,16 @@ def test_published_digits_of_adda() -> None:
     discriminator, mapping = method.updates(batch(2), step())
     assert printed(discriminator.loss) == 1.060052
     assert printed(mapping.loss) == 0.351434
+    # One of four is told apart: the source row with a logit above 0.
+    for gate, counts in ((0.25, 1.0), (0.26, 0.0)):
+        method.settings = replace(method.settings, gate=gate)
+        _, gated = method.updates(batch(2), step())
+        assert float(gated.loss.detach()) == counts * float(mapping.loss.detach())
+        assert gated.terms["mapping"] == mapping.loss
+    method.settings = replace(method.settings, gate=0.0, objective="reversal")
+    _, against = method.updates(batch(2), step())
+    right = -F.binary_cross_entropy_with_logits(logits[2:], torch.zeros_like(logits[2:]))
+    assert_close(against.loss, right, **EXACT)
 
 
 def test_published_gradient_through_cdans_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -529,6 +539,10 @@ def test_symnets_routes_each_loss_to_its_player() -> None:
             assert (found - wrong).abs().max() > 1e-4
     assert torch.equal(method.model(given.target_images).logits, logits[n:, CLASSES:])
     assert method._apart
+    both = build("symnets", predict="mean")
+    both.load_state_dict(method.state_dict())
+    mean = (logits[n:, :CLASSES].softmax(1) + logits[n:, CLASSES:].softmax(1)) / 2
+    assert_close(both.model(given.target_images).logits.softmax(1), mean, rtol=1e-6, atol=1e-7)
 
 
 def test_mdd_reverses_what_reaches_the_encoder() -> None:
@@ -784,6 +798,13 @@ def test_fitted_methods_are_loaded_exported_and_fitted_once(name: str) -> None:
     program = torch.export.export(method.model.classifier, (features,), dynamic_shapes=({0: rows},))
     assert_close(program.module()(features[:5]), before[:5], rtol=1e-5, atol=1e-4)
     assert list(method.updates(batch(), step())) == []
+
+
+def test_gfk_chooses_its_dimension() -> None:
+    method, scores = build("gfk", dim=0).float().eval(), Known(DIM)
+    method.on_evaluation(scores)
+    dim = subspace_disagreement(standardised(scores.features("source")), standardised(scores.features("target")))
+    assert method.model.classifier.weights.shape == (DIM, 2 * dim)
 
 
 def test_fitted_methods_name_a_dimension_that_does_not_fit() -> None:

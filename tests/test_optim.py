@@ -86,6 +86,26 @@ def test_a_player_may_have_rates_and_momentum_of_its_own() -> None:
     assert [rates(optimizers)[id(module.weight)] for module in (backbone, layer, other)] == [1.25, 2.5, 0.25]
 
 
+def test_the_backbone_may_have_no_momentum() -> None:
+    """Its steps are those of plain SGD, its rate stays its own, and what has none needs no buffer."""
+    backbone, layer, plain = (nn.Linear(2, 2) for _ in range(3))
+    plain.load_state_dict(backbone.state_dict())
+    settings = replace(SETTINGS, backbone_momentum=False)
+    optimizer = build_optimizers({"only": Player((layer, backbone))}, settings, backbone)["only"]
+    assert [(each["lr"], each["momentum"], each["nesterov"]) for each in optimizer.param_groups] == [
+        (0.25, 0.0, False),
+        (0.5, 0.9, True),
+    ]
+    other = torch.optim.SGD(plain.parameters(), lr=0.25, weight_decay=0.125)
+    for _ in range(3):
+        for parameter in (*layer.parameters(), *backbone.parameters(), *plain.parameters()):
+            parameter.grad = torch.sin(parameter.detach())
+        optimizer.step()
+        other.step()
+    assert_close(backbone.weight, plain.weight)
+    assert [each.shape for each in optimizer.state] == [each.shape for each in layer.parameters()]
+
+
 @pytest.mark.parametrize("name", ["sgd", "adam"])
 def test_momentum_that_is_forgotten_is_that_of_the_start(name: Any) -> None:
     """The next steps are those of an optimizer that has made none."""

@@ -5,7 +5,7 @@ import pytest
 from table_cells import Cell, cells, means, squeezed
 
 from gsda_fast.data.benchmarks import BENCHMARKS
-from gsda_fast.results.paper import paper_tables, published_row, with_paper
+from gsda_fast.results.paper import SOURCE, paper_tables, published_row, with_paper
 from gsda_fast.results.records import RunResult, Selection
 from gsda_fast.results.tables import MEAN_PER_CLASS, OVERALL, ResultTable, class_table, to_markdown, transfer_table
 
@@ -69,10 +69,20 @@ def test_every_row_of_the_paper_belongs_to_a_method() -> None:
 
 
 def test_what_a_rows_name_does_not_say_is_noted() -> None:
-    row = published_row("visda", "bsp-cdan")
-    assert row is not None
-    assert row.backbone == "ResNet-101"
-    assert "BSP: BSP+CDAN, ResNet-101" in row.notes
+    noted = {
+        ("visda", "bsp-cdan"): "BSP: BSP+CDAN+E, ResNet-101",
+        ("office31", "bsp-cdan"): "BSP: BSP+CDAN+E",
+        ("visda", "self-ensembling"): "S-En: tested on sixteen augmentations of each image, ResNet-152",
+        ("office31", "cdan-e"): "CDAN: CDAN+E, with entropy weights, tested on ten crops",
+        ("office31", "safn"): "SAFN: SAFN+ENT, with the target's entropy, tested on ten crops",
+        ("office-home", "safn"): "SAFN: tested on ten crops",
+        ("visda", "safn"): "SAFN: ResNet-101",
+        ("office31", "dann"): None,
+    }
+    for (task, method), note in noted.items():
+        row = published_row(task, method)
+        assert row is not None
+        assert row.notes == [f"paper: {SOURCE}, ResNet-50", *([note] if note else [])]
 
 
 def by_column(table: ResultTable) -> list[dict[str, Cell]]:

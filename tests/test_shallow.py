@@ -8,7 +8,7 @@ from numpy.testing import assert_allclose
 from numpy.typing import NDArray
 from tiny_inputs import FEATURES
 
-from gsda_fast.methods.shallow import geodesic_flow, gfk, tca
+from gsda_fast.methods.shallow import geodesic_flow, gfk, subspace_disagreement, tca
 
 Array = NDArray[np.float64]
 F = FEATURES.numpy()
@@ -207,6 +207,30 @@ def test_transform_has_the_kernels_inner_products() -> None:
     assert_allclose(fitted.kernel, geodesic_flow(*bases).kernel, atol=1e-9)
     uncentred = [np.linalg.eigh(each.T @ each)[1][:, ::-1][:, :3] for each in (source, target)]
     assert np.abs(geodesic_flow(*uncentred).kernel - fitted.kernel).max() > 1e-3
+
+
+def test_dimension_by_the_disagreement_of_subspaces() -> None:
+    source, target = domains(dim=8)
+
+    def leading(rows: Array, dim: int) -> Array:
+        found: Array = np.linalg.eigh(np.cov(rows.T))[1][:, ::-1][:, :dim]
+        return found
+
+    def disagreement(dim: int) -> float:
+        whole = leading(np.concatenate([source, target]), dim)
+        angles = [scipy.linalg.subspace_angles(leading(rows, dim), whole).max() for rows in (source, target)]
+        return float(np.sin(angles).mean())
+
+    literal = [disagreement(dim) for dim in range(1, 5)]
+    found = subspace_disagreement(source, target)
+    assert found == 1 + int(np.argmax(literal))
+    assert found > 1
+    turned = basis(8, 8, 0)
+    assert subspace_disagreement(source @ turned, target @ turned) == found
+    assert subspace_disagreement(target, source) == found
+    assert subspace_disagreement(source, source) == 1  # nowhere any disagreement
+    with pytest.raises(ValueError, match="features: found 1 columns; expected two or more"):
+        subspace_disagreement(source[:, :1], target[:, :1])
 
 
 def test_rank_deficient_features() -> None:

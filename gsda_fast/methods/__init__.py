@@ -93,7 +93,13 @@ def _feature_norm(add: Mapping[str, Mapping[str, float]]) -> Overrides:
             "bottleneck_dropout": 0.5,
         },
         run={"batch_size": 32},
-        optimizer={"learning_rate": 1e-3, "backbone_learning_rate": 1e-3, "decay": "constant", "weight_decay": 5e-4},
+        optimizer={
+            "learning_rate": 1e-3,
+            "backbone_learning_rate": 1e-3,
+            "backbone_momentum": False,
+            "decay": "constant",
+            "weight_decay": 5e-4,
+        },
     )
     return {
         task: {**each, "adaptation": {"add": add.get(task, add["*"]), "batchnorm": "apart"}}
@@ -129,7 +135,7 @@ METHODS: dict[str, Entry] = {
     "mcd": Entry(mcd.MCD, mcd.MCDSettings(), presets=mcd.PRESETS, recipe=mcd.RECIPE),
     "cdan": Entry(cdan.CDAN, cdan.CDANSettings(), presets=SMALL_DISCRIMINATOR, recipe=cdan.RECIPE),
     "cdan-e": Entry(cdan.CDAN, _CDAN_E, presets=SMALL_DISCRIMINATOR, recipe=cdan.RECIPE),
-    "symnets": Entry(symnets.SymNets, recipe=symnets.RECIPE),
+    "symnets": Entry(symnets.SymNets, symnets.SymNetsSettings(), recipe=symnets.RECIPE),
     "hafn": Entry(
         SourceOnly,
         presets={"*": _added(hafn=0.05), "visda": _added(hafn=0.01), **_on_digits(_added(hafn=0.0002))},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from msgspec import Meta
@@ -27,6 +27,11 @@ class ADDASettings(MethodSettings):
 
     encoder_rate: Annotated[float, Meta(ge=0)] = 0.1
     """Factor on the encoder's learning rates in adaptation; larger ones let it run away."""
+    objective: Literal["inverted", "reversal"] = "inverted"
+    """What the encoder minimizes on target images: the discriminator's loss with labels inverted, as the paper has it,
+    or minus the loss with its own labels, as some codes have it."""
+    gate: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    """The encoder's loss counts while the discriminator tells at least this share of the batch apart; 0: always."""
     hidden_dim: Annotated[int, Meta(ge=1)] = 1024
     """Width of the discriminator's two hidden layers."""
 
@@ -119,9 +124,12 @@ class ADDA(Method):
         target, _ = self.trained(batch.target_images)
         source, target = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (source, target))
 
-        logits = self.discriminator(torch.cat([source, target.detach()]))
-        loss = domain_loss(logits, len(source))
-        yield Update(("discriminator",), loss, {"adversarial": loss.detach()}, images=len(source))
+        logits, n = self.discriminator(torch.cat([source, target.detach()])), len(source)
+        loss = domain_loss(logits, n)
+        yield Update(("discriminator",), loss, {"adversarial": loss.detach()}, images=n)
+        told_apart = step.mean(torch.cat([logits[:n] > 0, logits[n:] <= 0]).to(loss.dtype).mean())
         logits = self.discriminator(target, frozen=True)
-        mapping = domain_loss(logits, len(target))  # all target rows in the source's place
-        yield Update(("target_encoder",), mapping, {"mapping": mapping.detach()}, images=len(target))
+        # Inverted: all target rows in the source's place.
+        mapping = domain_loss(logits, len(target)) if self.settings.objective == "inverted" else -domain_loss(logits, 0)
+        counts = (told_apart >= self.settings.gate).to(mapping.dtype)
+        yield Update(("target_encoder",), counts * mapping, {"mapping": mapping.detach()}, images=len(target))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gsda_fast.data.batches import Batch
 from gsda_fast.methods.base import AdaptationSettings, Method, MethodSettings, Scores, TaskFacts
-from gsda_fast.methods.shallow import Array, gfk, tca
+from gsda_fast.methods.shallow import Array, gfk, subspace_disagreement, tca
 from gsda_fast.methods.step import Step, Update
 from gsda_fast.model import AdaptationModel
 
@@ -40,8 +40,8 @@ class TCASettings(MethodSettings):
 class GFKSettings(MethodSettings):
     """Subspaces and the way between them."""
 
-    dim: Annotated[int, Meta(ge=1)] = 20
-    """Dimension of each domain's subspace, at most half of the features'."""
+    dim: Annotated[int, Meta(ge=0)] = 20
+    """Dimension of each domain's subspace, at most half of the features'; 0: by the subspaces' disagreement."""
     standardise: bool = True
     """Scale each feature, in each domain by itself, to mean 0 and variance 1."""
 
@@ -193,7 +193,8 @@ class GeodesicFlow(Shallow):
     settings: GFKSettings
 
     def embedding(self, source: Array, target: Array) -> dict[str, Array]:
-        return {"weights": gfk(source, target, self.settings.dim).factor}
+        dim = self.settings.dim or subspace_disagreement(source, target)
+        return {"weights": gfk(source, target, dim).factor}
 
 
 def _squared_distances(rows: Tensor, others: Tensor) -> Tensor:

@@ -42,16 +42,19 @@ class TwoClassifiers(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the logarithm of the mean probability, (N, r)."""
-        first, second = (F.log_softmax(each.float(), dim=1).to(each.dtype) for each in self.both(features))
-        return torch.logaddexp(first, second) - math.log(2)
+        return _log_mean_probability(*self.both(features))
 
 
 class TwinClassifier(nn.Module):
-    """One linear layer of 2 r outputs: a classifier for the source beside one for the target, which predicts."""
+    """One linear layer of 2 r outputs: a classifier for the source beside one for the target.
 
-    def __init__(self, feature_dim: int, num_classes: int) -> None:
+    Args:
+        feature_dim: D. num_classes: r. mean: predict by the mean of both probabilities; the target's alone otherwise.
+    """
+
+    def __init__(self, feature_dim: int, num_classes: int, mean: bool = False) -> None:
         super().__init__()
-        self.num_classes = num_classes
+        self.mean = mean
         self.linear = nn.Linear(feature_dim, 2 * num_classes)
 
     def both(self, features: Tensor, frozen: bool = False) -> Tensor:
@@ -64,6 +67,12 @@ class TwinClassifier(nn.Module):
         return F.linear(features, weight.detach(), bias.detach()) if frozen else F.linear(features, weight, bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the target half, (N, r)."""
-        logits: Tensor = self.linear(features)
-        return logits[:, self.num_classes :]
+        """Return the target half, (N, r), or the logarithm of the mean probability."""
+        of_source, of_target = self.linear(features).chunk(2, dim=1)
+        return _log_mean_probability(of_source, of_target) if self.mean else of_target
+
+
+def _log_mean_probability(first: Tensor, second: Tensor) -> Tensor:
+    """Return the logarithm of the mean of two predictions, from logits; all (N, r)."""
+    first, second = (F.log_softmax(each.float(), dim=1).to(each.dtype) for each in (first, second))
+    return torch.logaddexp(first, second) - math.log(2)

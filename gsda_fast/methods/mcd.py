@@ -42,7 +42,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 RECIPE = on_images(
     method={"hidden_layers": 2},
     run={"batch_size": 32},
-    optimizer={"learning_rate": 1e-3, "backbone_learning_rate": 1e-3, "decay": "constant", "weight_decay": 5e-4},
+    optimizer={
+        "learning_rate": 1e-3,
+        "backbone_learning_rate": 1e-3,
+        "backbone_momentum": False,
+        "decay": "constant",
+        "weight_decay": 5e-4,
+    },
 )
 
 

@@ -178,8 +178,45 @@ def gfk(source: ArrayLike, target: ArrayLike, dim: int) -> GFK:
         raise UsageError(
             "dim", found=str(dim), expected=f"1 to {bound}, half of the features' width and no more than rows"
         )
-    bases = [np.linalg.svd(each - each.mean(0), full_matrices=False)[2][:dim].T for each in (source, target)]
-    return geodesic_flow(*bases)
+    return geodesic_flow(_principal(source)[:, :dim], _principal(target)[:, :dim])
+
+
+def subspace_disagreement(source: ArrayLike, target: ArrayLike) -> int:
+    """Choose the dimension of both subspaces by how far they disagree with that of all rows (Gong et al., CVPR 2012).
+
+    ``D(d) = (sin a_d + sin b_d) / 2``, with a and b the largest principal angles between the d leading directions of
+    the source, or of the target, and those of all rows. The first d at which it is largest, at best 1: beyond it a
+    direction of one domain is orthogonal to the other's subspace.
+
+    Args:
+        source, target: (n_s, D) and (n_t, D) features.
+
+    Returns:
+        The dimension, from 1 to the bound of `gfk`.
+
+    Raises:
+        ValueError: shapes, numbers that are not finite, or no dimension that `gfk` takes.
+    """
+    source, target = _both(source, target)
+    bound = min(source.shape[1] // 2, len(source), len(target))
+    if bound < 1:
+        raise UsageError(
+            "features", found=f"{source.shape[1]} columns", expected="two or more, and a row of each domain"
+        )
+    both, *domains = (_principal(rows) for rows in (np.concatenate([source, target]), source, target))
+
+    def disagreement(dim: int) -> float:
+        cosines = [np.linalg.svd(each[:, :dim].T @ both[:, :dim], compute_uv=False)[-1] for each in domains]
+        return float(np.mean([np.sqrt(max(0.0, 1 - cosine**2)) for cosine in cosines]))
+
+    # Rounded: angles of 90 degrees must not be told apart by their last digits.
+    return 1 + int(np.argmax([round(disagreement(dim), 6) for dim in range(1, bound + 1)]))
+
+
+def _principal(rows: Array) -> Array:
+    """Return the principal directions of the rows, (D, min(n, D)), the leading one first."""
+    directions: Array = np.linalg.svd(rows - rows.mean(0), full_matrices=False)[2].T
+    return directions
 
 
 def geodesic_flow(source_basis: Array, target_basis: Array) -> GFK:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +15,15 @@ from gsda_fast.methods.base import ENCODER, Method, MethodSettings
 from gsda_fast.methods.heads import TwinClassifier
 from gsda_fast.methods.recipes import on_images
 from gsda_fast.methods.step import Step, Update
+
+
+@dataclass(frozen=True)
+class SymNetsSettings(MethodSettings):
+    """A classifier of each domain."""
+
+    predict: Literal["target", "mean"] = "target"
+    """The target's classifier predicts, as the paper has it, or the mean of both classifiers' probabilities."""
+
 
 RECIPE = on_images(run={"batch_size": 128}, optimizer={"weight_decay": 1e-4})
 
@@ -28,8 +39,8 @@ class SymNets(Method):
     refuses = ("class_weights",)
 
     @classmethod
-    def classifier(cls, settings: MethodSettings, feature_dim: int, num_classes: int) -> TwinClassifier:
-        return TwinClassifier(feature_dim, num_classes)
+    def classifier(cls, settings: SymNetsSettings, feature_dim: int, num_classes: int) -> TwinClassifier:
+        return TwinClassifier(feature_dim, num_classes, mean=settings.predict == "mean")
 
     @property
     def _head(self) -> TwinClassifier:

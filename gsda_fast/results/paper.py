@@ -27,13 +27,20 @@ _ABLATION: Mapping[str, str] = {
     **{"domain": "Glb", "class": "Glb+Cls", "group": "Glb+Cls+Grp"},
     **{"glb": "Glb", "glb-cls": "Glb+Cls", "glb-cls-grp": "Glb+Cls+Grp"},
 }
-# What the paper took over from others, and what its row's name does not say.
-_REMARKS = {
-    "CDAN": "with entropy weights (CDAN+E)",
-    "SAFN": "ten-crop test",
-    "BSP": "BSP+CDAN",
-    "S-En": "with test-time augmentation",
+# The paper took most rows over from others. What a row's name does not say, by table ("*": in every one).
+_CROPS = "tested on ten crops"
+_SHALLOW = {"*": "on features and with a classifier that no source states"}
+_REMARKS: Mapping[str, Mapping[str, str]] = {
+    "TCA": _SHALLOW,
+    "GFK": _SHALLOW,
+    "MCDDA": {"office31": "tuned by GSDA's authors: its own paper has no such task"},
+    "CDAN": {"*": f"CDAN+E, with entropy weights, {_CROPS}"},
+    "SAFN": {"office31": f"SAFN+ENT, with the target's entropy, {_CROPS}", "office_home": _CROPS},
+    "BSP": {"*": "BSP+CDAN+E"},
+    "S-En": {"*": "tested on sixteen augmentations of each image"},
 }
+# Of the rows that the paper marks as made with a deeper network than ResNet-50.
+_DEEPER = {"S-En": "ResNet-152"}
 # The mean of VisDA's GSDA row is 82.5. Weighted by the numbers of validation images the row gives the 81.5 that is
 # printed as its average, so that is most likely its overall accuracy; every other average is a mean.
 _AVERAGE_IS_OVERALL = {("visda", "GSDA")}
@@ -44,7 +51,8 @@ class PublishedRow:
     """One row of the paper.
 
     Attributes:
-        name: as printed. table: the paper's number of the table. backbone: what it was measured with.
+        name: as printed. table: the paper's number of the table.
+        backbone: what it was measured with. remark: what the name does not say.
         values: percent, by column (transfer task such as A->W, or class).
         average: percent, as printed.
         average_is_overall: whether that is no mean over the columns but overall accuracy.
@@ -56,6 +64,7 @@ class PublishedRow:
     values: Mapping[str, float]
     average: float
     average_is_overall: bool = False
+    remark: str = ""
 
     @property
     def mean(self) -> float:
@@ -66,7 +75,7 @@ class PublishedRow:
     def notes(self) -> list[str]:
         """What a reader of the row has to know."""
         notes = [f"paper: {SOURCE}, ResNet-50"]
-        about = [remark for remark in (_REMARKS.get(self.name), self.backbone) if remark and remark != "ResNet-50"]
+        about = [remark for remark in (self.remark, self.backbone) if remark and remark != "ResNet-50"]
         if about:
             notes.append(f"{self.name}: {', '.join(about)}")
         if self.average_is_overall:
@@ -102,16 +111,18 @@ def published_row(task: str, method: str) -> PublishedRow | None:
     table = paper_tables().get(table_name)
     if table is None or name is None or name not in table["rows"]:
         return None
+    remarks = _REMARKS.get(name, {})
     *columns, last = table["columns"]
     assert last == AVERAGE
     *values, average = table["rows"][name]
     return PublishedRow(
         name,
         table["paper_table"],
-        "ResNet-101" if name in table.get("deeper", ()) else "ResNet-50",
+        _DEEPER.get(name, "ResNet-101") if name in table.get("deeper", ()) else "ResNet-50",
         dict(zip(columns, values, strict=True)),
         average,
         (table_name, name) in _AVERAGE_IS_OVERALL,
+        remarks.get(table_name, remarks.get("*", "")),
     )
 
 

@@ -29,6 +29,8 @@ class OptimizerSettings:
     """Factor on the rates: (1 + 10 p)^-0.75, 1, or (1 + cos(pi p)) / 2."""
     momentum: Annotated[float, Meta(ge=0, le=1)] = 0.9
     """Nesterov momentum of SGD; Adam's first beta."""
+    backbone_momentum: bool = True
+    """Give the backbone that momentum too. The authors of MCD and AFN gave it none."""
     weight_decay: Annotated[float, Meta(ge=0)] = 1e-3
     """Weight decay."""
 
@@ -161,12 +163,16 @@ def _build(player: Player, settings: OptimizerSettings, slow: Container[int]) ->
     groups = [group for group in groups if group["params"]]
     for group in groups:
         group["initial_lr"] = group["lr"]
+    if not settings.backbone_momentum and settings.optimizer != "adam":
+        for group in groups:
+            if id(group["params"][0]) in slow:
+                group.update(momentum=0.0, nesterov=False)
     if player.momentum is not None:
         settings = replace(settings, momentum=player.momentum)
     make = {"adam": _adam, "apex": _apex}.get(settings.optimizer, _sgd)
     optimizer = make(groups, settings)
-    if settings.momentum and settings.optimizer != "adam":
-        for parameter in parameters:
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("momentum") else ():
             # A first step that is skipped would leave a buffer made by the optimizer uninitialised; from 0 it
             # comes to the same momentum as from none.
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
