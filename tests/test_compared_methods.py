@@ -678,7 +678,7 @@ def test_sdat_takes_its_gradients_higher_up() -> None:
         parameter.data += 0.3 * each / length
     outputs = method.outputs(given)
     against = scale_gradient(outputs.features, -step().ramp)
-    adversarial = method.adversarial_loss(against, outputs.logits, given, step(), frozen=False)  # type: ignore[operator]
+    adversarial = method.judge(against, outputs.logits, given, step(), frozen=False).loss  # type: ignore[operator]
     right = task(outputs) + adversarial
     assert_close(update.loss, right, **EXACT)
     for mine, theirs in zip(found, gradient(right, *parameters)):

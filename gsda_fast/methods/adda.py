@@ -15,6 +15,7 @@ from gsda_fast.data.batches import Batch
 from gsda_fast.losses import domain_loss
 from gsda_fast.methods.adversarial import DomainDiscriminators
 from gsda_fast.methods.base import AdaptationSettings, Method, MethodSettings, TaskFacts
+from gsda_fast.methods.discriminators import domain_accuracy
 from gsda_fast.methods.gsda import SMALL_DISCRIMINATOR
 from gsda_fast.methods.recipes import on_images
 from gsda_fast.methods.step import Player, Step, Update
@@ -121,7 +122,10 @@ class ADDA(Method):
 
         logits = self.discriminator(torch.cat([source, target.detach()]))
         loss = domain_loss(logits, len(source))
-        yield Update(("discriminator",), loss, {"adversarial": loss.detach()}, images=len(source))
+        domain = torch.arange(len(logits), device=logits.device) < len(source)
+        metrics = {"domain_accuracy": domain_accuracy(logits, domain)} if step.logged else {}
+        terms = {"adversarial": loss.detach()}
+        yield Update(("discriminator",), loss, terms, images=len(source), metrics=metrics)
         logits = self.discriminator(target, frozen=True)
         mapping = domain_loss(logits, len(target))  # all target rows in the source's place
         yield Update(("target_encoder",), mapping, {"mapping": mapping.detach()}, images=len(target))

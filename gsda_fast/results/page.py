@@ -512,7 +512,8 @@ def _alignment_section(groups: _Groups) -> _Section:
         "Synchronized levels have equal gradient magnitudes: their lines lie together, and the mismatch is near 0. The "
         "proxy A-distance is 2 where a linear classifier, cross-validated on the features, tells the domains apart, "
         "and 0 where it does no better than chance; the marks are of the features before adaptation, at the end of "
-        "warm-up.",
+        "warm-up. A discriminator's domain accuracy is 0.5 by chance: where it stays near 1 the encoder loses, near "
+        "0.5 the domains are mixed, or the discriminator has stopped learning, which the proxy A-distance tells apart.",
     )
     names = dict.fromkeys(name for run in groups.runs for each in run.records for name in each if name.startswith(NORM))
     levels = {name: plots.LEVEL_STYLES.get(name.removeprefix(NORM)) for name in names}
@@ -529,6 +530,9 @@ def _alignment_section(groups: _Groups) -> _Section:
     title = "Relative mismatch of the gradient magnitudes"
     figure = groups.curves(lambda run: alignment.relative_mismatch(run.records), title, alignment.MISMATCH_FORMULA)
     section.add(figure, groups.page.plot_path("relative_mismatch"), f"{title} over the steps")
+    title = "Domain accuracy of the discriminators"
+    figure = groups.curves(lambda run: run.series("domain_accuracy"), title, "share of a batch, 0.5 by chance")
+    section.add(figure, groups.page.plot_path("domain_accuracy"), f"{title} over the steps")
     if len(groups.runs) > 1 or not groups.single:
         _add_distances(section, groups)
     return section

@@ -37,7 +37,7 @@ FREE_TO_CHANGE = frozenset(
 
 PLOTS = (
     *("accuracy", "mean_per_class", "mutual_information", "per_class", "confusion"),
-    *("tsne_warmup", "tsne_final", "gradient_norms", "relative_mismatch"),
+    *("tsne_warmup", "tsne_final", "gradient_norms", "relative_mismatch", "domain_accuracy"),
 )
 """The plots of a run's report, by name, beside one for each term of the loss."""
 

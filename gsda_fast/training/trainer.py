@@ -164,28 +164,29 @@ class Trainer:
         for step in steps:
             if self._stop():
                 self.updater.ask_to_stop()
+            logged = step + 1 == steps.stop or (step + 1) % self.log_every == 0
             before = time.perf_counter()
             batch = next(batches)
             clock.waiting += time.perf_counter() - before
-            outcome = self._train_step(step, batch)
+            outcome = self._train_step(step, batch, logged)
             clock.images += len(batch.source_images) + len(batch.target_images)
             clock.computed += outcome.images
             self.step = step + 1
             self.on_step()
-            if self.step == steps.stop or self.step % self.log_every == 0:
+            if logged:
                 self.updater.require_finite()
-                yield {**self._mean_terms(outcome.terms), **self._rates(step, clock)}
+                yield {**self._means({**outcome.terms, **outcome.metrics}), **self._rates(step, clock)}
                 clock = _Clock()
             if self.updater.stop:
                 self._note(clock)
                 return
 
-    def _mean_terms(self, terms: dict[str, Tensor]) -> dict[str, float | None]:
+    def _means(self, named: dict[str, Tensor]) -> dict[str, float | None]:
         """Return means over the ranks, in one transfer to the host."""
-        if not terms:
+        if not named:
             return {}
-        values = self.ranks.mean(torch.stack([term.float() for term in terms.values()])).tolist()
-        return dict(zip(terms, values))
+        values = self.ranks.mean(torch.stack([value.float() for value in named.values()])).tolist()
+        return dict(zip(named, values))
 
     def _rates(self, step: int, clock: _Clock) -> dict[str, float | None]:
         seconds, images = self._note(clock)
@@ -205,7 +206,7 @@ class Trainer:
         self.training_seconds += seconds
         return seconds, images
 
-    def _train_step(self, step: int, batch: Batch) -> StepOutcome:
+    def _train_step(self, step: int, batch: Batch, logged: bool) -> StepOutcome:
         sizes = len(batch.source_images), len(batch.target_images)
         # The mean over ranks of local means is the global mean for equal parts alone.
         assert sizes == (self.plan.batch_size, self.plan.batch_size), f"a batch of {sizes}, {self.plan.batch_size} each"
@@ -218,7 +219,7 @@ class Trainer:
             torch.full((), value, device=self.device)
             for value in (self.schedule.adversarial_ramp(step), self.schedule.progress(step))
         )
-        known = Step(ramp, progress, self.ranks.mean, self.ranks.gather_rows, self.updater.descent)
+        known = Step(ramp, progress, self.ranks.mean, self.ranks.gather_rows, self.updater.descent, logged)
         if self.schedule.warming_up(step):
             return self.updater.step(step, self.method.source_updates(batch, known))
         if step == self.schedule.warmup:
