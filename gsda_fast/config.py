@@ -454,10 +454,6 @@ def _default_config(arguments: list[str], program: str) -> tuple[Config, list[st
         options = arguments[2:]
         config = _without_default_output(config_from_dict(tables, str(path)))
         return _with_method(config, _value("--method", options), _value("--recipe", options)), options
-    if arguments[:1] in (["-h"], ["--help"]):
-        print(f"usage: {program} TASK [options]\n       {program} --config FILE [options]\n\nTASK: {tasks}")
-        print(f"\n{program} TASK --help lists the options and the defaults of that task.")
-        raise SystemExit(0)
     if not arguments or arguments[0].startswith("-"):
         found = f"the option {arguments[0]} first" if arguments else "nothing"
         raise UsageError("TASK", found=found, expected=f"one of {tasks}, before the options")

@@ -11,6 +11,7 @@ import pytest
 import gsda_fast
 from gsda_fast import cli
 from gsda_fast.commands import program, run_command
+from gsda_fast.config import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,6 +48,13 @@ def test_help_names_the_command_as_it_was_called(
     assert called.code == 0
     assert f"usage: gsda {command}" in called.out
     assert "python -m" not in called.out.partition("\n")[0]
+
+
+def test_help_without_a_task_names_the_tasks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = Called(capsys, monkeypatch, "train", "--help")
+    assert all(task in called.out for task in TASKS)
 
 
 @pytest.mark.parametrize("arguments", [("--version",), *((command, "--version") for command in cli.COMMANDS)])

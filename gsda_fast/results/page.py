@@ -21,6 +21,7 @@ import torch
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from gsda_fast.console import duration
 from gsda_fast.errors import UsageError
 from gsda_fast.files import atomic_file
 from gsda_fast.results import alignment, plots, tables
@@ -263,21 +264,13 @@ def _render(page: SuiteFolder, *, sections: Sequence[_Section], **content: Any) 
         finalize=lambda shown: tables.printable(shown) if type(shown) is str else shown,
     )
     environment.filters["percent"] = lambda value: "-" if value is None else f"{value:.1f}"
-    environment.filters["duration"] = _duration
+    environment.filters["duration"] = duration
     environment.filters["lines"] = _lines
     shown = [section for section in sections if section.panels or section.tables]
     defaults: dict[str, Any] = {"runs": [], "tested": [], "columns": []}
     html = environment.get_template("page.html.jinja").render(sections=shown, **(defaults | content))
     with atomic_file(page.report_path) as file:
         file.write(html.encode())
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _lines(table: Table) -> list[tuple[str, str, list[Markup]]]:

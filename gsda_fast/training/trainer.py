@@ -164,16 +164,15 @@ class Trainer:
         for step in steps:
             if self._stop():
                 self.updater.ask_to_stop()
-            logged = step + 1 == steps.stop or (step + 1) % self.log_every == 0
             before = time.perf_counter()
             batch = next(batches)
             clock.waiting += time.perf_counter() - before
-            outcome = self._train_step(step, batch, logged)
+            outcome = self._train_step(step, batch)
             clock.images += len(batch.source_images) + len(batch.target_images)
             clock.computed += outcome.images
             self.step = step + 1
             self.on_step()
-            if logged:
+            if self._is_logged(step):
                 self.updater.require_finite()
                 yield {**self._means({**outcome.terms, **outcome.metrics}), **self._rates(step, clock)}
                 clock = _Clock()
@@ -206,7 +205,10 @@ class Trainer:
         self.training_seconds += seconds
         return seconds, images
 
-    def _train_step(self, step: int, batch: Batch, logged: bool) -> StepOutcome:
+    def _is_logged(self, step: int) -> bool:
+        return (step + 1) % self.log_every == 0 or self.schedule.is_evaluated_after(step + 1)
+
+    def _train_step(self, step: int, batch: Batch) -> StepOutcome:
         sizes = len(batch.source_images), len(batch.target_images)
         # The mean over ranks of local means is the global mean for equal parts alone.
         assert sizes == (self.plan.batch_size, self.plan.batch_size), f"a batch of {sizes}, {self.plan.batch_size} each"
@@ -219,7 +221,8 @@ class Trainer:
             torch.full((), value, device=self.device)
             for value in (self.schedule.adversarial_ramp(step), self.schedule.progress(step))
         )
-        known = Step(ramp, progress, self.ranks.mean, self.ranks.gather_rows, self.updater.descent, logged)
+        mean, gather, logged = self.ranks.mean, self.ranks.gather_rows, self._is_logged(step)
+        known = Step(ramp, progress, mean, gather, self.updater.descent, logged)
         if self.schedule.warming_up(step):
             return self.updater.step(step, self.method.source_updates(batch, known))
         if step == self.schedule.warmup:
