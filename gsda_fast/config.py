@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 from msgspec import Meta
 
-from gsda_fast.commands import parse_command_line
+from gsda_fast.commands import parse_command_line, program
 from gsda_fast.data.benchmarks import BENCHMARKS, find_benchmark
 from gsda_fast.data.loaders import DataSettings
 from gsda_fast.errors import UsageError
@@ -284,7 +284,7 @@ def _no_option(name: str, config: Config, known: Iterable[str]) -> UsageError:
         _option(name),
         found=f"no option of the task {config.task} and the method {method}",
         expected=f"one such as {', '.join(map(_option, near or ['steps']))}",
-        remedy=f"`python -m gsda_fast.train {config.task} --method {method} --help` lists them",
+        remedy=f"`{program('train')} {config.task} --method {method} --help` lists them",
     )
 
 

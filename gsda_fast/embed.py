@@ -257,7 +257,7 @@ def with_features(arguments: list[str], console: Console) -> list[str]:
         raise UsageError(
             "--features",
             found=f"{processes} processes",
-            expected=f"the task {task}{EMBEDDED}, after `python -m gsda_fast.embed {task}`",
+            expected=f"the task {task}{EMBEDDED}, after `{program('embed')} {task}`",
         )
     data_root = None
     if "--data-root" in rest[:-1]:
@@ -276,7 +276,7 @@ def run(arguments: list[str], console: Console) -> None:
     for path in paths:
         console.print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB", soft_wrap=True)
     if settings.what in BENCHMARKS and settings.output is None:
-        console.print(f"train with: python -m gsda_fast.train {settings.what}{EMBEDDED}", soft_wrap=True)
+        console.print(f"train with: {program('train')} {settings.what}{EMBEDDED}", soft_wrap=True)
 
 
 def main() -> None:

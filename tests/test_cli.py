@@ -72,6 +72,16 @@ def test_arguments_reach_the_command(capsys: pytest.CaptureFixture[str], monkeyp
     assert "gsda data" in Called(capsys, monkeypatch, "data", "nothing").told
 
 
+def test_a_hint_is_what_the_user_would_type(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("GSDA_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    called = Called(capsys, monkeypatch, "train", "pictures")
+    assert called.code == 2
+    assert "`gsda data build pictures` makes it" in called.told
+
+
 def test_a_module_is_called_by_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/somewhere/gsda_fast/train.py", "--version"])
     assert program("train") == "python -m gsda_fast.train"
