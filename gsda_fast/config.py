@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 from msgspec import Meta
 
-from gsda_fast.commands import parse_command_line
+from gsda_fast.commands import parse_command_line, program
 from gsda_fast.data.benchmarks import BENCHMARKS, find_benchmark
 from gsda_fast.data.loaders import DataSettings
 from gsda_fast.errors import UsageError
@@ -284,7 +284,7 @@ def _no_option(name: str, config: Config, known: Iterable[str]) -> UsageError:
         _option(name),
         found=f"no option of the task {config.task} and the method {method}",
         expected=f"one such as {', '.join(map(_option, near or ['steps']))}",
-        remedy=f"`python -m gsda_fast.train {config.task} --method {method} --help` lists them",
+        remedy=f"`{program('train')} {config.task} --method {method} --help` lists them",
     )
 
 
@@ -454,10 +454,6 @@ def _default_config(arguments: list[str], program: str) -> tuple[Config, list[st
         options = arguments[2:]
         config = _without_default_output(config_from_dict(tables, str(path)))
         return _with_method(config, _value("--method", options), _value("--recipe", options)), options
-    if arguments[:1] in (["-h"], ["--help"]):
-        print(f"usage: {program} TASK [options]\n       {program} --config FILE [options]\n\nTASK: {tasks}")
-        print(f"\n{program} TASK --help lists the options and the defaults of that task.")
-        raise SystemExit(0)
     if not arguments or arguments[0].startswith("-"):
         found = f"the option {arguments[0]} first" if arguments else "nothing"
         raise UsageError("TASK", found=found, expected=f"one of {tasks}, before the options")

@@ -50,6 +50,15 @@ def echo(text: str) -> None:
     print(visible(text))
 
 
+def duration(seconds: float) -> str:
+    """Return a time in words, such as 3 h 20 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
 @contextmanager
 def progress_bars(console: Console) -> Iterator[FilesDone]:
     """Show a bar for each thing that is worked on, where there is a terminal to show it."""

@@ -9,14 +9,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
-import torch
 import tyro
 from msgspec import Meta
 from rich.console import Console
-from torch import nn
 
 from gsda_fast.commands import parse_command_line, program, run_command
 from gsda_fast.console import FilesDone, plain_console, progress_bars
@@ -24,20 +22,13 @@ from gsda_fast.data.benchmarks import BENCHMARKS, EMBEDDED, Preprocessing
 from gsda_fast.data.domains import ImageDomain, default_root, open_domain, open_folder
 from gsda_fast.data.embeddings import digest_of_table, write_table
 from gsda_fast.data.sampling import stored_augmentation
-from gsda_fast.data.torch_loader import TorchLoader
-from gsda_fast.data.verify import require_readable
 from gsda_fast.errors import UsageError
 from gsda_fast.files import atomic_file
-from gsda_fast.model import (
-    EFFICIENTNET_LITE0,
-    FEATURES,
-    LENET,
-    ModelSettings,
-    build_backbone,
-    fetch_weights,
-    input_format,
-)
-from gsda_fast.training.distributed import digest
+from gsda_fast.options import Device
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 _FOLDER_TASK = "folder"
 _VIEW_SEED = 2020
@@ -50,7 +41,7 @@ class EmbedSettings:
 
     what: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TASK|FOLDER")]
     """A task, or a folder: of class folders, or of images without labels."""
-    backbone: str = EFFICIENTNET_LITE0
+    backbone: str = "efficientnet-lite0"
     """As for training: efficientnet-lite0, timm:NAME, or a classification model of torchvision."""
     weights: str = "IMAGENET1K_V1"
     """Its weights: a name, the path of a file, or none. timm's own are called pretrained."""
@@ -65,7 +56,7 @@ class EmbedSettings:
     """Folder of the data set; the environment variable GSDA_DATA if not given."""
     batch_size: Annotated[int, Meta(ge=0)] = 0
     """Images in a batch; 0: 128 on a GPU, 16 on a CPU, whose memory allocator makes more of them slower."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where to compute; auto: the GPU if there is one."""
     workers: Annotated[int, Meta(ge=0)] = 0
     """Threads that decode images; 0: the usable cores."""
@@ -82,6 +73,11 @@ def embed(settings: EmbedSettings, progress: FilesDone | None = None) -> list[Pa
     Raises:
         UsageError: data, a backbone or weights that are not there or do not fit, or a folder that cannot be written.
     """
+    # Here and below, so that --help need not wait for PyTorch.
+    import torch
+
+    from gsda_fast.model import FEATURES, LENET, ModelSettings, build_backbone, fetch_weights, input_format
+
     if settings.backbone in (LENET, FEATURES):
         raise UsageError("--backbone", found=settings.backbone, expected="a network for colour images")
     if min(settings.views, settings.batch_size, settings.workers, settings.threads) < 0:
@@ -130,6 +126,8 @@ def _domains(settings: EmbedSettings) -> tuple[Sequence[ImageDomain], Preprocess
         raise UsageError("TASK|FOLDER", found=settings.what, expected="a task whose samples are colour images")
     names = settings.domains or tuple(facts.name for facts in benchmark.domains)
     domains = [open_domain(benchmark.name, name, settings.data_root) for name in names]
+    from gsda_fast.data.verify import require_readable
+
     for domain in domains:
         require_readable(benchmark.name, domain, workers=settings.workers)
     return domains, benchmark.preprocessing
@@ -139,13 +137,19 @@ class _Network:
     """A frozen backbone on its device."""
 
     def __init__(self, backbone: nn.Module, dim: int, device: torch.device) -> None:
+        import torch
+
+        from gsda_fast.training.distributed import digest
+
         self.digest, self.dim, self.device = digest(backbone.state_dict()), dim, device
         self._backbone = backbone.to(device).to(memory_format=torch.channels_last).eval()
 
-    @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> np.ndarray:
         """Return (N, C, H, W) -> (N, dim) float32."""
-        return self._backbone(images).flatten(1).float().cpu().numpy()
+        import torch
+
+        with torch.inference_mode():
+            return self._backbone(images).flatten(1).float().cpu().numpy()
 
 
 def _embed_domain(
@@ -156,6 +160,8 @@ def _embed_domain(
     settings: EmbedSettings,
     progress: FilesDone | None,
 ) -> None:
+    from gsda_fast.data.torch_loader import TorchLoader
+
     made_from = _digest(domain, network, preprocessing, settings.views)
     if digest_of_table(path) == made_from:
         return
@@ -251,7 +257,7 @@ def with_features(arguments: list[str], console: Console) -> list[str]:
         raise UsageError(
             "--features",
             found=f"{processes} processes",
-            expected=f"the task {task}{EMBEDDED}, after `python -m gsda_fast.embed {task}`",
+            expected=f"the task {task}{EMBEDDED}, after `{program('embed')} {task}`",
         )
     data_root = None
     if "--data-root" in rest[:-1]:
@@ -270,7 +276,7 @@ def run(arguments: list[str], console: Console) -> None:
     for path in paths:
         console.print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB", soft_wrap=True)
     if settings.what in BENCHMARKS and settings.output is None:
-        console.print(f"train with: python -m gsda_fast.train {settings.what}{EMBEDDED}", soft_wrap=True)
+        console.print(f"train with: {program('train')} {settings.what}{EMBEDDED}", soft_wrap=True)
 
 
 def main() -> None:

@@ -47,7 +47,11 @@ class UsageError(ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # An exception is pickled by its positional arguments, and a worker's error must reach the parent process whole.
-        return partial(UsageError, found=self.found, expected=self.expected, remedy=self.remedy), (self.what,)
+        return partial(type(self), found=self.found, expected=self.expected, remedy=self.remedy), (self.what,)
+
+
+class FolderInUse(UsageError):
+    """A folder that another process holds, and will let go of."""
 
 
 class UsageWarning(UserWarning):

@@ -6,22 +6,21 @@ import sys
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 import tyro
 from rich.table import Table
 
-from gsda_fast.assemble import build_trainer, resolve
 from gsda_fast.commands import parse_command_line, program, run_command
 from gsda_fast.console import plain_console
-from gsda_fast.data.batches import Crops
+from gsda_fast.data.benchmarks import Crops
 from gsda_fast.data.domains import ImageDomain
-from gsda_fast.data.substitutes import MEAN_COLOUR
 from gsda_fast.errors import UsageError, UsageWarning
-from gsda_fast.results.metrics import EvaluationMetrics, evaluation_metrics
+from gsda_fast.options import EvaluationOptions
 from gsda_fast.results.run_folder import RunFolder
-from gsda_fast.resume import first_difference
-from gsda_fast.trained import EvaluationOptions, for_evaluation, load_parameters, read_checkpoint, read_settings
+
+if TYPE_CHECKING:
+    from gsda_fast.results.metrics import EvaluationMetrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +45,14 @@ def evaluate(settings: EvaluateSettings) -> tuple[int, EvaluationMetrics, tuple[
     Warns:
         FileWarning: of each file that cannot be read. UsageWarning: how many they are.
     """
+    # Here, so that --help need not wait for PyTorch.
+    import torch
+
+    from gsda_fast.assemble import build_trainer, resolve
+    from gsda_fast.data.substitutes import MEAN_COLOUR
+    from gsda_fast.results.metrics import evaluation_metrics
+    from gsda_fast.trained import for_evaluation, load_parameters, read_checkpoint, read_settings
+
     folder = RunFolder.existing(settings.run)
     step, state = read_checkpoint(folder, settings.checkpoint)
     config = for_evaluation(read_settings(folder), settings.device)
@@ -69,6 +76,8 @@ def _require_classes(source: ImageDomain, of_run: list[str], folder: RunFolder) 
 
     As many classes under other names would give wrong metrics.
     """
+    from gsda_fast.resume import first_difference
+
     classes = list(source.classes)
     if classes != of_run:
         found, expected = first_difference(classes, of_run)

@@ -7,20 +7,23 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
-import torch
 import tyro
-from torch import Tensor, nn
 
 from gsda_fast.commands import parse_command_line, program, run_command
 from gsda_fast.console import echo
 from gsda_fast.errors import UsageError
 from gsda_fast.files import atomic_file
-from gsda_fast.model import FEATURES, AdaptationModel, output_layer
+from gsda_fast.options import CheckpointOptions
 from gsda_fast.results.run_folder import EXPORTED, RunFolder
-from gsda_fast.trained import CheckpointOptions, TrainedModel, load_trained
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.export import ExportedProgram
+
+    from gsda_fast.model import AdaptationModel
+    from gsda_fast.trained import TrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,18 +32,6 @@ class ExportSettings(CheckpointOptions):
 
     output: Path | None = None
     """Folder for model.safetensors and model.pt2; `export` in the run's folder if not given."""
-
-
-class _Network(nn.Module):
-    """Encoder and classifier as they are kept: float32, and nothing of this project in what comes out."""
-
-    def __init__(self, model: AdaptationModel) -> None:
-        super().__init__()
-        self.backbone, self.bottleneck, self.classifier = model.backbone, model.bottleneck, model.classifier
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.bottleneck(self.backbone(images))
-        return features, self.classifier(features)
 
 
 def export(settings: ExportSettings) -> list[Path]:
@@ -57,10 +48,16 @@ def export(settings: ExportSettings) -> list[Path]:
     Raises:
         UsageError: no run, no such checkpoint, a damaged one, or a folder that cannot be written.
     """
+    # Here and below, so that --help need not wait for PyTorch.
+    import safetensors.torch
+    import torch
+
+    from gsda_fast.trained import load_trained
+
     trained = load_trained(settings.run, settings.checkpoint)
     folder = settings.output or RunFolder(settings.run).exported
     description = json.dumps(facts(trained))
-    network = _Network(trained.model).to(memory_format=torch.contiguous_format)
+    network = _network(trained.model).to(memory_format=torch.contiguous_format)
     weights, program = (folder / name for name in EXPORTED)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -81,6 +78,8 @@ def facts(trained: TrainedModel) -> dict[str, Any]:
 
     What it was trained as, its layers, its images, its classes.
     """
+    from gsda_fast.model import FEATURES, output_layer
+
     config, model, preprocessing = trained.config, trained.config.model, trained.preprocessing
     return {
         "task": config.task,
@@ -99,7 +98,28 @@ def facts(trained: TrainedModel) -> dict[str, Any]:
     }
 
 
-def _program(network: _Network, trained: TrainedModel) -> torch.export.ExportedProgram:
+def _network(model: AdaptationModel) -> nn.Module:
+    from torch import nn
+
+    class Network(nn.Module):
+        """Encoder and classifier as they are kept: float32, and nothing of this project in what comes out."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.bottleneck, self.classifier = model.backbone, model.bottleneck, model.classifier
+
+        def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+            features = self.bottleneck(self.backbone(images))
+            return features, self.classifier(features)
+
+    return Network()
+
+
+def _program(network: nn.Module, trained: TrainedModel) -> ExportedProgram:
+    import torch
+
+    from gsda_fast.model import FEATURES
+
     model, preprocessing = trained.config.model, trained.preprocessing
     # Two images (or rows): a batch of one would be taken for a constant.
     row = (

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from gsda_fast.errors import UsageError, UsageWarning
+from gsda_fast.errors import FolderInUse, UsageError, UsageWarning
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EROFS)
 
@@ -82,7 +82,8 @@ class FolderLock:
         held: False where the file system has no locks; a `UsageWarning` has said so.
 
     Raises:
-        UsageError: another process holds the folder, or the lock file is another user's and cannot be opened.
+        FolderInUse: another process holds the folder. UsageError: it cannot be held, since the lock file is another
+            user's and cannot be opened, for one.
     """
 
     def __init__(self, folder: Path, option: str = "--output") -> None:
@@ -97,14 +98,15 @@ class FolderLock:
                 message = f"{folder} cannot be locked ({error.strerror}): make sure that no other process writes there"
                 warnings.warn(message, UsageWarning, stacklevel=3)
                 return
+            kind: type[UsageError] = UsageError
             if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
-                found = f"{folder}, in use by {self._holder()}"
+                kind, found = FolderInUse, f"{folder}, in use by {self._holder()}"
             elif error.errno in (errno.EACCES, errno.EPERM, errno.EBADF) and os.path.lexists(self.file):
                 whose = f"{self.file.name} in it is theirs ({error.strerror})"
                 found = f"{folder}, which another user may be using: {whose}"
             else:
                 found = f"{folder}, which cannot be held ({error.strerror})"
-            raise UsageError(
+            raise kind(
                 option,
                 found=found,
                 expected="a folder that no other process writes into",

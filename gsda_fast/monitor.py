@@ -12,11 +12,15 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from gsda_fast.console import duration
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.training.trainer import Report, Trainer
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+_SHORT = 60
+"""Seconds: what takes less needs no announcement."""
 
 _BEFORE_PROFILE = 5
 """Steps before a trace: compilation, the choice of algorithms and the first allocations belong to no trace."""
@@ -56,12 +60,18 @@ class TensorBoard:
 
 
 class ProgressLines:
-    """A console line for each report, and below them a progress bar where there is a terminal."""
+    """A console line for each report, and below them a progress bar where there is a terminal.
+
+    Of a run that takes longer than `_SHORT` seconds a line says how long, at the second report and at the second one
+    after warm-up, whose steps are others: before the first of each, kernels are compiled and algorithms chosen.
+    """
 
     def __init__(self, console: Console, trainer: Trainer) -> None:
         done = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[rate]} images/s"))
         times = (TimeElapsedColumn(), TimeRemainingColumn())
-        self._console = console
+        self._console, self._trainer = console, trainer
+        self._last: dict[bool, tuple[int, float]] = {}
+        self._said: set[bool] = set()
         self._progress = Progress(*done, *times, console=console, transient=True, disable=not console.is_terminal)
         self._bar = self._progress.add_task("", total=trainer.schedule.steps, completed=trainer.step, rate="-")
 
@@ -69,6 +79,27 @@ class ProgressLines:
         """Print the report's line and move the bar."""
         self._progress.update(self._bar, completed=report.step, rate=f"{report.values['images_per_second']:.0f}")
         self._console.print(_report_line(report), highlight=False, soft_wrap=True)
+        line = self._time_left(report.step, self._trainer.seconds)
+        if line:
+            self._console.print(line, highlight=False, soft_wrap=True)
+
+    def _time_left(self, step: int, seconds: float) -> str:
+        """Return what to expect where it is time to say so.
+
+        Args:
+            step: steps done. seconds: of the run so far.
+        """
+        schedule = self._trainer.schedule
+        adapting = step > schedule.warmup
+        if adapting in self._said:
+            return ""
+        if adapting not in self._last:
+            self._last[adapting] = step, seconds
+            return ""
+        before, then = self._last[adapting]
+        self._said.add(adapting)
+        expected = (seconds - then) / (step - before) * (schedule.steps - step)
+        return "" if expected < _SHORT else f"about {duration(expected)} to go at this rate"
 
     def __enter__(self) -> ProgressLines:
         self._progress.start()

@@ -9,23 +9,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-import torch
 import tyro
-from torch import Tensor
 
 from gsda_fast.commands import parse_command_line, program, run_command
 from gsda_fast.console import plain_console, progress_bars, spreadsheet_text
-from gsda_fast.data.batches import Loader
 from gsda_fast.data.domains import ImageDomain, open_features, open_image, open_images
-from gsda_fast.data.feature_loader import FeatureLoader
-from gsda_fast.data.torch_loader import TorchLoader
-from gsda_fast.data.verify import unreadable_files
 from gsda_fast.errors import UsageError, visible
 from gsda_fast.files import atomic_file
-from gsda_fast.model import FEATURES
-from gsda_fast.trained import EvaluationOptions, TrainedModel, load_trained, require_row_size
+from gsda_fast.options import EvaluationOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gsda_fast.data.batches import Loader
+    from gsda_fast.trained import TrainedModel
 
 COLUMNS = ("file", "predicted_class", "confidence")
 """What stands before the probabilities, one column for each class by its name. Names are `spreadsheet_text`."""
@@ -53,6 +52,12 @@ def predict(trained: TrainedModel, images: ImageDomain, batch_size: int = 256) -
     Raises:
         UsageError: while iterating, if a file cannot be read; the message names the file.
     """
+    # Here and below, so that --help need not wait for PyTorch.
+    import torch
+
+    from gsda_fast.data.feature_loader import FeatureLoader
+    from gsda_fast.data.torch_loader import TorchLoader
+
     loader: Loader
     if images.rows is not None:
         loader = FeatureLoader(images, images, batch_size=batch_size, device=trained.device, on_device=False)
@@ -74,6 +79,9 @@ def open_samples(trained: TrainedModel, place: Path) -> ImageDomain:
     Raises:
         UsageError: it is not there, or not what the run was trained on.
     """
+    from gsda_fast.model import FEATURES
+    from gsda_fast.trained import require_row_size
+
     model = trained.config.model
     if model.backbone != FEATURES:
         return open_image(place, trained.classes) if place.is_file() else open_images(place, trained.classes)
@@ -104,6 +112,9 @@ def main() -> int:
     settings = parse_command_line(lambda: tyro.cli(PredictSettings, args=sys.argv[1:], prog=program("predict")))
     if settings.batch_size < 1:
         raise UsageError("--batch-size", found=str(settings.batch_size), expected="a whole number >= 1")
+    from gsda_fast.data.verify import unreadable_files
+    from gsda_fast.trained import load_trained
+
     trained = load_trained(settings.run, settings.checkpoint, settings.device)
     images = open_samples(trained, settings.folder)
     with progress_bars(plain_console(stderr=True)) as progress:

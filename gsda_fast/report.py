@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from gsda_fast.commands import parse_command_line, program, run_command
 from gsda_fast.data.benchmarks import Benchmark, find_benchmark
 from gsda_fast.errors import UsageError
-from gsda_fast.methods import METHODS
-from gsda_fast.results.page import write_page, write_suite_page
 from gsda_fast.results.run_folder import RunFolder
-from gsda_fast.results.suite_folder import Layout, SuiteFolder
+
+if TYPE_CHECKING:
+    from gsda_fast.results.suite_folder import Layout, SuiteFolder
 
 _MOST_RUNS = 12
 """Runs that are compared one by one; more are grouped by their methods, as a suite's are."""
@@ -56,6 +56,10 @@ def suite_layout(benchmark: Benchmark) -> Layout:
 
     Every method and transfer task, in the paper's order.
     """
+    # Here and below, so that --help need not wait for PyTorch and matplotlib.
+    from gsda_fast.methods import METHODS
+    from gsda_fast.results.suite_folder import Layout
+
     return Layout(
         benchmark.name,
         tuple(METHODS),
@@ -71,6 +75,8 @@ def report_on_suite(suite: SuiteFolder, *, points: int = ReportOptions.points) -
     Raises:
         UsageError: no run has finished, runs of several tasks, or a folder that cannot be written.
     """
+    from gsda_fast.results.page import write_suite_page
+
     results = [result for each in (suite, *suite.variants.values()) for result in each.results()]
     if not results:
         raise UsageError(str(suite.path), found="runs, none of which has finished", expected="finished runs")
@@ -84,6 +90,9 @@ def report_on_suite(suite: SuiteFolder, *, points: int = ReportOptions.points) -
 
 def main() -> None:
     options = parse_command_line(lambda: tyro.cli(ReportOptions, prog=program("report")))
+    from gsda_fast.results.page import write_page
+    from gsda_fast.results.suite_folder import SuiteFolder
+
     suite = None
     if len(options.runs) == 1 and not RunFolder(options.runs[0]).begun:
         suite = SuiteFolder.find(options.runs[0])

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from gsda_fast.assemble import choose_device
 from gsda_fast.commands import program, reported_by_first_process, run_command
-from gsda_fast.config import Config, parse_config
 from gsda_fast.console import plain_console
+from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.embed import with_features
-from gsda_fast.monitor import ProgressLines, TensorBoard, profile
 from gsda_fast.results.run_folder import RunResult
-from gsda_fast.run import Run
-from gsda_fast.training.distributed import join
-from gsda_fast.training.stopping import StopRequest
+
+if TYPE_CHECKING:
+    from gsda_fast.config import Config
 
 
 def train(config: Config, console: Console | None = None) -> RunResult:
@@ -32,6 +31,13 @@ def train(config: Config, console: Console | None = None) -> RunResult:
         TrainingError: numbers that are not finite, a process that was lost, or a disk that cannot be written.
         Stopped: SIGTERM or SIGINT asked for it (in the main thread); the same call resumes.
     """
+    # Here and below, so that --help need not wait for PyTorch.
+    from gsda_fast.assemble import choose_device
+    from gsda_fast.monitor import ProgressLines, TensorBoard, profile
+    from gsda_fast.run import Run
+    from gsda_fast.training.distributed import join
+    from gsda_fast.training.stopping import StopRequest
+
     with (
         join(choose_device(config), config.distributed.timeout) as ranks,
         StopRequest().listening() as stop,
@@ -63,7 +69,17 @@ class _CallableModule(ModuleType):
 sys.modules[__name__].__class__ = _CallableModule
 
 
+def _print_usage(own: str) -> None:
+    print(f"usage: {own} TASK [options]\n       {own} --config FILE [options]\n\nTASK: {', '.join(BENCHMARKS)}")
+    print(f"\n{own} TASK --help lists the options and the defaults of that task.")
+
+
 def main() -> None:
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        _print_usage(program("train"))
+        return
+    from gsda_fast.config import parse_config
+
     with reported_by_first_process():
         arguments = with_features(sys.argv[1:], plain_console())
         config = parse_config(arguments, program("train"))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from torch import Tensor, nn
 
 from gsda_fast.assemble import choose_device, preprocessing_of
@@ -17,32 +16,12 @@ from gsda_fast.data.benchmarks import Preprocessing
 from gsda_fast.errors import UsageError
 from gsda_fast.methods import METHODS
 from gsda_fast.model import AdaptationModel, ModelSettings, build_model
+from gsda_fast.options import Device
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.resume import require_own
 from gsda_fast.training.checkpoint import CheckpointFolder, DamagedCheckpoint, network_problem
 from gsda_fast.training.distributed import DistributedSettings
 from gsda_fast.training.precision import AUTOCAST_DTYPES, PrecisionSettings, set_arithmetic
-
-Device = Literal["auto", "cpu", "cuda"]
-
-
-@dataclass(frozen=True)
-class CheckpointOptions:
-    """What every command on a trained run asks for."""
-
-    run: tyro.conf.Positional[Path]
-    """Folder of a finished or interrupted run."""
-    _: KW_ONLY
-    checkpoint: int | None = None
-    """Step of the checkpoint; the newest one if not given."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationOptions(CheckpointOptions):
-    """The same, of those that compute."""
-
-    device: Device = "auto"
-    """Where to compute; auto: the GPU if there is one."""
 
 
 @dataclass(frozen=True)

@@ -77,22 +77,22 @@ MISTAKES = {
     ),
     "CDAN's conditions carry a gradient": of(
         CDAN,
-        "adversarial_loss",
+        "judge",
         {"logits.detach()": "logits"},
         compared.test_probabilities_that_condition_are_constants,
         "cdan",
     ),
     "MADA's conditions carry a gradient": of(
         MADA,
-        "adversarial_loss",
+        "judge",
         {"logits.detach()": "logits"},
         compared.test_probabilities_that_condition_are_constants,
         "mada",
     ),
     "MADA weighs the logits, not the input": of(
         MADA,
-        "adversarial_loss",
-        {"(features, logits.detach().softmax(1), frozen)": "(features, None, frozen) * logits.detach().softmax(1)"},
+        "judge",
+        {"(features, probabilities, frozen)": "(features, None, frozen) * probabilities"},
         compared.test_published_digits_of_mada,
     ),
     # HAFN, SAFN, BSP

@@ -11,6 +11,7 @@ import pytest
 import gsda_fast
 from gsda_fast import cli
 from gsda_fast.commands import program, run_command
+from gsda_fast.config import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,6 +50,13 @@ def test_help_names_the_command_as_it_was_called(
     assert "python -m" not in called.out.partition("\n")[0]
 
 
+def test_help_without_a_task_names_the_tasks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = Called(capsys, monkeypatch, "train", "--help")
+    assert all(task in called.out for task in TASKS)
+
+
 @pytest.mark.parametrize("arguments", [("--version",), *((command, "--version") for command in cli.COMMANDS)])
 def test_every_command_says_its_version(
     arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -62,6 +70,16 @@ def test_arguments_reach_the_command(capsys: pytest.CaptureFixture[str], monkeyp
     assert called.code == 2
     assert "--steps: found 0; expected a whole number >= 1" in called.told
     assert "gsda data" in Called(capsys, monkeypatch, "data", "nothing").told
+
+
+def test_a_hint_is_what_the_user_would_type(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("GSDA_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    called = Called(capsys, monkeypatch, "train", "pictures")
+    assert called.code == 2
+    assert "`gsda data build pictures` makes it" in called.told
 
 
 def test_a_module_is_called_by_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:

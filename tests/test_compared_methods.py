@@ -539,7 +539,7 @@ def test_symnets_routes_each_loss_to_its_player() -> None:
             assert (found - wrong).abs().max() > 1e-4
     assert torch.equal(method.model(given.target_images).logits, logits[n:, CLASSES:])
     assert method._apart
-    both = build("symnets", predict="mean")
+    both = build("symnets", predicts="mean")
     both.load_state_dict(method.state_dict())
     mean = (logits[n:, :CLASSES].softmax(1) + logits[n:, CLASSES:].softmax(1)) / 2
     assert_close(both.model(given.target_images).logits.softmax(1), mean, rtol=1e-6, atol=1e-7)
@@ -716,7 +716,7 @@ def test_sdat_takes_its_gradients_higher_up() -> None:
         parameter.data += 0.3 * each / length
     outputs = method.outputs(given)
     against = scale_gradient(outputs.features, -step().ramp)
-    adversarial = method.adversarial_loss(against, outputs.logits, given, step(), frozen=False)  # type: ignore[operator]
+    adversarial = method.judge(against, outputs.logits, given, step(), frozen=False).loss  # type: ignore[operator]
     right = task(outputs) + adversarial
     assert_close(update.loss, right, **EXACT)
     for mine, theirs in zip(found, gradient(right, *parameters)):

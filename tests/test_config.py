@@ -363,14 +363,6 @@ def test_options_that_do_not_exist_or_do_not_parse(
     assert mentioned in written.err
 
 
-def test_help_without_a_task_names_the_tasks(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        parse("--help")
-    written = capsys.readouterr().out
-    assert end.value.code == 0
-    assert all(task in written for task in TASKS)
-
-
 def settings_of(config: Config) -> list[str]:
     return [name for table in config.to_dict().values() if isinstance(table, dict) for name in table]
 

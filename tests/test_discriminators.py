@@ -9,6 +9,7 @@ from torch.testing import assert_close
 import gsda_kernels
 from gsda_fast import ClassGroups, Discriminators
 from gsda_fast.methods import discriminators as module_under_test
+from gsda_fast.methods.discriminators import domain_accuracy
 
 GROUPS = [[1, 1, 0, 0], [0, 0, 1, 1]]
 NUM_CLASSES, FEATURE_DIM, HIDDEN_DIM, NUM_SOURCE, NUM_TARGET = 4, 5, 6, 6, 7
@@ -265,3 +266,27 @@ def test_stored_discriminators_bring_their_division_along() -> None:
     features, probabilities, domain = batch()
     other.load_state_dict(stored.state_dict())
     assert_close(other(features, probabilities, domain), stored(features, probabilities, domain))
+
+
+def test_domain_accuracy_counts_the_rows_whose_domain_is_named() -> None:
+    domain = torch.tensor([1.0, 1.0, 0.0, 0.0])
+    z = torch.tensor([[2.0, -1.0], [0.5, 1.0], [-3.0, 1.0], [0.0, -1.0]])
+    assert float(domain_accuracy(z[:, :1], domain)) == 1.0  # a logit of 0 names the target
+    assert float(domain_accuracy(torch.zeros(4, 1), domain)) == 0.5
+    assert float(domain_accuracy(z, domain)) == pytest.approx(6 / 8)
+    share = torch.tensor([[0.9, 0.1], [0.5, 0.5], [0.2, 0.8], [0.3, 0.7]])
+    assert float(domain_accuracy(z, domain, share)) == pytest.approx((0.9 + 1.0 + 0.2 + 1.0) / 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_domain_accuracy_is_that_of_the_domains_discriminator(dtype: torch.dtype) -> None:
+    module = build()
+    features, _, domain = batch()
+    found = module.domain_accuracy(features.to(dtype), domain)
+    named = logits(module, features.to(dtype).float())[:, 0] > 0
+    assert found is not None
+    assert 0 < float(found) < 1
+    assert float(found) == pytest.approx(float((named == (domain > 0)).float().mean()))
+    assert build(("group", "class")).domain_accuracy(features, domain) is None
+    module.keep(slice(1, 3))
+    assert module.domain_accuracy(features, domain) is None

@@ -26,7 +26,7 @@ from gsda_fast.methods.gsda import GSDA, GSDASettings
 from gsda_fast.model import AdaptationModel, ModelSettings
 from gsda_fast.training.distributed import Ranks, digest, join
 from gsda_fast.training.optim import OptimizerSettings, build_optimizers
-from gsda_fast.training.update import Updater
+from gsda_fast.training.update import StepOutcome, Updater
 from gsda_kernels import AdversarialTerms
 
 NUM_CLASSES, BATCH, DIM, HIDDEN, STEPS = 4, 6, 5, 7, 10
@@ -111,8 +111,8 @@ class Setup:
             images[own, 0].flatten(0, 1), labels[own].flatten(), images[own, 1].flatten(0, 1), index, index
         )
 
-    def take(self, step: int) -> dict[str, Tensor]:
-        return self.updater.step(step, self.method.updates(self.batch, self.step)).terms
+    def take(self, step: int) -> StepOutcome:
+        return self.updater.step(step, self.method.updates(self.batch, self.step))
 
     def whole(self, value: Tensor) -> Tensor:
         division = self.method.division
@@ -138,8 +138,10 @@ class Setup:
 def trained(case: Case, ranks: Ranks | None = None, *, divided: bool = True) -> dict[str, Any]:
     """What the first step's gradients and terms are, and the state after ten steps."""
     setup = Setup(case, ranks, divided=divided)
-    terms = setup.take(0)
-    found = {"gradients": setup.gradients(), "terms": terms}
+    first = setup.take(0)
+    # As the log has them: means over the ranks.
+    metrics = {name: setup.ranks.mean(value) for name, value in first.metrics.items()}
+    found = {"gradients": setup.gradients(), "terms": {**first.terms, **metrics}}
     for step in range(1, STEPS):
         setup.take(step)
     return {**found, "state": setup.state()}

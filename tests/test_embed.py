@@ -11,6 +11,7 @@ from rich.console import Console
 from torch.testing import assert_close
 
 from gsda_fast import embed as command
+from gsda_fast import model as model_module
 from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.data.domains import open_folder
 from gsda_fast.data.embeddings import read_embeddings
@@ -26,7 +27,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EmbedSettings:
     class_tree(tmp_path / "photos", ("cat", "dog"), per_class=3)
     torch.manual_seed(0)
     backbone, dim = torch.nn.Sequential(torch.nn.AvgPool2d(32), torch.nn.Flatten(), torch.nn.Linear(147, 5)), 5
-    monkeypatch.setattr(command, "build_backbone", lambda model: (backbone, dim))
+    monkeypatch.setattr(model_module, "build_backbone", lambda model: (backbone, dim))
     return EmbedSettings(str(tmp_path / "photos"), "resnet18", "none", output=tmp_path / "out", batch_size=2)
 
 
@@ -37,7 +38,7 @@ def test_rows_are_the_backbones_features_of_the_evaluation_images(settings: Embe
     assert (read.names, read.classes, read.labels.tolist()) == (domain.paths, ("cat", "dog"), [0, 0, 0, 1, 1, 1])
     loader = TorchLoader(domain, domain, BENCHMARKS["folder"].preprocessing, batch_size=6, device=torch.device("cpu"))
     ((images, _),) = loader.evaluate("source")
-    backbone, _ = command.build_backbone(ModelSettings())
+    backbone, _ = model_module.build_backbone(ModelSettings())
     with torch.no_grad():
         assert_close(torch.from_numpy(read.rows.values[0]), backbone(images), rtol=1e-5, atol=1e-5)
 

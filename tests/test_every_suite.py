@@ -13,6 +13,7 @@ from rich.console import Console
 from table_cells import squeezed
 
 from gsda_fast import suite as command
+from gsda_fast import suite_runs
 from gsda_fast.config import Config, preset
 from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.errors import TrainingError
@@ -57,7 +58,7 @@ def run_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         TASKS[task][0](tmp_path / "data")
         preprocessing = replace(BENCHMARKS[task].preprocessing, resize=40, crop=32)
         monkeypatch.setitem(BENCHMARKS, task, replace(BENCHMARKS[task], preprocessing=preprocessing))
-        monkeypatch.setattr(command, "_run_all", in_this_process)
+        monkeypatch.setattr(suite_runs, "_run_all", in_this_process)
         monkeypatch.setattr(sys, "argv", [
             "suite", task, "--methods", *METHODS, "--tasks", *TRANSFER_TASKS[task],
             "--data-root", str(tmp_path / "data"), "--output", str(tmp_path / "suite"), *SMALL, *options,

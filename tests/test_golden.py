@@ -36,7 +36,7 @@ def losses() -> list[dict[str, float | None]]:
     # Small rates: rounding, which differs between machines, is not to grow into another course of training.
     rates = replace(config.optimizer, learning_rate=0.005, backbone_learning_rate=0.005)
     trainer = build_trainer(*resolve(replace(config, optimizer=rates)))
-    no_losses = ("learning_rate", "adversarial_ramp", "images_per_second", "data_wait")
+    no_losses = ("domain_accuracy", "learning_rate", "adversarial_ramp", "images_per_second", "data_wait")
     evaluation = ("accuracy", "mean_per_class", "mutual_information")
     reports = list(trainer.run(lambda: None))
     trainer.loader.close()

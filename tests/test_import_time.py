@@ -27,6 +27,22 @@ def test_training_imports_nothing_that_it_may_not_need(after_train: set[str], mo
     assert module not in after_train
 
 
+@pytest.mark.parametrize(
+    "arguments", ["train", "evaluate", "predict", "export", "report", "suite digits", "embed", "data", "data verify"]
+)
+def test_help_does_not_wait_for_torch(arguments: str) -> None:
+    """`train TASK --help` alone needs it: it lists the options of a method, which stand in the method's file."""
+    command, *rest = arguments.split()
+    module = "gsda_fast.data.__main__" if command == "data" else f"gsda_fast.{command}"
+    loaded = loaded_after(
+        f"import contextlib, io, sys\nsys.argv = ['', *{rest}, '--help']\n"
+        f"with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
+        f"    import {module} as command; command.main()"
+    )
+    assert module in loaded
+    assert "torch" not in loaded
+
+
 def test_a_heavy_import_would_be_noticed() -> None:
     assert "matplotlib" in loaded_after("import matplotlib")
 

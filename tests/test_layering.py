@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # that is in it.
 FLOORS = [
     ["gsda_fast.train", "gsda_fast.evaluate", "gsda_fast.predict", "gsda_fast.export", "gsda_fast.suite",
+     "gsda_fast.suite_options", "gsda_fast.suite_runs", "gsda_fast.slurm",
      "gsda_fast.embed", "gsda_fast.data.__main__", "gsda_fast.api", "gsda_fast.sklearn", "gsda_fast.cli"],
     ["gsda_fast.run", "gsda_fast.assemble", "gsda_fast.trained", "gsda_fast.resume", "gsda_fast.monitor",
      "gsda_fast.config"],
@@ -22,7 +23,7 @@ FLOORS = [
     ["gsda_fast.losses", "gsda_fast.data", "gsda_fast.results", "gsda_fast.model",
      "gsda_fast.efficientnet_lite"],
     ["gsda_fast.files", "gsda_fast.console", "gsda_fast.commands", "gsda_fast.errors",
-     "gsda_fast.version", "gsda_kernels"],
+     "gsda_fast.options", "gsda_fast.version", "gsda_kernels"],
 ]  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import os
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -119,6 +119,28 @@ def test_an_update_moves_exactly_the_players_that_it_names(name: str, phase: str
         assert all(value.isfinite() for value in outcome_.terms.values())
         assert all(value.dim() == 0 and not value.requires_grad for value in outcome_.terms.values())
         assert outcome_.images >= BATCH
+
+
+ADVERSARIAL = {
+    *("dann", "glb", "glb-cls", "glb-cls-grp", "gsda", "bsp-dann", "mada", "adda", "cdan", "cdan-e", "bsp-cdan"),
+    "cdan-mcc-sdat",
+}
+"""Methods with a discriminator of the domain."""
+
+
+@each_method
+def test_domain_accuracy_is_measured_where_the_step_is_logged_and_changes_nothing(name: str) -> None:
+    states, metrics = [], []
+    for logged in (True, False):
+        method = build(name).train()  # with dropout, which a further forward pass would draw anew
+        torch.manual_seed(3)
+        step = replace(at_half(), logged=logged)
+        metrics.append(updater_of(method).step(0, method.updates(batch_of(method), step)).metrics)
+        states.append({**method.state_dict(), "generator": torch.get_rng_state()})
+    assert differences(*states) == []
+    assert metrics[1] == {}
+    assert set(metrics[0]) == ({"domain_accuracy"} if name in ADVERSARIAL else set())
+    assert all(0 <= float(value) <= 1 and value.dim() == 0 for value in metrics[0].values())
 
 
 @each_method

@@ -53,7 +53,7 @@ def make_run(
             "mutual_information": 1.0,
         }
         if method == "gsda":
-            values |= {"entropy": 0.5, "synchronization": 0.1, **adversarial, **norms}
+            values |= {"entropy": 0.5, "synchronization": 0.1, "domain_accuracy": 0.75, **adversarial, **norms}
         run.append_metrics(step, values)
     generator = np.random.default_rng(seed)
     labels = np.arange(12) % 3
@@ -79,7 +79,7 @@ TERMS = (
 )  # fmt: skip
 SINGLE_PLOTS = {
     "accuracy", "mean_per_class", "mutual_information", "per_class", "confusion", "tsne_warmup", "tsne_final",
-    "gradient_norms", "relative_mismatch", *(f"loss_{term}" for term in TERMS),
+    "gradient_norms", "relative_mismatch", "domain_accuracy", *(f"loss_{term}" for term in TERMS),
 }  # fmt: skip
 
 

@@ -37,7 +37,8 @@ def test_the_accuracies_have_three_choices() -> None:
 def test_loss_terms_are_what_the_harness_has_not_measured() -> None:
     records = [
         {"step": 1, "classification": 1.0, "learning_rate": 0.1, "adversarial_ramp": 0.0, "images_per_second": 9.0},
-        {"step": 2, "entropy": 0.1, "wasserstein": 2.0, "gradient_norm_domain": 1.0, "data_wait": 0.1},
+        {"step": 2, "entropy": 0.1, "wasserstein": 2.0, "gradient_norm_domain": 1.0, "data_wait": 0.1,
+         "domain_accuracy": 0.5},
         {"step": 3, "accuracy": 1.0, "mean_per_class": 1.0, "mutual_information": 1.0, "score_entropy": 0.1,
          "mfu": 0.5, "classification": 2.0},
     ]  # fmt: skip

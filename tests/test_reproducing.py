@@ -9,14 +9,14 @@ import pytest
 import tyro
 from rich.console import Console
 
-from gsda_fast import suite as command
+from gsda_fast import suite_runs
 from gsda_fast.config import Config, parse_config, preset
 from gsda_fast.data.__main__ import PackSettings, VerifySettings
 from gsda_fast.errors import TrainingError
 from gsda_fast.methods.gsda import GSDASettings
 from gsda_fast.report import ReportOptions
 from gsda_fast.results.records import RunResult
-from gsda_fast.suite import parse_suite, run_suite
+from gsda_fast.suite_runs import parse_suite, run_suite
 
 PAGE = (Path(__file__).parents[1] / "docs" / "reproducing.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -39,7 +39,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
         seen.extend(configs)
         return []
 
-    monkeypatch.setattr(command, "_run_all", keep)
+    monkeypatch.setattr(suite_runs, "_run_all", keep)
     return seen
 
 

@@ -19,13 +19,15 @@ from rich.console import Console
 from table_cells import squeezed
 
 from gsda_fast import suite as command
+from gsda_fast import suite_runs
 from gsda_fast.commands import run_command
 from gsda_fast.config import Config, parse_config, preset
 from gsda_fast.errors import TrainingError, UsageError
 from gsda_fast.methods import METHODS
 from gsda_fast.results.records import RunResult
 from gsda_fast.results.run_folder import RunFolder
-from gsda_fast.suite import ABLATION, SuiteSettings, run_suite, sweep_variants, visible_gpus
+from gsda_fast.suite_options import ABLATION, SuiteSettings
+from gsda_fast.suite_runs import run_suite, sweep_variants, visible_gpus
 from gsda_fast.train import train
 from gsda_fast.training.checkpoint import CheckpointFolder
 
@@ -86,7 +88,7 @@ def test_a_suite_trains_each_run_and_writes_tables_and_goes_on(
 
     # With a third method, what has finished is not trained again.
     finished = {name: (output / name / "result.json").read_bytes() for name in RUNS}
-    monkeypatch.setattr(command, "_run_all", in_this_process)
+    monkeypatch.setattr(suite_runs, "_run_all", in_this_process)
     wider = with_output(TWO_METHODS, output, methods=("source-only", "dann", "gsda"))
     run_suite(wider, {"": base(few_digits)}, Console(file=io.StringIO()))
     assert {name: (output / name / "result.json").read_bytes() for name in RUNS} == finished
@@ -110,8 +112,8 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
         seen.extend(configs)
         return []
 
-    monkeypatch.setattr(command, "_run_all", keep)
-    monkeypatch.setattr(command, "_write_tables", lambda *_: None)
+    monkeypatch.setattr(suite_runs, "_run_all", keep)
+    monkeypatch.setattr(suite_runs, "_write_tables", lambda *_: None)
     return seen
 
 
@@ -144,7 +146,7 @@ def test_a_suite_is_every_task_method_and_seed(planned: list[Config]) -> None:
 def test_workers_take_the_gpus_that_the_suite_was_given(
     count: int, allowed: str | None, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command.torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if allowed is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", allowed)
@@ -170,6 +172,7 @@ def test_transfer_tasks_of_ones_own_folders(planned: list[Config]) -> None:
         (["digits", "--seeds", "-1"], ["--seed", "found -1"]),
         (["digits", "--seeds"], ["--seeds"]),
         (["digits", "--jobs", "-1"], ["--jobs", "found -1"]),
+        (["digits", "--slurm", "gpu", "--gpus", "0"], ["--gpus", "found 0"]),
         (["digits", "--steps", "0"], ["--steps", "found 0"]),
         (["digits", "--stesp", "5"], ["--stesp"]),
         (["digits", "--method", "gsda"], ["--method", "--methods"]),
@@ -285,7 +288,7 @@ def test_settings_of_a_sweep_have_folders_of_their_own_whatever_their_values(pla
 def test_a_sweep_trains_each_setting_and_draws_it(
     few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "_run_all", in_this_process)
+    monkeypatch.setattr(suite_runs, "_run_all", in_this_process)
     monkeypatch.setattr(sys, "argv", [
         "suite", "digits", "--sweep", "beta=0,10", "--seeds", "0", "--tasks", "F->O", "--output", str(tmp_path),
         "--data-root", str(few_digits), "--steps", "4", "--warmup", "1", "--batch-size", "8", "--paired", "--report",
@@ -345,7 +348,7 @@ def test_methods_share_the_warm_up_bit_by_bit(few_digits: Path, tmp_path: Path) 
 def test_paired_differences_are_written_beside_the_tables(
     few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "_run_all", in_this_process)
+    monkeypatch.setattr(suite_runs, "_run_all", in_this_process)
     told = io.StringIO()
     settings = with_output(TWO_METHODS, tmp_path / "suite", paired=True)
     run_suite(settings, {"": base(few_digits)}, Console(file=told, width=200))
@@ -387,12 +390,101 @@ def test_a_run_that_fails_leaves_the_others_alone(
     assert "| gsda | - |" in table
 
 
+# ------------------------------------------------------------------------------------------------ several machines
+
+
+def held_run(output: Path) -> RunFolder:
+    """The first run of TWO_METHODS, as another process holds it."""
+    folder = RunFolder(output / RUNS[0])
+    folder.prepare()
+    folder.hold()
+    return folder
+
+
+def test_a_run_that_another_process_holds_is_left_to_it(few_digits: Path, tmp_path: Path) -> None:
+    told, output = io.StringIO(), tmp_path / "suite"
+    folder, settings = held_run(output), with_output(TWO_METHODS, output)
+    run_suite(settings, {"": base(few_digits)}, Console(file=told, width=200))
+    assert "1 runs are at work in other processes; the last one to end writes the tables" in told.getvalue()
+    assert not folder.finished
+    assert RunFolder(output / RUNS[1]).finished
+    assert not (output / "table.md").exists()
+    folder.release()
+    run_suite(settings, {"": base(few_digits)}, Console(file=io.StringIO()))
+    assert folder.finished
+    assert (output / "table.md").is_file()
+
+
+def test_a_run_that_another_process_gave_up_is_picked_up(
+    few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "suite"
+    folder, is_elsewhere = held_run(output), suite_runs._is_elsewhere
+
+    def given_up(config: Config) -> bool:
+        assert is_elsewhere(config)
+        folder.release()
+        return is_elsewhere(config)
+
+    monkeypatch.setattr(suite_runs, "_is_elsewhere", given_up)
+    run_suite(with_output(TWO_METHODS, output), {"": base(few_digits)}, Console(file=io.StringIO()))
+    assert folder.finished
+    assert (output / "table.md").is_file()
+
+
+def test_jobs_share_the_runs_of_a_suite(few_digits: Path, tmp_path: Path) -> None:
+    """Two at once, by submitit's local executor: each run is trained by one of them, and the tables are written."""
+    pytest.importorskip("submitit")
+    from gsda_fast.slurm import submit
+
+    output = tmp_path / "suite"
+    arguments = [
+        "digits", "--methods", "source-only", "gsda", "--seeds", "3", "4", "--tasks", "F->O", "--jobs", "1",
+        "--data-root", str(few_digits), "--steps", "4", "--warmup", "2", "--batch-size", "8",
+        "--output", str(output), "--slurm", "a partition", "--gpus", "2", "--hours", "1",
+    ]  # fmt: skip
+    settings, _ = suite_runs.parse_suite(arguments)
+    jobs, logs = submit(settings, arguments, cluster="local")
+    assert len(jobs) == 2
+    for job in jobs:
+        job.result()
+    written = [job.stdout() for job in jobs]
+    assert logs == output / "slurm"
+    finished = RunFolder(output / "digits-fonts-optdigits-gsda-seed4")
+    assert finished.finished
+    assert finished.read_environment()["command_line"] == shlex.join(sys.orig_argv)
+    assert (output / "table.md").is_file()
+    assert all("4 runs: 1 transfer tasks x 2 methods x 2 seeds" in text for text in written)
+
+
+def test_slurm_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gsda_fast.slurm import submit
+
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(UsageError, match="--slurm: found no submitit"):
+        submit(SuiteSettings("digits", slurm="gpu"), ["digits"])
+
+
+def test_how_long_the_runs_will_take() -> None:
+    expected = suite_runs.Expectation(["dann", "gsda", "dann", "gsda", "mcc"], workers=2)
+    assert expected.line() == ""
+    assert expected.add(0, 600.0)
+    assert not expected.add(0, 600.0)
+    assert expected.line() == "about 20 min 0 s for 4 runs, by the 1 that have finished"
+    assert not expected.add(1, 1200.0)
+    assert expected.add(4, 1200.0)  # of each method one
+    assert expected.line() == "about 15 min 0 s for 2 runs, by the 3 that have finished"
+    expected.add(2, 1.0)
+    expected.add(3, 1.0)
+    assert expected.line() == ""
+
+
 def end_the_process(config: Config) -> RunResult:
     os._exit(9)
 
 
 def test_a_killed_process_is_one_line(few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "_run_one", end_the_process)
+    monkeypatch.setattr(suite_runs, "_run_one", end_the_process)
     with pytest.raises(TrainingError, match=r"the process of a run was killed .* after 0 of 2 runs; the same command"):
         run_suite(with_output(TWO_METHODS, tmp_path / "suite"), {"": base(few_digits)}, Console(file=io.StringIO()))
 
@@ -409,11 +501,11 @@ def test_every_run_of_a_worker_is_compiled(few_digits: Path, monkeypatch: pytest
         layer.compile(dynamic=False, backend=count)
         layer(torch.zeros(1, config.run.seed + 1))
 
-    monkeypatch.setattr(command, "train", train_compiled)
+    monkeypatch.setattr(suite_runs, "train", train_compiled)
     config = base(few_digits)["gsda"]
     runs = torch._dynamo.config.recompile_limit + 2
     for seed in range(runs):
-        command._run_one(replace(config, run=replace(config.run, seed=seed)))
+        suite_runs._run_one(replace(config, run=replace(config.run, seed=seed)))
     assert len(compiled) == runs
 
 
@@ -450,7 +542,7 @@ def uninterrupted(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) ->
     ]  # fmt: skip
     folder = tmp_path_factory.mktemp("suites") / "uninterrupted"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "_run_all", in_this_process)
+        patch.setattr(suite_runs, "_run_all", in_this_process)
         patch.setattr(sys, "argv", ["suite", *arguments, "--output", str(folder)])
         command.main()
     return arguments, figures(folder)
@@ -498,7 +590,7 @@ def test_an_interrupted_suite_goes_on_as_if_it_had_not_been(
     assert not second.finished
     kept = first.result_path.read_bytes()
 
-    monkeypatch.setattr(command, "_run_all", in_this_process)
+    monkeypatch.setattr(suite_runs, "_run_all", in_this_process)
     monkeypatch.setattr(sys, "argv", ["suite", *arguments])
     command.main()
     assert first.result_path.read_bytes() == kept

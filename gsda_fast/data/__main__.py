@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -16,13 +16,10 @@ from rich.text import Text
 from gsda_fast.commands import parse_command_line, program, run_command
 from gsda_fast.console import plain_console, progress_bars
 from gsda_fast.data.benchmarks import BENCHMARKS
-from gsda_fast.data.digits import cache_home
-from gsda_fast.data.domains import default_root
-from gsda_fast.data.pack import pack
-from gsda_fast.data.pictures.build import DIGEST, MANIFEST, Manifest, build
-from gsda_fast.data.pictures.build import verify as compare_with_manifest
-from gsda_fast.data.verify import findings_table, verify, write_quarantine
 from gsda_fast.errors import UsageError, visible
+
+if TYPE_CHECKING:
+    from gsda_fast.data.pictures.build import Manifest
 
 _TASKS = "|".join(BENCHMARKS)
 _BUILDABLE = [name for name, benchmark in BENCHMARKS.items() if benchmark.buildable]
@@ -84,6 +81,11 @@ def run_build(settings: BuildSettings, console: Console) -> int:
     """Make the data set; returns the exit code."""
     if settings.task not in _BUILDABLE:
         raise UsageError("TASK", found=f"'{settings.task}'", expected=f"one that is made: {', '.join(_BUILDABLE)}")
+    # Here and below, so that --help need not wait for PyTorch.
+    from gsda_fast.data.digits import cache_home
+    from gsda_fast.data.domains import default_root
+    from gsda_fast.data.pictures.build import build
+
     root = settings.data_root or default_root(settings.task)
     with progress_bars(console) as progress:
         manifest = build(
@@ -99,6 +101,8 @@ def run_build(settings: BuildSettings, console: Console) -> int:
 
 
 def _digest_line(manifest: Manifest) -> str:
+    from gsda_fast.data.pictures.build import DIGEST
+
     if len(manifest.domains) < len(BENCHMARKS["pictures"].domains):
         return f"digest {manifest.digest}, of these domains"
     if manifest.digest == DIGEST:
@@ -109,6 +113,8 @@ def _digest_line(manifest: Manifest) -> str:
 
 def run_pack(settings: PackSettings, console: Console) -> int:
     """Write the pack; returns the exit code."""
+    from gsda_fast.data.pack import pack
+
     output = settings.output or Path("packs") / settings.task
     with progress_bars(console) as progress:
         pack(
@@ -128,6 +134,10 @@ def run_pack(settings: PackSettings, console: Console) -> int:
 
 def run_verify(settings: VerifySettings, console: Console) -> int:
     """Print what was found; returns the exit code."""
+    from gsda_fast.data.pictures.build import MANIFEST
+    from gsda_fast.data.pictures.build import verify as compare_with_manifest
+    from gsda_fast.data.verify import findings_table, verify, write_quarantine
+
     with progress_bars(console) as progress:
         findings = verify(
             settings.task,

@@ -7,10 +7,10 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from gsda_fast.data.benchmarks import Crops
 from gsda_fast.data.sampling import IntArray, SamplingPlan
 
 Role = Literal["source", "target"]
-Crops = Literal[1, 10]
 
 
 def samples_in_batch(images: int, crops: Crops) -> int:

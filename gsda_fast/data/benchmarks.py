@@ -6,8 +6,12 @@ A new data set is one new entry in `BENCHMARKS`; nothing else in the package kno
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from gsda_fast.errors import UsageError
+
+Crops = Literal[1, 10]
+"""Crops of a test image over which its probabilities are averaged."""
 
 
 @dataclass(frozen=True)

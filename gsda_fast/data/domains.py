@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from gsda_fast.commands import program
 from gsda_fast.data import digits
 from gsda_fast.data.benchmarks import EMBEDDED, Benchmark, DomainFacts, find_benchmark, plain_name
 from gsda_fast.data.embeddings import SUFFIXES, Embeddings, Rows, read_embeddings
@@ -247,14 +248,14 @@ def _root_of(benchmark: Benchmark, data_root: Path | None) -> Path:
         return _existing_root(data_root)
     built = default_root(benchmark.name)
     if not built.is_dir():
-        command = f"data build {benchmark.name}"
+        command = f"{program('data')} build {benchmark.name}"
         if benchmark.embedded:
-            command = f"embed {benchmark.name.removesuffix(EMBEDDED)}"
+            command = f"{program('embed')} {benchmark.name.removesuffix(EMBEDDED)}"
         raise UsageError(
             "--data-root",
             found=f"neither the option nor GSDA_DATA nor {built}",
             expected="the folder of the data set",
-            remedy=f"`python -m gsda_fast.{command}` makes it",
+            remedy=f"`{command}` makes it",
         )
     return built
 

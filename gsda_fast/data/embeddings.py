@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gsda_fast.commands import program
 from gsda_fast.data.packed_images import file_digest
 from gsda_fast.errors import UsageError
 from gsda_fast.files import atomic_file
@@ -235,6 +236,6 @@ def _with_table(path: Path, rows: Rows, table_path: Path) -> Embeddings:
             str(table_path),
             found=f"{type(error).__name__}: {error}",
             expected=f"the table of {path.name}, format {FORMAT}",
-            remedy="remove both and run `python -m gsda_fast.embed` again",
+            remedy=f"remove both and run `{program('embed')}` again",
         ) from error
     return Embeddings(rows, labels, classes, names)

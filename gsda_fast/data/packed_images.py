@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gsda_fast.commands import program
 from gsda_fast.errors import UsageError
 from gsda_fast.files import is_path_below, is_plain_name
 
@@ -32,7 +33,6 @@ FORMAT = 1
 SHARD_IMAGES = 2048
 """Images in a shard: 403 MB at 256x256."""
 
-_REPAIR = "remove it and run `python -m gsda_fast.data pack` again"
 _LARGEST_SIDE = 4096
 
 
@@ -98,7 +98,7 @@ class _OpenShard:
         return image
 
     def _no_shard(self, found: str, expected: str = "a shard of a pack") -> UsageError:
-        return UsageError(str(self.path), found=found, expected=expected, remedy=_REPAIR)
+        return UsageError(str(self.path), found=found, expected=expected, remedy=_repair())
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +196,7 @@ def read_table(path: Path) -> dict[str, Any]:
 
 def no_table(path: Path, found: str) -> UsageError:
     """Return the error for a table that is none."""
-    return UsageError(str(path), found=found, expected=f"the table of a pack, format {FORMAT}", remedy=_REPAIR)
+    return UsageError(str(path), found=found, expected=f"the table of a pack, format {FORMAT}", remedy=_repair())
 
 
 def table_problem(table: Any, *, whole: bool = True) -> str:
@@ -293,3 +293,7 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _repair() -> str:
+    return f"remove it and run `{program('data')} pack` again"

@@ -28,6 +28,7 @@ from PIL import Image
 from rich.table import Table
 from rich.text import Text
 
+from gsda_fast.commands import program
 from gsda_fast.console import FilesDone
 from gsda_fast.data.benchmarks import Benchmark, find_benchmark
 from gsda_fast.data.decoding import inspect
@@ -169,7 +170,7 @@ def require_readable(task: str, *domains: ImageDomain, workers: int = 0, progres
             "data",
             found=f"{len(bad)} unreadable files: {listed}{more}",
             expected="readable images",
-            remedy=f"repair them, or run `python -m gsda_fast.data verify {task} --quarantine LIST` with the same "
+            remedy=f"repair them, or run `{program('data')} verify {task} --quarantine LIST` with the same "
             "data options and then train with --quarantine LIST",
         )
 

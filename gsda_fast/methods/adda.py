@@ -15,6 +15,7 @@ from gsda_fast.data.batches import Batch
 from gsda_fast.losses import domain_loss
 from gsda_fast.methods.adversarial import DomainDiscriminators
 from gsda_fast.methods.base import AdaptationSettings, Method, MethodSettings, TaskFacts
+from gsda_fast.methods.discriminators import domain_accuracy
 from gsda_fast.methods.gsda import SMALL_DISCRIMINATOR
 from gsda_fast.methods.recipes import on_images
 from gsda_fast.methods.step import Player, Step, Update
@@ -124,12 +125,14 @@ class ADDA(Method):
         target, _ = self.trained(batch.target_images)
         source, target = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (source, target))
 
-        logits, n = self.discriminator(torch.cat([source, target.detach()])), len(source)
-        loss = domain_loss(logits, n)
-        yield Update(("discriminator",), loss, {"adversarial": loss.detach()}, images=n)
-        told_apart = step.mean(torch.cat([logits[:n] > 0, logits[n:] <= 0]).to(loss.dtype).mean())
+        logits = self.discriminator(torch.cat([source, target.detach()]))
+        loss = domain_loss(logits, len(source))
+        told_apart = domain_accuracy(logits, torch.arange(len(logits), device=logits.device) < len(source))
+        metrics = {"domain_accuracy": told_apart} if step.logged else {}
+        terms = {"adversarial": loss.detach()}
+        yield Update(("discriminator",), loss, terms, images=len(source), metrics=metrics)
         logits = self.discriminator(target, frozen=True)
         # Inverted: all target rows in the source's place.
         mapping = domain_loss(logits, len(target)) if self.settings.objective == "inverted" else -domain_loss(logits, 0)
-        counts = (told_apart >= self.settings.gate).to(mapping.dtype)
+        counts = (step.mean(told_apart) >= self.settings.gate).to(mapping.dtype)
         yield Update(("target_encoder",), counts * mapping, {"mapping": mapping.detach()}, images=len(target))

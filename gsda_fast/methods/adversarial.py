@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gsda_fast.data.batches import Batch
 from gsda_fast.methods.base import ENCODER, AdaptationSettings, Method, MethodSettings, TaskFacts
-from gsda_fast.methods.discriminators import stacked_linear
+from gsda_fast.methods.discriminators import domain_accuracy, stacked_linear
 from gsda_fast.methods.step import Outputs, Player, Step, Update
 from gsda_fast.model import AdaptationModel
 
@@ -66,6 +66,19 @@ class DomainDiscriminators(nn.Module):
         return torch.baddbmm(b3[:, None], hidden, w3.mT).squeeze(2).T
 
 
+class Judgement(NamedTuple):
+    """What discriminators of the domain make of a batch.
+
+    Attributes:
+        loss: 0-d, which they minimize and the encoder maximizes. logits: (N, K), of the source domain.
+        share: (N, K), what each of them counts for in a row's accuracy; None: all alike.
+    """
+
+    loss: Tensor
+    logits: Tensor
+    share: Tensor | None = None
+
+
 def scale_gradient(tensor: Tensor, factor: float | Tensor) -> Tensor:
     """Return the tensor with its gradient multiplied by `factor`; below 0 that is gradient reversal."""
     held = tensor.detach()
@@ -76,7 +89,7 @@ class DomainAdversarial(Method):
     """Domain discriminators against the encoder; a subclass says what they see.
 
     Args:
-        model, settings, task, adaptation: see `Method`. discriminators: of what `adversarial_loss` gives them.
+        model, settings, task, adaptation: see `Method`. discriminators: of what `judge` gives them.
     """
 
     def __init__(
@@ -98,8 +111,8 @@ class DomainAdversarial(Method):
         super().compile_parts(mode)
         self.discriminators.compile(dynamic=False, mode=mode)
 
-    def adversarial_loss(self, features: Tensor, logits: Tensor, batch: Batch, step: Step, frozen: bool) -> Tensor:
-        """Return what the discriminators minimize and the encoder maximizes, 0-d.
+    def judge(self, features: Tensor, logits: Tensor, batch: Batch, step: Step, frozen: bool) -> Judgement:
+        """Return what the discriminators make of the batch.
 
         Args:
             features: (N, D) float32 or wider. logits: (N, r). Source rows first; they carry the encoder's gradient.
@@ -116,11 +129,20 @@ class DomainAdversarial(Method):
         against = -self.settings.adversarial_weight * step.ramp
         if self.settings.update == "reversal":
             reversed_ = scale_gradient(features, against), scale_gradient(logits, against)
-            loss = self.adversarial_loss(*reversed_, batch, step, frozen=False)
+            judged = self.judge(*reversed_, batch, step, frozen=False)
             players = (*ENCODER, "discriminators")
-            yield self.encoder_update(outputs, batch, step, loss, {"adversarial": loss}, players)
+            update = self.encoder_update(outputs, batch, step, judged.loss, {"adversarial": judged.loss}, players)
+            yield update._replace(metrics=_accuracy(judged, outputs, step))
             return
-        loss = self.adversarial_loss(features.detach(), logits.detach(), batch, step, frozen=False)
-        yield Update(("discriminators",), loss, {"adversarial": loss.detach()})
-        loss = self.adversarial_loss(features, logits, batch, step, frozen=True)
-        yield self.encoder_update(outputs, batch, step, against * loss)
+        judged = self.judge(features.detach(), logits.detach(), batch, step, frozen=False)
+        terms, metrics = {"adversarial": judged.loss.detach()}, _accuracy(judged, outputs, step)
+        yield Update(("discriminators",), judged.loss, terms, metrics=metrics)
+        judged = self.judge(features, logits, batch, step, frozen=True)
+        yield self.encoder_update(outputs, batch, step, against * judged.loss)
+
+
+def _accuracy(judged: Judgement, outputs: Outputs, step: Step) -> dict[str, Tensor]:
+    """Return it of a step that is logged: with the dropout under which the discriminators learn."""
+    if not step.logged:
+        return {}
+    return {"domain_accuracy": domain_accuracy(judged.logits, outputs.domain, judged.share)}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gsda_fast.data.batches import Batch
 from gsda_fast.losses import domain_loss, entropy_weights, multilinear_map, randomised_map
-from gsda_fast.methods.adversarial import DiscriminatorSettings, DomainAdversarial, DomainDiscriminators
+from gsda_fast.methods.adversarial import DiscriminatorSettings, DomainAdversarial, DomainDiscriminators, Judgement
 from gsda_fast.methods.base import AdaptationSettings, TaskFacts
 from gsda_fast.methods.recipes import on_images
 from gsda_fast.methods.step import Step
@@ -60,7 +60,7 @@ class CDAN(DomainAdversarial):
             self.register_buffer("feature_projection", torch.randn(model.feature_dim, dim))
             self.register_buffer("probability_projection", torch.randn(task.num_classes, dim))
 
-    def adversarial_loss(self, features: Tensor, logits: Tensor, batch: Batch, step: Step, frozen: bool) -> Tensor:
+    def judge(self, features: Tensor, logits: Tensor, batch: Batch, step: Step, frozen: bool) -> Judgement:
         num_source = len(batch.source_images)
         probabilities = logits.detach().softmax(1)
         if self.settings.randomised:
@@ -68,8 +68,9 @@ class CDAN(DomainAdversarial):
             seen = randomised_map(features, probabilities, *projections)
         else:
             seen = multilinear_map(features, probabilities)
-        domain_logits = self.discriminators(seen, frozen=frozen).squeeze(1)
-        return domain_loss(domain_logits, num_source, self._weights(logits, num_source, batch, step))
+        domain_logits = self.discriminators(seen, frozen=frozen)
+        weights = self._weights(logits, num_source, batch, step)
+        return Judgement(domain_loss(domain_logits.squeeze(1), num_source, weights), domain_logits)
 
     def _weights(self, logits: Tensor, num_source: int, batch: Batch, step: Step) -> Tensor | None:
         """Return (N,), of mean 1 in each domain of the batch of all ranks, times the weights of classes."""

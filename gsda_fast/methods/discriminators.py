@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gsda_fast.methods.groups import ClassGroups
@@ -192,6 +193,24 @@ class Discriminators(nn.Module):
             )
         return replace(found[0], total=found[0].total.detach()), done.found_inf
 
+    @torch.no_grad()
+    def domain_accuracy(self, features: Tensor, domain: Tensor) -> Tensor | None:
+        """Return how often the domain's discriminator names the domain, in one forward pass of it alone.
+
+        Args:
+            features: (N, D). domain: (N,), 1 source, 0 target.
+
+        Returns:
+            0-d, from 0 to 1, see `domain_accuracy`; None where that discriminator does not exist, or is another rank's.
+        """
+        if "domain" not in self.levels or self._own.start > 0:
+            return None
+        w1, b1, w2, b2, w3, b3 = (each[0] for each in self._stacked)
+        with torch.autocast(features.device.type, enabled=False):
+            hidden = F.relu(F.linear(features.to(w1.dtype), w1, b1))
+            logits = F.linear(F.relu(F.linear(hidden, w2, b2)), w3[None], b3[None])
+        return domain_accuracy(logits, domain)
+
     @property
     def _stacked(self) -> DiscriminatorWeights:
         return DiscriminatorWeights(self.w1, self.b1, self.w2, self.b2, self.w3, self.b3)
@@ -211,6 +230,22 @@ class Discriminators(nn.Module):
         if num_source is None:
             return None
         return num_source * self._pairs_per_class + (num_samples - num_source) * len(self.w1)
+
+
+def domain_accuracy(logits: Tensor, domain: Tensor, share: Tensor | None = None) -> Tensor:
+    """Return how often discriminators name the domain of a row: 0.5 is chance where the domains are equally large.
+
+    A logit of 0 names the target, so that a discriminator that gives nothing else is at chance.
+
+    Args:
+        logits: (N, K), of the source domain. domain: (N,), 1 source, 0 target.
+        share: (N, K), what each discriminator counts for in a row, of sum 1; None: all alike.
+
+    Returns:
+        0-d float32, or float64 for a share in it, detached.
+    """
+    right = ((logits.detach() > 0) == (domain > 0.5)[:, None]).to(torch.float32)
+    return right.mean() if share is None else (share.detach() * right).sum(1).mean()
 
 
 def stacked_linear(num: int, out_features: int, in_features: int) -> tuple[nn.Parameter, nn.Parameter]:

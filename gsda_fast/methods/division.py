@@ -89,6 +89,14 @@ class Division:
         loss, gradient_norm = _AllTerms.apply(torch.stack(own), self)
         return AdversarialTerms(loss, gradient_norm)
 
+    def of_owner(self, value: Tensor | None, like: Tensor) -> Tensor:
+        """Return what a single rank has, 0-d, as a number whose mean over the ranks is the value.
+
+        Args:
+            value: None on all other ranks. like: of the wanted device.
+        """
+        return torch.zeros((), device=like.device) if value is None else self._ranks.world_size * value
+
     def whole(self, own: Tensor, dim: int = 0) -> Tensor:
         """Return what the owners hold, put together along a dimension: (K_own, ...) -> (K, ...), detached."""
         sizes = [share.stop - share.start for share in self._shares]

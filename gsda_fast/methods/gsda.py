@@ -167,6 +167,7 @@ class GSDA(Method):
             objective = discriminator_objective(terms, groups, beta=beta, mean_over_ranks=mean)
             return replace(objective, terms=self._adversarial_terms(terms, mean))
 
+        metrics = self._domain_accuracy(rows) if step.logged else {}
         if self.settings.update == "reversal":
             # What reaches the encoder is weighed, what reaches the discriminators is not.
             held = rows.features.detach()
@@ -175,7 +176,8 @@ class GSDA(Method):
             own, named = self._entropy(outputs)
             named = {**adversarial.terms, **named}
             players = (*ENCODER, "discriminators")
-            yield self.encoder_update(outputs, batch, step, own + adversarial.total, named, players)
+            update = self.encoder_update(outputs, batch, step, own + adversarial.total, named, players)
+            yield update._replace(metrics=metrics)
             return
 
         constant = rows._replace(features=rows.features.detach())
@@ -184,7 +186,7 @@ class GSDA(Method):
             adversarial = of_discriminators(self.discriminators(*constant))
         else:
             adversarial, found_inf = self.discriminators.descend_(*constant, of_discriminators, descent)
-        yield Update(("discriminators",), adversarial.total, adversarial.terms, found_inf=found_inf)
+        yield Update(("discriminators",), adversarial.total, adversarial.terms, found_inf=found_inf, metrics=metrics)
         terms = self._all_terms(self.discriminators(*rows, frozen=True))
         against = -step.ramp * terms.loss.sum()
         if groups is not None:
@@ -202,6 +204,13 @@ class GSDA(Method):
 
     def _all_terms(self, own: AdversarialTerms) -> AdversarialTerms:
         return own if self.division is None else self.division.terms(own)
+
+    def _domain_accuracy(self, rows: AdversarialRows) -> dict[str, Tensor]:
+        """Return it as the discriminators' update sees it; the kernels that compute their losses give no logits."""
+        accuracy = self.discriminators.domain_accuracy(rows.features.detach(), rows.domain)
+        if self.division is not None:
+            accuracy = self.division.of_owner(accuracy, rows.features)
+        return {} if accuracy is None else {"domain_accuracy": accuracy}
 
     def _entropy(self, outputs: Outputs) -> tuple[Tensor | float, dict[str, Tensor]]:
         if not self.alpha:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from gsda_fast.data.batches import Batch
 from gsda_fast.losses import domain_loss
-from gsda_fast.methods.adversarial import DiscriminatorSettings, DomainAdversarial, DomainDiscriminators
+from gsda_fast.methods.adversarial import DiscriminatorSettings, DomainAdversarial, DomainDiscriminators, Judgement
 from gsda_fast.methods.base import AdaptationSettings, TaskFacts
 from gsda_fast.methods.recipes import on_images
 from gsda_fast.methods.step import Step
@@ -33,6 +33,8 @@ class MADA(DomainAdversarial):
         sizes = model.feature_dim, task.num_classes, settings.hidden_dim
         super().__init__(model, settings, task, adaptation, DomainDiscriminators(*sizes, settings.dropout))
 
-    def adversarial_loss(self, features: Tensor, logits: Tensor, batch: Batch, step: Step, frozen: bool) -> Tensor:
-        domain_logits = self.discriminators(features, logits.detach().softmax(1), frozen)
-        return domain_loss(domain_logits, len(batch.source_images), self.sample_weight(batch))
+    def judge(self, features: Tensor, logits: Tensor, batch: Batch, step: Step, frozen: bool) -> Judgement:
+        probabilities = logits.detach().softmax(1)
+        domain_logits = self.discriminators(features, probabilities, frozen)
+        loss = domain_loss(domain_logits, len(batch.source_images), self.sample_weight(batch))
+        return Judgement(loss, domain_logits, probabilities)

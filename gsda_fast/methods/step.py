@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -60,6 +61,7 @@ class Step:
             the whole batch, and the mean over ranks of its gradients is the whole batch's gradient.
         descent: how a player moves, by its name, for an update that needs no gradients in memory; None where its
             gradients are wanted: for another optimizer than SGD, for scaled losses, for a mean over ranks.
+        logged: whether the numbers of this step are written, so that what is for the log alone is worth computing.
     """
 
     ramp: Tensor
@@ -67,6 +69,7 @@ class Step:
     mean: Callable[[Tensor], Tensor] = Tensor.detach
     gather: Callable[[Tensor], Tensor] = lambda rows: rows
     descent: Callable[[str], Descent | None] = lambda player: None
+    logged: bool = True
 
 
 class Update(NamedTuple):
@@ -77,6 +80,7 @@ class Update(NamedTuple):
         images: how many went through the network for this update, on this rank.
         found_inf: of an update that the method has made itself, by `Step.descent`: 0-d float32 on the device, 1
             where something was not finite, so that nothing moved. None: the optimizers move along the loss's gradient.
+        metrics: other numbers for the log, by name, 0-d and detached; of a step that is logged alone.
     """
 
     players: tuple[str, ...]
@@ -84,6 +88,7 @@ class Update(NamedTuple):
     terms: Mapping[str, Tensor]
     images: int = 0
     found_inf: Tensor | None = None
+    metrics: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from gsda_fast.methods.step import Step, Update
 class SymNetsSettings(MethodSettings):
     """A classifier of each domain."""
 
-    predict: Literal["target", "mean"] = "target"
+    predicts: Literal["target", "mean"] = "target"
     """The target's classifier predicts, as the paper has it, or the mean of both classifiers' probabilities."""
 
 
@@ -40,7 +40,7 @@ class SymNets(Method):
 
     @classmethod
     def classifier(cls, settings: SymNetsSettings, feature_dim: int, num_classes: int) -> TwinClassifier:
-        return TwinClassifier(feature_dim, num_classes, mean=settings.predict == "mean")
+        return TwinClassifier(feature_dim, num_classes, mean=settings.predicts == "mean")
 
     @property
     def _head(self) -> TwinClassifier:

@@ -21,6 +21,7 @@ import torch
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from gsda_fast.console import duration
 from gsda_fast.errors import UsageError
 from gsda_fast.files import atomic_file
 from gsda_fast.results import alignment, plots, tables
@@ -263,21 +264,13 @@ def _render(page: SuiteFolder, *, sections: Sequence[_Section], **content: Any) 
         finalize=lambda shown: tables.printable(shown) if type(shown) is str else shown,
     )
     environment.filters["percent"] = lambda value: "-" if value is None else f"{value:.1f}"
-    environment.filters["duration"] = _duration
+    environment.filters["duration"] = duration
     environment.filters["lines"] = _lines
     shown = [section for section in sections if section.panels or section.tables]
     defaults: dict[str, Any] = {"runs": [], "tested": [], "columns": []}
     html = environment.get_template("page.html.jinja").render(sections=shown, **(defaults | content))
     with atomic_file(page.report_path) as file:
         file.write(html.encode())
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _lines(table: Table) -> list[tuple[str, str, list[Markup]]]:
@@ -512,7 +505,8 @@ def _alignment_section(groups: _Groups) -> _Section:
         "Synchronized levels have equal gradient magnitudes: their lines lie together, and the mismatch is near 0. The "
         "proxy A-distance is 2 where a linear classifier, cross-validated on the features, tells the domains apart, "
         "and 0 where it does no better than chance; the marks are of the features before adaptation, at the end of "
-        "warm-up.",
+        "warm-up. A discriminator's domain accuracy is 0.5 by chance: where it stays near 1 the encoder loses, near "
+        "0.5 the domains are mixed, or the discriminator has stopped learning, which the proxy A-distance tells apart.",
     )
     names = dict.fromkeys(name for run in groups.runs for each in run.records for name in each if name.startswith(NORM))
     levels = {name: plots.LEVEL_STYLES.get(name.removeprefix(NORM)) for name in names}
@@ -529,6 +523,9 @@ def _alignment_section(groups: _Groups) -> _Section:
     title = "Relative mismatch of the gradient magnitudes"
     figure = groups.curves(lambda run: alignment.relative_mismatch(run.records), title, alignment.MISMATCH_FORMULA)
     section.add(figure, groups.page.plot_path("relative_mismatch"), f"{title} over the steps")
+    title = "Domain accuracy of the discriminators"
+    figure = groups.curves(lambda run: run.series("domain_accuracy"), title, "share of a batch, 0.5 by chance")
+    section.add(figure, groups.page.plot_path("domain_accuracy"), f"{title} over the steps")
     if len(groups.runs) > 1 or not groups.single:
         _add_distances(section, groups)
     return section

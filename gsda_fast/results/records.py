@@ -22,6 +22,7 @@ _OF_THE_HARNESS = frozenset(
         "accuracy",
         "mean_per_class",
         "mutual_information",
+        "domain_accuracy",
         "images_per_second",
         "data_wait",
         "progress",

@@ -26,7 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import tomli_w
 
-from gsda_fast.errors import UsageError
+from gsda_fast.errors import FolderInUse, UsageError
 from gsda_fast.files import FolderLock, atomic_file
 from gsda_fast.results.records import Features, Predictions, RunResult, loss_terms
 
@@ -37,7 +37,7 @@ FREE_TO_CHANGE = frozenset(
 
 PLOTS = (
     *("accuracy", "mean_per_class", "mutual_information", "per_class", "confusion"),
-    *("tsne_warmup", "tsne_final", "gradient_norms", "relative_mismatch"),
+    *("tsne_warmup", "tsne_final", "gradient_norms", "relative_mismatch", "domain_accuracy"),
 )
 """The plots of a run's report, by name, beside one for each term of the loss."""
 
@@ -126,6 +126,15 @@ class RunFolder:
         """
         if self._lock is None:
             self._lock = FolderLock(self.path)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether another process holds this folder, which exists, now."""
+        try:
+            FolderLock(self.path).release()
+        except FolderInUse:
+            return True
+        return False
 
     def release(self) -> None:
         """Let other processes hold the folder again."""

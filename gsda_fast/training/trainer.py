@@ -172,20 +172,20 @@ class Trainer:
             clock.computed += outcome.images
             self.step = step + 1
             self.on_step()
-            if self.step == steps.stop or self.step % self.log_every == 0:
+            if self._is_logged(step):
                 self.updater.require_finite()
-                yield {**self._mean_terms(outcome.terms), **self._rates(step, clock)}
+                yield {**self._means({**outcome.terms, **outcome.metrics}), **self._rates(step, clock)}
                 clock = _Clock()
             if self.updater.stop:
                 self._note(clock)
                 return
 
-    def _mean_terms(self, terms: dict[str, Tensor]) -> dict[str, float | None]:
+    def _means(self, named: dict[str, Tensor]) -> dict[str, float | None]:
         """Return means over the ranks, in one transfer to the host."""
-        if not terms:
+        if not named:
             return {}
-        values = self.ranks.mean(torch.stack([term.float() for term in terms.values()])).tolist()
-        return dict(zip(terms, values))
+        values = self.ranks.mean(torch.stack([value.float() for value in named.values()])).tolist()
+        return dict(zip(named, values))
 
     def _rates(self, step: int, clock: _Clock) -> dict[str, float | None]:
         seconds, images = self._note(clock)
@@ -205,6 +205,9 @@ class Trainer:
         self.training_seconds += seconds
         return seconds, images
 
+    def _is_logged(self, step: int) -> bool:
+        return (step + 1) % self.log_every == 0 or self.schedule.is_evaluated_after(step + 1)
+
     def _train_step(self, step: int, batch: Batch) -> StepOutcome:
         sizes = len(batch.source_images), len(batch.target_images)
         # The mean over ranks of local means is the global mean for equal parts alone.
@@ -218,7 +221,8 @@ class Trainer:
             torch.full((), value, device=self.device)
             for value in (self.schedule.adversarial_ramp(step), self.schedule.progress(step))
         )
-        known = Step(ramp, progress, self.ranks.mean, self.ranks.gather_rows, self.updater.descent)
+        mean, gather, logged = self.ranks.mean, self.ranks.gather_rows, self._is_logged(step)
+        known = Step(ramp, progress, mean, gather, self.updater.descent, logged)
         if self.schedule.warming_up(step):
             return self.updater.step(step, self.method.source_updates(batch, known))
         if step == self.schedule.warmup:

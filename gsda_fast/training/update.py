@@ -15,10 +15,13 @@ from gsda_fast.training.optim import descent_of, forget_momentum, load_momentum,
 
 
 class StepOutcome(NamedTuple):
-    """What a step came to on this rank: loss terms by name, on the device; images that went through the network."""
+    """What a step came to on this rank: loss terms by name, on the device; images that went through the network; other
+    numbers for the log.
+    """
 
     terms: dict[str, Tensor]
     images: int
+    metrics: dict[str, Tensor]
 
 
 class Updater:
@@ -57,6 +60,7 @@ class Updater:
             TrainingError: a loss term or a gradient was not finite, on any rank, at most ten steps ago.
         """
         terms: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
         images = 0
         self._guard.begin()
         for update in updates:
@@ -67,13 +71,14 @@ class Updater:
             else:
                 skip = self._moved(update, update.found_inf)
             terms.update(update.terms)
+            metrics.update(update.metrics)
             images += update.images
             if self._scaler.is_enabled() and bool(skip):
                 break  # what follows in the method's step, a teacher's average for one, belongs to a step that is made
         if terms:
             self._scaler.update()
             self._guard.end(step)
-        return StepOutcome(terms, images)
+        return StepOutcome(terms, images, metrics)
 
     def descent(self, player: str) -> Descent | None:
         """Return how a method may move a player itself now; None where it takes gradients and the optimizer."""

@@ -29,6 +29,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from PIL import Image
 
+from gsda_fast.commands import program
 from gsda_fast.data.pictures.archives import read_members
 from gsda_fast.data.pictures.drawing import SIDE, draw, require_renderer
 from gsda_fast.data.pictures.packages import (
@@ -219,7 +220,7 @@ def read_manifest(root: Path) -> Manifest:
             str(path),
             found=str(found),
             expected=f"the manifest of a build, format {FORMAT}",
-            remedy="remove the folder and run `python -m gsda_fast.data build pictures`",
+            remedy=f"remove the folder and run `{program('data')} build pictures`",
         ) from error
 
 

@@ -1,0 +1,30 @@
+"""Options that several commands share. Nothing here needs PyTorch, so that `--help` is quick."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """What every command on a trained run asks for."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of a finished or interrupted run."""
+    _: KW_ONLY
+    checkpoint: int | None = None
+    """Step of the checkpoint; the newest one if not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions(CheckpointOptions):
+    """The same, of those that compute."""
+
+    device: Device = "auto"
+    """Where to compute; auto: the GPU if there is one."""
