@@ -156,7 +156,7 @@ def require_apex() -> Any:
 
 def _build(player: Player, settings: OptimizerSettings, slow: Container[int]) -> torch.optim.Optimizer:
     parameters = [parameter for module in player.modules for parameter in module.parameters()]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [each for each in parameters if (id(each) in slow) == is_slow], "lr": player.lr_scale * rate}
         for is_slow, rate in ((True, settings.backbone_learning_rate), (False, settings.learning_rate))
     ]
