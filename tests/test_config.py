@@ -68,6 +68,7 @@ OPTIONS = """
 --backbone-learning-rate FLOAT
 --decay {inverse,constant,cosine}
 --momentum FLOAT
+--backbone-momentum, --no-backbone-momentum
 --weight-decay FLOAT
 --precision {auto,fp32,tf32,bf16,fp16}
 --compile {auto,on,off}

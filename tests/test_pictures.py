@@ -218,7 +218,7 @@ def test_the_built_folder_is_found_where_it_was_built(tmp_path: Path, monkeypatc
 def test_the_command_builds_and_compares(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "build", lambda root, **options: tiny.build(root, options["domains"]))
+    monkeypatch.setattr(building, "build", lambda root, **options: tiny.build(root, options["domains"]))
     console = Console(width=200)
     assert command.main(["build", "pictures", "--data-root", str(tiny.root)], console) == 0
     assert f"{tiny.root}: 6 pictures, icon, photo" in capsys.readouterr().out
