@@ -299,6 +299,7 @@ def weight_gradient_kernel(
     grad_bias: tl.tensor,
     w3_part: tl.tensor,
     momentum: tl.tensor,
+    half_weight: tl.tensor,
     learning_rate: tl.tensor,
     found_inf: tl.tensor,
     decay: float,
@@ -310,6 +311,7 @@ def weight_gradient_kernel(
     WANT_W3: tl.constexpr,
     UPDATE: tl.constexpr,
     NESTEROV: tl.constexpr,
+    STORE_HALF: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
@@ -330,7 +332,7 @@ def weight_gradient_kernel(
 
     If UPDATE, dW is not stored: target is the layer's weight itself, and it and its momentum (K, H, C) move, where
     found_inf (0-d float32) is 0. learning_rate: 0-d float32; see `moved`. A cell of W2 is read before it moves, by the
-    one program that reads it.
+    one program that reads it. half_weight: (K, H, C), the weight in the dtype of left, stored if STORE_HALF.
     """
     if UPDATE:  # noqa: SIM102  the compiler decides the outer one, the device the inner
         if tl.load(found_inf) != 0:
@@ -380,5 +382,7 @@ def weight_gradient_kernel(
             )
             tl.store(momentum + cell, velocity.to(momentum.dtype.element_ty), mask=mask)
             tl.store(target + cell, after.to(target.dtype.element_ty), mask=mask)
+            if STORE_HALF:
+                tl.store(half_weight + cell, after.to(half_weight.dtype.element_ty), mask=mask)
         elif WANT_WEIGHT:
             tl.store(target + cell, (total * scale[:, None]).to(target.dtype.element_ty), mask=mask)
