@@ -148,6 +148,9 @@ def count(shape: HeadShape, kind: str, machine: Machine, rows: int | None = None
         memory = extra + from_memory(of_hidden) + from_memory(right)
         return Launch(name, memory, through, 2 * padded * hidden * columns, high * wide * k)
 
+    def w3_parts(cut: Product) -> int:
+        return k * hidden * math.ceil(hidden / cut.block_columns) * 4
+
     def small(name: str, size: float) -> Launch:
         return Launch(name, size, size, 0, k)
 
@@ -170,7 +173,7 @@ def count(shape: HeadShape, kind: str, machine: Machine, rows: int | None = None
         sums("weight_gradient 1", dim, of_dim, w1, config.weight),
         hidden_backward(w1),
         sums("weight_gradient 2", hidden, of_hidden, 2 * w2, config.weight),
-        small("sum of w3's parts", k * hidden * 8 * 4),
+        small("sum of w3's parts", w3_parts(config.weight)),
     )
     update = (
         pair_gradient,
@@ -178,7 +181,7 @@ def count(shape: HeadShape, kind: str, machine: Machine, rows: int | None = None
         small("bad_operands", 2 * of_hidden + of_dim),
         sums("weight_gradient 2, moves W2", hidden, of_hidden, 4 * w2 + stored_2, config.update),
         sums("weight_gradient 1, moves W1", dim, of_dim, 4 * w1 + stored_1, config.update),
-        small("small_update", k * hidden * (8 * 4 + 3 * 20)),
+        small("small_update", w3_parts(config.update) + k * hidden * 3 * 20),
     )
     encoder = (small("feature_gradient", of_dim),)
     launches = (forward(w1, w2), forward(copy_1, copy_2), backward, update, encoder)
