@@ -32,6 +32,14 @@ KINDS = {
     "tf32": (torch.float32, torch.float32, "tf32", True),
     "float32": (torch.float32, torch.float32, "ieee", False),
 }
+# Attributes of a step, and what they are called in the tables.
+PARTS = {
+    "forward": "forward",
+    "forward_copies": "forward that reads copies",
+    "backward": "backward",
+    "update": "update",
+    "encoder": "encoder",
+}
 
 
 @dataclass(frozen=True)
@@ -73,10 +81,13 @@ class Step:
 
     Attributes:
         forward: of either player. backward: the discriminators' gradients. update: the fused step in its place.
+        forward_copies: the forward that reads the matrices in half precision, as the fused step leaves them; the same
+            as `forward` where the parameters are no wider than the features.
         encoder: the encoder's backward pass. num_pairs, num_tiles: that do work. parameter_bytes: of the weights.
     """
 
     forward: tuple[Launch, ...]
+    forward_copies: tuple[Launch, ...]
     backward: tuple[Launch, ...]
     update: tuple[Launch, ...]
     encoder: tuple[Launch, ...]
@@ -113,7 +124,11 @@ def count(shape: HeadShape, kind: str, machine: Machine, rows: int | None = None
     pairs = pairs_of(shape)
     total, height = sum(pairs), config.block_pairs
     tiles = sum(math.ceil(each / height) for each in pairs)
-    w1, w2 = k * hidden * dim * weight_item, k * hidden * hidden * weight_item
+    cells_1, cells_2 = k * hidden * dim, k * hidden * hidden
+    w1, w2 = cells_1 * weight_item, cells_2 * weight_item
+    # Beside wider parameters the fused step keeps copies of the matrices in the features' dtype.
+    copy_1, copy_2 = cells_1 * item, cells_2 * item
+    stored_1, stored_2 = (copy_1, copy_2) if item < weight_item else (0, 0)
     of_hidden, of_dim = total * hidden * item, total * dim * item
 
     def from_memory(size: float) -> float:
@@ -133,37 +148,44 @@ def count(shape: HeadShape, kind: str, machine: Machine, rows: int | None = None
         memory = extra + from_memory(of_hidden) + from_memory(right)
         return Launch(name, memory, through, 2 * padded * hidden * columns, high * wide * k)
 
+    def w3_parts(cut: Product) -> int:
+        return k * hidden * math.ceil(hidden / cut.block_columns) * 4
+
     def small(name: str, size: float) -> Launch:
         return Launch(name, size, size, 0, k)
 
-    forward = (
-        small("route", k * shape.num_samples * 4),
-        product("first_layer", dim, hidden, config.layer, w1, shape.num_samples * dim * item, of_hidden),
-        product("second_layer", hidden, hidden, config.layer, w2, of_hidden, 2 * of_hidden),
-        product("hidden_gradient", hidden, hidden, config.layer, w2, 2 * of_hidden, of_hidden),
-        product("jacobian", hidden, dim, config.jacobian, w1, of_hidden, of_dim),
-        small("terms", total * 24 * 4),
-    )
+    def forward(w1: int, w2: int) -> tuple[Launch, ...]:
+        return (
+            small("route", k * shape.num_samples * 4),
+            product("first_layer", dim, hidden, config.layer, w1, shape.num_samples * dim * item, of_hidden),
+            product("second_layer", hidden, hidden, config.layer, w2, of_hidden, 2 * of_hidden),
+            product("hidden_gradient", hidden, hidden, config.layer, w2, 2 * of_hidden, of_hidden),
+            product("jacobian", hidden, dim, config.jacobian, w1, of_hidden, of_dim),
+            small("terms", total * 24 * 4),
+        )
+
+    def hidden_backward(w1: int) -> Launch:
+        return product("hidden_backward", dim, hidden, config.layer, w1, of_dim + of_hidden, of_hidden)
+
     pair_gradient = small("pair_gradient", 3 * of_dim)
-    hidden_backward = product("hidden_backward", dim, hidden, config.layer, w1, of_dim + of_hidden, of_hidden)
     backward = (
         pair_gradient,
         sums("weight_gradient 1", dim, of_dim, w1, config.weight),
-        hidden_backward,
+        hidden_backward(w1),
         sums("weight_gradient 2", hidden, of_hidden, 2 * w2, config.weight),
-        small("sum of w3's parts", k * hidden * 8 * 4),
+        small("sum of w3's parts", w3_parts(config.weight)),
     )
     update = (
         pair_gradient,
-        hidden_backward,
+        hidden_backward(copy_1),
         small("bad_operands", 2 * of_hidden + of_dim),
-        sums("weight_gradient 2, moves W2", hidden, of_hidden, 4 * w2, config.update),
-        sums("weight_gradient 1, moves W1", dim, of_dim, 4 * w1, config.update),
-        small("small_update", k * hidden * (8 * 4 + 3 * 20)),
+        sums("weight_gradient 2, moves W2", hidden, of_hidden, 4 * w2 + stored_2, config.update),
+        sums("weight_gradient 1, moves W1", dim, of_dim, 4 * w1 + stored_1, config.update),
+        small("small_update", w3_parts(config.update) + k * hidden * 3 * 20),
     )
     encoder = (small("feature_gradient", of_dim),)
-    parameters = shape.num_parameters
-    return Step(forward, backward, update, encoder, total, tiles, height, parameters, parameters * weight_item)
+    launches = (forward(w1, w2), forward(copy_1, copy_2), backward, update, encoder)
+    return Step(*launches, total, tiles, height, shape.num_parameters, shape.num_parameters * weight_item)
 
 
 @dataclass(frozen=True)
@@ -171,6 +193,7 @@ class Times:
     """Microseconds of a step's parts."""
 
     forward: float
+    forward_copies: float
     backward: float
     update: float
     encoder: float
@@ -188,7 +211,7 @@ class Times:
 
     @property
     def fused(self) -> float:
-        return 2 * self.forward + self.update + self.encoder
+        return 2 * self.forward_copies + self.update + self.encoder
 
 
 def times(step: Step, kind: str, machine: Machine) -> Times:
@@ -198,7 +221,8 @@ def times(step: Step, kind: str, machine: Machine) -> Times:
     once = 1e6 * step.parameter_bytes / machine.memory
     # Gradient read; parameter and momentum read and written; these and the gradient read.
     norm, copy, sgd = once, 4 * once, 5 * once
-    return Times(of(step.forward), of(step.backward), of(step.update), of(step.encoder), norm, copy, sgd)
+    parts = (step.forward, step.forward_copies, step.backward, step.update, step.encoder)
+    return Times(*map(of, parts), norm, copy, sgd)
 
 
 def peak_of(kind: str, machine: Machine) -> float:
@@ -210,7 +234,7 @@ def peak_of(kind: str, machine: Machine) -> float:
 
 def bytes_per_parameter(shape: HeadShape, kind: str) -> dict[str, float]:
     """Return bytes from and to memory for a parameter of a matrix in a step of both players, by way of doing it."""
-    item = KINDS[kind][1].itemsize
+    half, item = KINDS[kind][0].itemsize, KINDS[kind][1].itemsize
     first_layer = shape.feature_dim / (shape.feature_dim + shape.hidden_dim)
     both_forwards = 2 * 2 * item  # each weight is an operand of two products
     # W1 for the gradient through the norm, W2 for that of w3; gradients written, read for their norm, and by SGD, which
@@ -221,6 +245,8 @@ def bytes_per_parameter(shape: HeadShape, kind: str) -> dict[str, float]:
         "backward, norm, copy, SGD": both_forwards + gradients + norm + copy + sgd,
         "backward, norm, SGD": both_forwards + gradients + norm + sgd,
         "fused update": both_forwards + first_layer * item + 4 * item,
+        # The copies are read in place of the matrices, and written where they are narrower.
+        "fused update, copies in half precision": (4 + first_layer) * half + 4 * item + (half if half < item else 0),
     }
 
 
@@ -253,18 +279,18 @@ def page(shapes: Sequence[str], kind: str, machine: Machine, rows: int | None = 
         "rows multiplied for a pair",
         [f"{step.num_tiles * step.block_rows / step.num_pairs:.2f}" for step in steps.values()],
     )
-    for part in ("forward", "backward", "update", "encoder"):
+    for part in PARTS:
         for index, launch in enumerate(getattr(next(iter(steps.values())), part)):
             launches = [getattr(step, part)[index] for step in steps.values()]
             found = [f"{1e6 * each.seconds(machine, peak_of(kind, machine)):.0f}" for each in launches]
-            row(f"{part}: {launch.name}", found)
-        row(f"**{part}**", [f"{getattr(each, part):.0f}" for each in every.values()])
+            row(f"{PARTS[part]}: {launch.name}", found)
+        row(f"**{PARTS[part]}**", [f"{getattr(each, part):.0f}" for each in every.values()])
     for part, name in (("norm", "norm of the gradients"), ("copy", "copy for an undo"), ("sgd", "SGD")):
         row(name, [f"{getattr(each, part):.0f}" for each in every.values()])
     for part, name in (
         ("with_copy", "both players: backward, norm, copy, SGD"),
         ("without_copy", "both players: backward, norm, SGD"),
-        ("fused", "both players: fused update"),
+        ("fused", "both players: fused update, copies in half precision"),
     ):
         row(f"**{name}**", [f"**{getattr(each, part):.0f}**" for each in every.values()])
     return "\n".join(lines) + "\n"

@@ -119,9 +119,14 @@ def head_launches(
     max_pairs: int | None = None,
     needs_grad: Sequence[bool] = (True,) * 7,
     loss_feature_scale: bool = False,
+    half_weights: bool = False,
     capability: int | None = None,
 ) -> tuple[list[Launch], list[Launch]]:
-    """Return the launches of one forward and of one backward on fake CUDA tensors."""
+    """Return the launches of one forward and of one backward on fake CUDA tensors.
+
+    Args:
+        half_weights: whether the forward reads w1 and w2 in the dtype of the features.
+    """
     n, k, parameter_dtype = num_samples, num_discriminators, parameter_dtype or dtype
     shapes = ((k, hidden, dim), (k, hidden), (k, hidden, hidden), (k, hidden), (k, hidden), (k,))
     backend = backends.get("triton")
@@ -132,8 +137,9 @@ def head_launches(
             return torch.empty(shape, dtype=kind, device=place)
 
         tensors = (empty(n, dim, kind=dtype), *(empty(*shape, kind=parameter_dtype) for shape in shapes))
+        half = [empty(*shapes[index], kind=dtype) for index in (0, 2)] if half_weights else []
         weight, label = empty(n, k), empty(n)
-        loss, gradient_norm, saved = backend.forward(tensors, weight, label, max_pairs or n * k, needs_grad)
+        loss, gradient_norm, saved = backend.forward(tensors, half, weight, label, max_pairs or n * k, needs_grad)
         forward = list(launches)
         launches.clear()
         scale = empty() if loss_feature_scale else None
@@ -153,9 +159,14 @@ def update_launches(
     dtype: torch.dtype,
     parameter_dtype: torch.dtype | None = None,
     max_pairs: int | None = None,
+    half_weights: bool = False,
     capability: int | None = None,
 ) -> list[Launch]:
-    """Return the launches of one update, after its forward, on fake CUDA tensors."""
+    """Return the launches of one update, after its forward, on fake CUDA tensors.
+
+    Args:
+        half_weights: whether w1 and w2 lie there in the dtype of the features, too.
+    """
     n, k, parameter_dtype = num_samples, num_discriminators, parameter_dtype or dtype
     shapes = ((k, hidden, dim), (k, hidden), (k, hidden, hidden), (k, hidden), (k, hidden), (k,))
     backend = backends.get("triton")
@@ -165,13 +176,14 @@ def update_launches(
             [torch.empty(shape, dtype=parameter_dtype, device=place) for shape in shapes] for _ in range(2)
         )
         tensors = (torch.empty(n, dim, dtype=dtype, device=place), *parameters)
+        half = [torch.empty(shapes[index], dtype=dtype, device=place) for index in (0, 2)] if half_weights else []
         weight, label, flag = (torch.empty(size, device=place) for size in ((n, k), (n,), ()))
         loss, gradient_norm, saved = backend.forward(
-            tensors, weight, label, max_pairs or n * k, [False] + [True] * len(parameters)
+            tensors, half, weight, label, max_pairs or n * k, [False] + [True] * len(parameters)
         )
         launches.clear()
         rule = Sgd(torch.empty((), device=place), 0.9, 1e-3, nesterov=True)
-        backend.update(tensors, weight, label, saved, loss, gradient_norm, momentum, rule, flag)
+        backend.update(tensors, half, weight, label, saved, loss, gradient_norm, momentum, rule, flag)
         return list(launches)
 
 

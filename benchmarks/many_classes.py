@@ -58,14 +58,17 @@ WAYS = (
 
 
 def held_bytes(shape: HeadShape, share: float = 1.0, num_pairs: int | None = None) -> float:
-    """Return the bytes of parameters and momentum in float32, and of what the pairs of a step keep in bfloat16.
+    """Return the bytes of parameters and momentum, of half-precision copies, and of what a step's pairs keep.
+
+    Float32, but for the copies (of w1 and w2) and the pairs, which are bfloat16.
 
     Divided over processes each computes its discriminators for all of their samples: its pairs stay as many.
     """
     pairs = sum(pairs_of(shape)) if num_pairs is None else num_pairs
     # h1, the mask of h2 with what it multiplies, the gradient of h1, and J: as `byte_model.count` writes them.
     kept = pairs * (4 * shape.hidden_dim + shape.feature_dim) * 2
-    return 8 * shape.num_parameters * share + kept
+    copies = 2 * shape.num_discriminators * shape.hidden_dim * (shape.feature_dim + shape.hidden_dim)
+    return (8 * shape.num_parameters + copies) * share + kept
 
 
 def active_pairs(shape: HeadShape, min_weight: float) -> int:
@@ -107,7 +110,8 @@ def page(classes: Sequence[int], seconds: dict[int, float]) -> str:
         "# The adversarial head and the number of classes",
         "",
         "Counted and measured by `python -m benchmarks.many_classes`; D 256, H 1024, 36 + 36 samples a process, "
-        "float32 parameters with momentum, bfloat16 features. Memory and GPU times are a model, not measured. Two "
+        "float32 parameters with momentum and half-precision copies, bfloat16 features. "
+        "Memory and GPU times are a model, not measured. Two "
         "levels of groups are counted as one level of as many. Predictions are softmax(4 x), x normal.",
         "",
         f"| classes | K | {' | '.join(f'{way.name}, GB' for way in WAYS)} | pairs kept by min-weight | "

@@ -3,7 +3,8 @@
     python -m benchmarks.static_report --kinds mixed --shapes visda visda-128
     python -m benchmarks.static_report --rows 128 --shapes visda-128        # with other tiles over pairs
 
-Prints a Markdown table. Occupancy is that of an H100: how many programs a multiprocessor holds at once by registers,
+Prints a Markdown table; of mixed operands with half-precision copies of the weights, too. Occupancy is that of an
+H100: how many programs a multiprocessor holds at once by registers,
 shared memory and threads; waves are the grid's programs over what the whole chip holds. The loop is the one with the
 matrix instructions (HGMMA, HMMA; FFMA without tensor cores) and is given by its most frequent instructions.
 """
@@ -90,7 +91,7 @@ def instructions(lines: Sequence[str]) -> Counter[str]:
     return found
 
 
-def report(launch: Launch, capability: int, folder: Path) -> Report:
+def report(name: str, launch: Launch, capability: int, folder: Path) -> Report:
     """Compile the launch."""
     made = compile_launch(launch, capability, folder)
     bodies = [body for body in map(instructions, loops(made.sass)) if any(body[name] for name in _MULTIPLIES)]
@@ -101,7 +102,7 @@ def report(launch: Launch, capability: int, folder: Path) -> Report:
         str(options[f"BLOCK_{side}"]) for side in ("ROWS", "COLUMNS", "INNER") if f"BLOCK_{side}" in options
     )
     return Report(
-        launch.name.removesuffix("_kernel") + _variant(launch),
+        name,
         tile,
         warps,
         options.get("num_stages", 1),
@@ -152,11 +153,20 @@ def reports(
         "capability": capability,
     }
     size = shape_class(shape.num_samples, shape.feature_dim, shape.hidden_dim)
+    copies = parameter_dtype.itemsize > dtype.itemsize
     with precision_of(kind), tiles_of(Key(ANY_CHIP, kind, size), rows):
         forward, backward = head_launches(**arguments, needs_grad=[False] + [True] * 6)
-        launches = (*forward, *backward, *update_launches(**arguments))
-        products = {launch.name + _variant(launch): launch for launch in launches if launch.name in kernels}
-        return [report(launch, capability, folder) for launch in products.values()]
+        launches = {launch.name + _variant(launch): launch for launch in (*forward, *backward)}
+        if copies:
+            reading, _ = head_launches(**arguments, half_weights=True)
+            launches |= {f"{launch.name}, copies": launch for launch in reading}
+        moving = update_launches(**arguments, half_weights=copies)
+        launches |= {launch.name + _variant(launch) + ", copies" * copies: launch for launch in moving}
+        return [
+            report(name.replace("_kernel", ""), launch, capability, folder)
+            for name, launch in launches.items()
+            if launch.name in kernels
+        ]
 
 
 def table(found: Sequence[Report]) -> str:

@@ -243,7 +243,7 @@ def results_of(inputs: HeadInputs) -> list[torch.Tensor]:
     """Both results and every gradient."""
     tensors, label = (inputs.features, *inputs.disc), inputs.domain.float()
     backend, needs_grad = backends.get("triton"), [True] * 7
-    loss, norm, saved = backend.forward(tensors, inputs.sample_weight, label, inputs.max_pairs, needs_grad)
+    loss, norm, saved = backend.forward(tensors, (), inputs.sample_weight, label, inputs.max_pairs, needs_grad)
     upstream = (inputs.grad_loss, inputs.grad_gradient_norm)
     gradients = backend.backward(tensors, inputs.sample_weight, label, saved, *upstream, None, needs_grad)
     return [loss, norm, *(gradient for gradient in gradients if gradient is not None)]

@@ -47,7 +47,7 @@ def counted_multiply_adds(name: str, shape: HeadShape, discriminators: bool) -> 
             tensors, label = (inputs.features, *inputs.disc), inputs.domain.float()
             needs_grad = [True] + [discriminators] * 6
             backend = backends.get(name)
-            _, _, saved = backend.forward(tensors, inputs.sample_weight, label, inputs.max_pairs, needs_grad)
+            _, _, saved = backend.forward(tensors, (), inputs.sample_weight, label, inputs.max_pairs, needs_grad)
             upstream = (inputs.grad_loss, inputs.grad_gradient_norm)
             backend.backward(tensors, inputs.sample_weight, label, saved, *upstream, None, needs_grad)
         else:

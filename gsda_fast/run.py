@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from gsda_fast.assemble import build_trainer, resolve, with_choices
 from gsda_fast.config import Config
@@ -378,17 +379,24 @@ def _spread(count: int, at_most: int) -> np.ndarray:
 
 
 def _sizes_line(config: Config, trainer: Trainer) -> str:
-    """Return how large the network and the method's own modules are, and a checkpoint with the optimizers' buffers."""
-    method = trainer.method
-    network, whole = (sum(each.numel() for each in module.parameters()) for module in (method.model, method))
-    own = sum(each.numel() * each.element_size() for each in method.parameters()) * (whole - network) / whole
-    stored = sum(each.numel() * each.element_size() for each in method.state_dict().values())
+    """Return how large the network and the method's own modules are, and a checkpoint with the optimizers' buffers.
+
+    Of what is divided over processes the whole counts, as in a checkpoint; this process's share stands beside it.
+    """
+    method, whole_numel = trainer.method, trainer.whole_numel
+    of_network = {id(each) for each in method.model.parameters()}
+    network = sum(each.numel() for each in method.model.parameters())
+    own = [each for each in method.parameters() if id(each) not in of_network]
+    whole, share = (sum(count(each) * each.element_size() for each in own) for count in (whole_numel, Tensor.numel))
     buffers = 2 if config.optimizer.optimizer == "adam" else 1
     groups = [group for optimizer in trainer.optimizers.values() for group in optimizer.param_groups]
-    stored += buffers * sum(each.numel() * each.element_size() for group in groups for each in group["params"])
+    stored = sum(each.numel() * each.element_size() for each in method.state_dict().values()) + whole - share
+    stored += buffers * sum(whole_numel(each) * each.element_size() for group in groups for each in group["params"])
+    divided = f", {share / 2**20:.1f} MiB of it in this process" if share < whole else ""
     return (
-        f"network {network / 1e6:.2f} M parameters, {config.run.method} {(whole - network) / 1e6:.2f} M beside it "
-        f"({own / 2**20:.1f} MiB); a checkpoint takes about {stored / 2**20:.1f} MiB"
+        f"network {network / 1e6:.2f} M parameters, "
+        f"{config.run.method} {sum(map(whole_numel, own)) / 1e6:.2f} M beside it ({whole / 2**20:.1f} MiB{divided}); "
+        f"a checkpoint takes about {stored / 2**20:.1f} MiB"
     )
 
 

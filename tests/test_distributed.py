@@ -632,6 +632,7 @@ def processes(folder: Path, *arguments: str, count: int = 1, before: Any = None)
 
 
 TWO = ("digits", *STEPS, "--batch-size", "16")
+SIZES, SHARE = r"network [\d.]+ M parameters, gsda .*", r"(, ([\d.]+) MiB of it in this process)"
 
 
 @pytest.fixture(scope="module")
@@ -643,12 +644,17 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # One process speaks.
     assert done[0].stdout.count("2 processes on cpu, 32 + 32 images a step, learning rate 0.05 (not scaled") == 1
     assert done[1].stdout == ""
+    (folder.parent / "printed").write_text(done[0].stdout)
     return folder
 
 
 def test_two_processes_train_as_one_does(two: Path, tmp_path: Path) -> None:
     (alone,) = processes(tmp_path, "digits", *STEPS, "--batch-size", "32", "--output", str(tmp_path / "one"))
     assert alone.wait().returncode == 0, alone.wait().stderr
+    # The same sizes, though each of the two has only a share of the discriminators.
+    (sizes,), (share,) = (re.findall(pattern, (two.parent / "printed").read_text()) for pattern in (SIZES, SHARE))
+    assert [sizes.replace(share[0], "")] == re.findall(SIZES, alone.wait().stdout)
+    assert 0.2 < float(share[1]) / float(re.findall(r"beside it \(([\d.]+) MiB", sizes)[0]) < 0.8
     runs = [RunFolder(two), RunFolder(tmp_path / "one")]
     metrics = [run.read_metrics() for run in runs]
     assert [line["step"] for line in metrics[0]] == [line["step"] for line in metrics[1]] == [10, 20, 30, 40]

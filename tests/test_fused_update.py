@@ -155,6 +155,38 @@ def test_half_precision(backend: str, dtype: torch.dtype, parameter_dtype: torch
         torch.testing.assert_close(found[name], value, rtol=4e-3 if parameter_dtype == dtype else 1e-5, atol=1e-4)
 
 
+def converted(disc: gk.DiscriminatorWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return disc.w1.detach().to(dtype), disc.w2.detach().to(dtype)
+
+
+@pytest.mark.parametrize("skip", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_half_precision_copies_of_the_weights_move_along(backend: str, dtype: torch.dtype, skip: float) -> None:
+    """And all numbers are those without them, bit for bit."""
+    problem = make_problem(
+        num_source=40,
+        num_target=30,
+        num_discriminators=2,
+        dim=18,
+        hidden=36,
+        dtype=dtype,
+        parameter_dtype=torch.float32,
+    )
+    # Numbers that rounding changes: those of a problem are drawn to have none.
+    problem.disc.w1.mul_(1.0003)
+    problem.disc.w2.mul_(0.9998)
+    half = converted(problem.disc, dtype)
+    options = {"steps": 2, "skip": torch.tensor(skip), **RULES["nesterov and decay"]}
+    expected, plain = fused(problem, backend, **options)
+    found, told = fused(problem, backend, half_weights=half, **options)
+    for name, value in (expected | plain._asdict()).items():
+        assert torch.equal((found | told._asdict())[name], value), name
+    for name, copy in zip(("w1", "w2"), half):
+        assert torch.equal(copy, found[name].to(dtype)), name
+        assert torch.equal(copy, getattr(problem.disc, name).to(dtype)) == bool(skip), name
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_upstream_gradients_from_the_terms(backend: str) -> None:
     problem = make_problem(dtype=DTYPE)
@@ -359,7 +391,40 @@ BAD_INPUTS: list[tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = [
         r"upstream: found gS of shape \(\) on cpu; expected \(4,\)",
     ),
     (lambda a: {"sample_weight": -a["sample_weight"]}, r"sample_weight: found -"),
+    (
+        lambda a: {"half_weights": converted(a["disc"], torch.float16)},
+        r"half_weights: found two tensors beside features and disc of torch.float32; expected None",
+    ),
+    (
+        lambda a: _half(a) | {"half_weights": converted(a["disc"], torch.bfloat16)},
+        r"half_weights: found w1 .*bfloat16.*; expected .*torch.float16.*, contiguous",
+    ),
+    (
+        lambda a: _half(a) | {"half_weights": converted(a["disc"], torch.float16)[::-1]},
+        r"half_weights: found w1 .*\(4, 8, 8\).*; expected \(\(4, 8, 6\)",
+    ),
+    (
+        lambda a: _half(a) | {"half_weights": 2 * (a["disc"].w1.detach().half(),)},
+        r"half_weights: found w2 .*\(4, 8, 6\).*; expected \(\(4, 8, 8\)",
+    ),
+    (
+        lambda a: _half(a) | {"half_weights": tuple(w.mT.contiguous().mT for w in converted(a["disc"], torch.float16))},
+        r"half_weights: found w1 .*strides .*; expected .*contiguous",
+    ),
+    (
+        lambda a: _half(a) | {"half_weights": _overlapping(converted(a["disc"], torch.float16))},
+        r"half_weights.w[12]: found memory that it shares with half_weights.w[12]; expected memory of its own",
+    ),
 ]
+
+
+def _half(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"features": arguments["features"].half()}
+
+
+def _overlapping(half: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    w1, w2 = half
+    return w2.view(-1)[: w1.numel()].view(w1.shape), w2
 
 
 @elsewhere
@@ -382,17 +447,22 @@ def state_of(arguments: dict[str, Any]) -> gk.DiscriminatorWeights:
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
 @pytest.mark.parametrize("batched", [False, True])
-def test_opcheck(backend: str, batched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_half", [False, True])
+def test_opcheck(backend: str, batched: bool, has_half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pairs, "_BATCHED_BELOW", 1 << 62 if batched else 0)
-    problem = make_problem(num_source=3, num_target=2, num_discriminators=3, dim=16, hidden=32, zero_weights=0.0)
+    problem = make_problem(
+        num_source=3, num_target=2, num_discriminators=3, dim=16, hidden=32, zero_weights=0.0,
+        dtype=torch.float16 if has_half else torch.float32, parameter_dtype=torch.float32,
+    )  # fmt: skip
+    half = list(converted(problem.disc, torch.float16)) if has_half else []
     parameters, momentum = list(problem.disc), [torch.zeros_like(tensor) for tensor in problem.disc]
     weight, label = problem.sample_weight, problem.domain.float()
     needs_grad = [False] + [True] * 6
     _, _, saved = ops.adversarial_forward(
-        [problem.features, *parameters], weight, label, None, weight.numel(), needs_grad, backend
+        [problem.features, *parameters], half, weight, label, None, weight.numel(), needs_grad, backend
     )
     upstream = (problem.grad_loss, problem.grad_gradient_norm)
-    arguments = (problem.features, parameters, momentum, weight, label, saved, *upstream)
+    arguments = (problem.features, parameters, half, momentum, weight, label, saved, *upstream)
     tests = ("test_schema", "test_faketensor")
     rule = (torch.tensor(0.1), torch.tensor(0.0), 0.9, 1e-3, True, backend)
     torch.library.opcheck(ops.adversarial_update, (*arguments, *rule), test_utils=tests)

@@ -9,14 +9,14 @@ from benchmarks.many_classes import WAYS, active_pairs, held_bytes, largest, mai
 from benchmarks.shapes import HeadShape
 
 
-def test_bytes_are_parameters_momentum_and_what_pairs_keep() -> None:
+def test_bytes_are_parameters_momentum_copies_and_what_pairs_keep() -> None:
     shape = HeadShape(num_classes=2, num_groups=1, feature_dim=3, hidden_dim=5, num_source=1, num_target=2)
     # Three matrices' worth of numbers for each of four discriminators; nine pairs by the source's 3 and the target's 4.
-    parameters = 4 * (3 * 5 + 5 * 5 + 3 * 5 + 1)
-    pairs = 3 + 2 * 4
-    assert held_bytes(shape) == 8 * parameters + pairs * (4 * 5 + 3) * 2
-    assert held_bytes(shape, share=0.5) == 4 * parameters + pairs * (4 * 5 + 3) * 2
-    assert held_bytes(shape, num_pairs=0) == 8 * parameters
+    parameters, matrices = 4 * (3 * 5 + 5 * 5 + 3 * 5 + 1), 4 * (3 * 5 + 5 * 5)
+    kept = (3 + 2 * 4) * (4 * 5 + 3) * 2
+    assert held_bytes(shape) == 8 * parameters + 2 * matrices + kept
+    assert held_bytes(shape, share=0.5) == 4 * parameters + matrices + kept
+    assert held_bytes(shape, num_pairs=0) == 8 * parameters + 2 * matrices
 
 
 def test_active_pairs_are_those_of_enough_weight() -> None:

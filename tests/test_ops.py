@@ -31,6 +31,7 @@ def forward_arguments(problem: Problem, backend: str, frozen: tuple[str, ...], s
     label = problem.domain.to(problem.sample_weight.dtype)
     return (
         inputs,
+        [],
         problem.sample_weight,
         label,
         None if scale is None else torch.tensor(scale, dtype=problem.sample_weight.dtype),
@@ -55,7 +56,7 @@ def test_opcheck_forward(backend: str, scale: float | None, frozen: tuple[str, .
 def test_opcheck_backward(backend: str, frozen: tuple[str, ...], shape: dict[str, Any]) -> None:
     problem = make_problem(**shape)
     arguments = forward_arguments(problem, backend, frozen, -0.5)
-    inputs, weight, label, scale, _max_pairs, needs_grad, _backend = arguments
+    inputs, _, weight, label, scale, _max_pairs, needs_grad, _backend = arguments
     tensors = [tensor.detach() for tensor in inputs]
     _, _, saved = ops.adversarial_forward(tensors, *arguments[1:])
     upstream = (problem.grad_loss, problem.grad_gradient_norm)

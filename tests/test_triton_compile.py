@@ -69,13 +69,18 @@ def _nothing_compiled_before(tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield
 
 
-def _case(name: str, capability: int) -> list[Launch]:
+def _case(name: str, capability: int, half_weights: bool = False) -> list[Launch]:
     num_samples, dtype, parameter_dtype, tf32 = CASES[name]
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
     try:
         forward, backward = head_launches(
-            num_samples=num_samples, dtype=dtype, parameter_dtype=parameter_dtype, capability=capability, **VISDA
+            num_samples=num_samples,
+            dtype=dtype,
+            parameter_dtype=parameter_dtype,
+            half_weights=half_weights,
+            capability=capability,
+            **VISDA,
         )
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
@@ -95,6 +100,15 @@ def _assert_compiles(launches: list[Launch], capability: int, folder: Path, tens
 @pytest.mark.parametrize(("name", "capability"), QUICK)
 def test_compiles(name: str, capability: int, tmp_path: Path) -> None:
     _assert_compiles(_case(name, capability), capability, tmp_path, tensor_cores=name != "float32")
+
+
+MIXED = [name for name in CASES if name.startswith("mixed")]
+
+
+@pytest.mark.parametrize("name", [MIXED[0], *(pytest.param(name, marks=pytest.mark.slow) for name in MIXED[1:])])
+def test_a_forward_that_reads_copies_in_half_precision_compiles(name: str, tmp_path: Path) -> None:
+    launches = [launch for launch in _case(name, 90, half_weights=True) if launch.name in FORWARD]
+    _assert_compiles(launches, 90, tmp_path, tensor_cores=True)
 
 
 @pytest.mark.slow
@@ -194,7 +208,12 @@ def _update(name: str, capability: int) -> list[Launch]:
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
     try:
         return update_launches(
-            num_samples=num_samples, dtype=dtype, parameter_dtype=parameter_dtype, capability=capability, **VISDA
+            num_samples=num_samples,
+            dtype=dtype,
+            parameter_dtype=parameter_dtype,
+            half_weights=dtype != parameter_dtype,
+            capability=capability,
+            **VISDA,
         )
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
@@ -204,13 +223,14 @@ def test_launches_of_an_update() -> None:
     """No gradient of a large matrix is among the tensors, and every one of those is a parameter or its momentum."""
     launches = _update("mixed, small batch", 90)
     assert [launch.name for launch in launches] == UPDATE
+    # Beside them w1 and w2 in half precision, one of each.
     large = {
         id(arg): arg.shape
         for launch in launches
         for arg in launch.args
         if isinstance(arg, torch.Tensor) and arg.numel() >= 17 * 1024 * 256
     }
-    assert sorted(large.values()) == 2 * [(17, 1024, 256)] + 2 * [(17, 1024, 1024)]
+    assert sorted(large.values()) == 3 * [(17, 1024, 256)] + 3 * [(17, 1024, 1024)]
 
 
 @pytest.mark.parametrize(
@@ -250,7 +270,7 @@ def test_forward_and_backward_under_compile() -> None:
         shapes = ((n, d), (k, h, d), (k, h), (k, h, h), (k, h), (k, h), (k,))
         tensors = tuple(torch.empty(shape, device="cuda") for shape in shapes)
         weight, label = torch.empty(n, k, device="cuda"), torch.empty(n, device="cuda")
-        _, _, saved = backend.forward(tensors, weight, label, 7, [True] * 7)
+        _, _, saved = backend.forward(tensors, (), weight, label, 7, [True] * 7)
         expected = backend.saved_like(tensors, 7, [True] * 7)
     assert [(t.shape, t.dtype, t.device) for t in saved] == [(t.shape, t.dtype, t.device) for t in expected]
 

@@ -184,6 +184,15 @@ def test_an_update_is_a_backward_pass_and_sgd(dtype: torch.dtype, parameter_dtyp
             assert error <= tolerance * torch.linalg.vector_norm(expected.double()), name
 
 
+def test_half_precision_copies_are_read_and_move_along_bit_for_bit() -> None:
+    problem = _problem(torch.bfloat16, parameter_dtype=torch.float32, **VISDA)
+    half = problem.disc.w1.bfloat16(), problem.disc.w2.bfloat16()
+    expected, found = _updated(problem), _updated(problem, half_weights=half)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert torch.equal(half[0], found["w1"].bfloat16())
+    assert torch.equal(half[1], found["w2"].bfloat16())
+
+
 def test_an_update_never_waits_and_a_flag_holds_it() -> None:
     problem = _problem(torch.bfloat16, parameter_dtype=torch.float32, **VISDA)
     expected = _updated(problem)

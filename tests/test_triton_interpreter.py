@@ -21,6 +21,9 @@ from equivalence import (
 from triton_cases import SHAPES
 
 import gsda_kernels as gk
+from gsda_fast import ClassGroups, Discriminators
+from gsda_fast.methods.objective import discriminator_objective
+from gsda_fast.methods.step import Descent
 from gsda_kernels import backends, ops
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -175,7 +178,7 @@ def test_registered_operation() -> None:
     problem = make_problem(zero_weights=0.0)
     inputs = [tensor.requires_grad_() for tensor in problem.inputs.values()]
     weight, label = problem.sample_weight, problem.domain.float()
-    args = (inputs, weight, label, None, weight.numel(), [True] * len(inputs), "triton")
+    args = (inputs, [], weight, label, None, weight.numel(), [True] * len(inputs), "triton")
     torch.library.opcheck(ops.adversarial_forward, args)
 
 
@@ -196,6 +199,34 @@ def test_a_precision_that_changes_before_the_backward_pass_is_refused() -> None:
 
 def test_compiled() -> None:
     assert_equivalent(make_problem(), "triton", compiled=True)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_discriminators_read_half_precision_copies_and_get_the_same_numbers(compiled: bool) -> None:
+    features = torch.randn(9, 6, generator=torch.Generator().manual_seed(1)).half()
+    probabilities, domain = torch.eye(3).repeat(3, 1), (torch.arange(9) < 4).float()
+    found = {}
+    for counted in (False, True):
+        torch.manual_seed(0)
+        module = Discriminators(6, ClassGroups([[[1, 1, 0], [0, 0, 1]]]), 20, backend="triton")
+        if compiled:
+            module.compile(backend="aot_eager", dynamic=False)
+        momentum = [torch.zeros_like(each) for each in module.parameters()]
+        descent = Descent(0.1, 0.9, 0.0, True, lambda _, own=momentum: own, torch.zeros(()), counted)
+        rows, terms = (features, probabilities, domain), []
+        for _ in range(2):
+            module.descend_(*rows, None, None, lambda own: discriminator_objective(own, None, beta=0.0), descent)
+            terms += module(*rows, frozen=True)
+        found[counted] = [*terms, *(each.detach().clone() for each in module.parameters())]
+    assert all(map(torch.equal, found[True], found[False]))
+    # Proof that the copies were read: what has become of them behind everybody's back shows.
+    copies = module._half.copies
+    assert copies is not None
+    copies[0].data.zero_()
+    assert not torch.equal(module(*rows, frozen=True).loss, found[True][2])
+    if compiled:
+        # A CUDA graph reads an input where it lies only if it stays there, and copies every other one at each replay.
+        assert all(getattr(copy, "_dynamo_static_input_type", None) for copy in copies)
 
 
 def test_interpreter_serves_cpu_tensors() -> None:

@@ -77,8 +77,8 @@ def _inputs(
 def _step(needs_grad: tuple[bool, ...] = EVERYTHING, **case: Any) -> list[Tensor]:
     """Both results and all gradients."""
     tensors, weight, label, bound = _inputs(**case)
-    backend, k = backends.get("triton"), weight.shape[1]
-    loss, gradient_norm, saved = backend.forward(tensors, weight, label, bound, needs_grad)
+    backend, k, half = backends.get("triton"), weight.shape[1], ()
+    loss, gradient_norm, saved = backend.forward(tensors, half, weight, label, bound, needs_grad)
     upstream = torch.linspace(-1, 1, k), torch.full((1,), 0.7).expand(k)
     gradients = backend.backward(tensors, weight, label, saved, *upstream, torch.tensor(-0.5), needs_grad)
     return [loss, gradient_norm, *(gradient for gradient in gradients if gradient is not None)]
@@ -110,7 +110,7 @@ def test_no_race_no_stray_access_and_the_same_numbers_in_every_order(case: str) 
     ],
 )
 def test_an_update_in_place_reads_nothing_that_another_program_writes(case: str, skip: float) -> None:
-    """Parameters and momentum move where they are read, W2's own cells for the gradient of w3."""
+    """Parameters and momentum move where they are read, W2's own cells for the gradient of w3; copies follow."""
     with recorded() as recorder:
         expected = _update(skip, **CASES[case])
         recorder.order = "reversed"
@@ -121,16 +121,19 @@ def test_an_update_in_place_reads_nothing_that_another_program_writes(case: str,
 
 
 def _update(skip: float, **case: Any) -> list[Tensor]:
-    """Parameters, momentum and flag after a step."""
+    """Parameters, momentum, flag and, of mixed operands, half-precision copies of w1 and w2 after a step."""
     tensors, weight, label, bound = _inputs(**case)
+    features, mixed = tensors[0], tensors[0].dtype != tensors[1].dtype
+    half = [tensors[index].to(features.dtype) for index in (1, 3)] if mixed else []
     momentum = [torch.full_like(tensor, 0.25) for tensor in tensors[1:]]
     backend, needs_grad = backends.get("triton"), (False,) + (True,) * 6
-    loss, _, saved = backend.forward(tensors, weight, label, bound, needs_grad)
+    loss, _, saved = backend.forward(tensors, half, weight, label, bound, needs_grad)
     rule = Sgd(torch.tensor(0.1), 0.9, 1e-3, nesterov=True)
     flag = torch.tensor(skip)
-    found_inf = backend.update(tensors, weight, label, saved, torch.ones_like(loss), -loss, momentum, rule, flag)
+    found_inf = backend.update(tensors, half, weight, label, saved, torch.ones_like(loss), -loss, momentum, rule, flag)
     assert float(found_inf) == skip
-    return [*tensors[1:], *momentum, found_inf]
+    assert all(torch.equal(copy, tensors[index].to(features.dtype)) for copy, index in zip(half, (1, 3)))
+    return [*tensors[1:], *momentum, *half, found_inf]
 
 
 @triton.jit

@@ -87,6 +87,16 @@ class Setup:
         return float(self.updater.state_dict()["scaler"]["scale"])
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_whatever_moves_a_parameter_is_counted_as_a_write(in_place: bool) -> None:
+    """PyTorch's fused optimizers leave it out; copies of parameters are kept by these counts."""
+    setup = Setup(in_place=in_place)
+    before = {name: parameter._version for name, parameter in setup.method.named_parameters()}
+    setup.updater.step(0, setup.updates())
+    after = {name: parameter._version for name, parameter in setup.method.named_parameters()}
+    assert all(after[name] > count for name, count in before.items())
+
+
 @pytest.mark.parametrize("player", PLAYERS)
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_scaled_gradients_that_overflow_skip_the_rest_of_the_step(player: str, steps_before: int) -> None:

@@ -5,15 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gsda_fast.methods.groups import ClassGroups
+from gsda_fast.methods.half_weights import HalfWeights
 from gsda_fast.methods.objective import Objective
 from gsda_fast.methods.step import Descent
-from gsda_kernels import AdversarialTerms, DiscriminatorWeights, adversarial_terms, adversarial_update_
+from gsda_kernels import (
+    AdversarialTerms,
+    DiscriminatorWeights,
+    adversarial_terms,
+    adversarial_update_,
+    resolve_backend,
+)
 
 LEVELS = ("domain", "group", "class")
 
@@ -73,6 +81,7 @@ class Discriminators(nn.Module):
         self.w2, self.b2 = stacked_linear(*shape, hidden_dim)
         w3, b3 = stacked_linear(self.num_discriminators, 1, hidden_dim)
         self.w3, self.b3 = nn.Parameter(w3.detach().squeeze(1)), nn.Parameter(b3.detach().squeeze(1))
+        self._half = HalfWeights()
 
     @property
     def num_discriminators(self) -> int:
@@ -102,6 +111,12 @@ class Discriminators(nn.Module):
         """Return (K,) -> a 0-d sum for each level that exists, by its name."""
         return {level: values[where].sum() for level, where in self._slices.items()}
 
+    def __call__(self, *args: Any, **kwargs: Any) -> AdversarialTerms:
+        # In front of what may be compiled: a graph knows nothing of when its inputs were written.
+        has_half = not torch.compiler.is_compiling() and self._half.are_valid((self.w1, self.w2))
+        terms: AdversarialTerms = super().__call__(*args, **kwargs, has_half=has_half)
+        return terms
+
     def forward(
         self,
         features: Tensor,
@@ -112,6 +127,7 @@ class Discriminators(nn.Module):
         *,
         loss_feature_scale: float | Tensor = 1.0,
         frozen: bool = False,
+        has_half: bool = False,
     ) -> AdversarialTerms:
         """Return losses and gradient magnitudes of all discriminators (eqs. 6-12).
 
@@ -124,6 +140,8 @@ class Discriminators(nn.Module):
             sample_weight: (N,) >= 0, a constant: what each sample counts for in all discriminators; None: 1.
             loss_feature_scale: factor on the losses' gradient to `features`; -lambda is gradient reversal.
             frozen: hold the parameters, as the step of the encoder does.
+            has_half: read the copies of w1 and w2 that `descend_` has left. A call of the module finds out whether they
+                hold, and says so itself.
 
         Returns:
             AdversarialTerms: loss (K,) and gradient_norm (K,), float32 (float64 for float64 features), in the order
@@ -132,6 +150,9 @@ class Discriminators(nn.Module):
         parameters = self._stacked
         if frozen:
             parameters = DiscriminatorWeights(*(parameter.detach() for parameter in parameters))
+        half_weights = self._half.copies if has_half else None
+        if half_weights is not None and half_weights[0].dtype != features.dtype:
+            half_weights = None
         with torch.autocast(features.device.type, enabled=False):
             return adversarial_terms(
                 features,
@@ -142,6 +163,7 @@ class Discriminators(nn.Module):
                 min_weight=self.min_weight,
                 max_pairs=self._max_pairs(len(features), num_source),
                 loss_feature_scale=loss_feature_scale,
+                half_weights=half_weights,
             )
 
     def descend_(
@@ -174,6 +196,9 @@ class Discriminators(nn.Module):
             return torch.where(total.isfinite(), of_loss, torch.nan), of_norm
 
         parameters = self._stacked
+        matrices = (self.w1, self.w2)
+        keeps_half = descent.writes_are_counted and self._reads_half(features)
+        half_weights = self._half.renewed(matrices, features.dtype) if keeps_half else None
         with torch.autocast(features.device.type, enabled=False):
             done = adversarial_update_(
                 features.detach(),
@@ -187,10 +212,13 @@ class Discriminators(nn.Module):
                 weight_decay=descent.weight_decay,
                 nesterov=descent.nesterov,
                 skip=descent.skip,
+                half_weights=half_weights,
                 backend=self.backend,
                 min_weight=self.min_weight,
                 max_pairs=self._max_pairs(len(features), num_source),
             )
+        if half_weights is not None:
+            self._half.confirm(matrices)
         return replace(found[0], total=found[0].total.detach()), done.found_inf
 
     @torch.no_grad()
@@ -210,6 +238,11 @@ class Discriminators(nn.Module):
             hidden = F.relu(F.linear(features.to(w1.dtype), w1, b1))
             logits = F.linear(F.relu(F.linear(hidden, w2, b2)), w3[None], b3[None])
         return domain_accuracy(logits, domain)
+
+    def _reads_half(self, features: Tensor) -> bool:
+        """Return whether there are kernels here that gain by half-precision copies of the matrices."""
+        mixed = features.dtype in (torch.float16, torch.bfloat16) and self.w1.dtype == torch.float32
+        return mixed and resolve_backend(self.backend, features.device, features.dtype) == "triton"
 
     @property
     def _stacked(self) -> DiscriminatorWeights:

@@ -49,7 +49,7 @@ class Division:
         costs: (K,), what each discriminator costs. ranks: the processes.
 
     Attributes:
-        own: which ones this rank owns.
+        own: which ones this rank owns. num_parts: K.
 
     Raises:
         ValueError: more ranks than discriminators.
@@ -59,6 +59,7 @@ class Division:
         self._ranks = ranks
         self._shares = balanced_shares(costs, ranks.world_size)
         self.own = self._shares[ranks.rank]
+        self.num_parts = len(costs)
 
     def everyone(self, rows: AdversarialRows) -> AdversarialRows:
         """Return the rows of all ranks, in rank order; the same number of either domain comes from each.

@@ -38,6 +38,8 @@ class Descent:
         learning_rate, momentum, weight_decay, nesterov: of `torch.optim.SGD`, without dampening.
         momentum_buffers: the optimizer's state for each of some parameters, to be moved in place with them.
         skip: 0-d float32 on the device: 1 if nothing may move.
+        writes_are_counted: whether whatever else writes to the parameters is counted by PyTorch (`Tensor._version`), as
+            its own fused optimizers are not: copies of the parameters can then be kept from step to step.
     """
 
     learning_rate: float
@@ -46,6 +48,7 @@ class Descent:
     nesterov: bool
     momentum_buffers: Callable[[Iterable[Tensor]], list[Tensor]]
     skip: Tensor
+    writes_are_counted: bool = False
 
 
 @dataclass(frozen=True)

@@ -327,6 +327,11 @@ class Trainer:
             {name: value[own[name].own] if name in own else value for name, value in state.items()}
         )
 
+    def whole_numel(self, parameter: Tensor) -> int:
+        """Return of how many numbers a parameter consists: of what is divided, those of all ranks together."""
+        division = self._divided.get(id(parameter))
+        return parameter.numel() if division is None else parameter[0].numel() * division.num_parts
+
     def _divisions(self) -> dict[str, Division]:
         """Return the divisions by the names of the parameters that are divided."""
         named = self.method.named_parameters()

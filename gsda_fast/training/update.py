@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from gsda_fast.methods import Descent, Player, Update
 from gsda_fast.training.distributed import Ranks
@@ -84,7 +86,8 @@ class Updater:
         """Return how a method may move a player itself now; None where it takes gradients and the optimizer."""
         if self._scaler.is_enabled() or (self._ranks.several and player not in self._divided):
             return None
-        return descent_of(self.optimizers[player], self._guard.skip)
+        found = descent_of(self.optimizers[player], self._guard.skip)
+        return found and replace(found, writes_are_counted=True)
 
     def forget(self, player: str) -> None:
         """Let a player's optimizer start afresh."""
@@ -152,6 +155,8 @@ class Updater:
         optimizer = self.optimizers[player]
         if takes_skip_flag(optimizer, skip) or not bool(skip):
             optimizer.step()
+            # PyTorch's fused optimizers leave this out, and copies of parameters are kept by it.
+            increment_version(self._parameters[player])
 
     def state_dict(self) -> dict[str, Any]:
         """Return what all ranks have together; all of them call it."""

@@ -30,11 +30,18 @@ class Backend(Protocol):
         ...
 
     def forward(
-        self, tensors: Sequence[Tensor], weight: Tensor, label: Tensor, max_pairs: int, needs_grad: Sequence[bool]
+        self,
+        tensors: Sequence[Tensor],
+        half_weights: Sequence[Tensor],
+        weight: Tensor,
+        label: Tensor,
+        max_pairs: int,
+        needs_grad: Sequence[bool],
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """loss (K,), gradient_norm (K,) and what `backward` needs.
 
         Both results are NaN beyond `max_pairs` active pairs, and so are the gradients to whatever has such a pair.
+        `half_weights`: (), or w1 and w2 in the dtype of the features, which can be read in their place.
         """
         ...
 
@@ -55,6 +62,7 @@ class Backend(Protocol):
     def update(
         self,
         tensors: Sequence[Tensor],
+        half_weights: Sequence[Tensor],
         weight: Tensor,
         label: Tensor,
         saved: Sequence[Tensor],
@@ -64,7 +72,7 @@ class Backend(Protocol):
         rule: Sgd,
         skip: Tensor,
     ) -> Tensor:
-        """Move the parameters, `tensors[1:]`, and their momentum in place; may write over `saved`.
+        """Move the parameters, `tensors[1:]`, their momentum and `half_weights` in place; may write over `saved`.
 
         Returns `found_inf`, 0-d float32: 1 where nothing moved, because `skip` is 1 or a gradient is not finite.
         """

@@ -37,7 +37,13 @@ class TorchBackend:
         return saved
 
     def forward(
-        self, tensors: Sequence[Tensor], weight: Tensor, label: Tensor, max_pairs: int, needs_grad: Sequence[bool]
+        self,
+        tensors: Sequence[Tensor],
+        half_weights: Sequence[Tensor],
+        weight: Tensor,
+        label: Tensor,
+        max_pairs: int,
+        needs_grad: Sequence[bool],
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         features, parameters = tensors[0], [parameter.to(tensors[0].dtype) for parameter in tensors[1:]]
         num_samples, num_discriminators = weight.shape
@@ -117,6 +123,7 @@ class TorchBackend:
     def update(
         self,
         tensors: Sequence[Tensor],
+        half_weights: Sequence[Tensor],
         weight: Tensor,
         label: Tensor,
         saved: Sequence[Tensor],
@@ -131,7 +138,7 @@ class TorchBackend:
             tensors, weight, label, saved, grad_loss, grad_gradient_norm, loss_feature_scale=None, needs_grad=needs_grad
         )
         found = [gradient for gradient in gradients if gradient is not None]
-        return step_where_finite(tensors[1:], found, momentum, rule, skip)
+        return step_where_finite(tensors[1:], found, momentum, half_weights, rule, skip)
 
 
 def _add_parameter_gradients(

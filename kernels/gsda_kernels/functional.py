@@ -53,6 +53,7 @@ def adversarial_terms(
     min_weight: float = 0.0,
     max_pairs: int | None = None,
     loss_feature_scale: float | Tensor = 1.0,
+    half_weights: tuple[Tensor, Tensor] | None = None,
     validate: bool | None = None,
 ) -> AdversarialTerms:
     r"""Weighted discriminator losses and gradient magnitudes of K discriminators (Hu et al., CVPR 2020, eqs. 6-12).
@@ -77,6 +78,8 @@ def adversarial_terms(
             weight; None stands for N*K. Both results are NaN where more pairs than that are active.
         loss_feature_scale: factor on the loss part of the gradient to `features` alone: a number or a 0-d tensor.
             ``-lambda`` is gradient reversal in one pass.
+        half_weights: beside half-precision features and float32 weights, (w1, w2) of `disc` converted to the features'
+            dtype, contiguous constants. Results and gradients are the same; triton then reads half as many bytes.
         validate: whether the *values* of `sample_weight` and `domain` are checked. None: for CPU tensors outside
             `torch.compile`. True on a GPU is an error, since it would make the host wait.
 
@@ -97,6 +100,7 @@ def adversarial_terms(
     chosen, weight, label, bound = checked(
         features, disc, sample_weight, domain, backend, min_weight, max_pairs, validate
     )
+    half = checked_half_weights(half_weights, features, disc)
     accumulation, num_pairs = weight.dtype, weight.numel()
     scale = None
     if isinstance(loss_feature_scale, Tensor):
@@ -117,7 +121,9 @@ def adversarial_terms(
         return AdversarialTerms(loss, gradient_norm)
     differentiable = (features, *disc)
     needs_grad = [torch.is_grad_enabled() and tensor.requires_grad for tensor in differentiable]
-    loss, gradient_norm, _ = ops.adversarial_forward(differentiable, weight, label, scale, bound, needs_grad, chosen)
+    loss, gradient_norm, _ = ops.adversarial_forward(
+        differentiable, half, weight, label, scale, bound, needs_grad, chosen
+    )
     return AdversarialTerms(loss, gradient_norm)
 
 
@@ -202,6 +208,34 @@ def _check_dtypes(features: Tensor, disc: DiscriminatorWeights, sample_weight: T
             f"sample_weight: found dtype {sample_weight.dtype}; expected {' or '.join(sorted(map(str, allowed)))}"
         )
     return torch.float64 if features.dtype == torch.float64 else torch.float32
+
+
+def checked_half_weights(
+    half_weights: tuple[Tensor, Tensor] | None, features: Tensor, disc: DiscriminatorWeights
+) -> list[Tensor]:
+    """Return both as constants, or an empty list for None.
+
+    Raises:
+        ValueError: they do not fit to `features` and `disc`, or these do not mix dtypes.
+    """
+    if half_weights is None:
+        return []
+    if features.dtype == disc.w1.dtype:
+        raise ValueError(
+            f"half_weights: found two tensors beside features and disc of {features.dtype}; expected None, "
+            "or float32 weights beside half-precision features"
+        )
+    half = dict(zip(("w1", "w2"), half_weights, strict=True))
+    for name, copy in half.items():
+        weight = getattr(disc, name)
+        found = (tuple(copy.shape), copy.dtype, copy.device)
+        expected = (tuple(weight.shape), features.dtype, weight.device)
+        if found != expected or not copy.is_contiguous():
+            raise ValueError(
+                f"half_weights: found {name} with shape, dtype and device {found}, strides {copy.stride()}; "
+                f"expected {expected}, contiguous"
+            )
+    return [copy.detach() for copy in half.values()]
 
 
 def _check_devices(features: Tensor, disc: DiscriminatorWeights, sample_weight: Tensor, domain: Tensor) -> None:

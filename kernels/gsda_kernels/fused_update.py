@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gsda_kernels import ops, pairs, reference
-from gsda_kernels.functional import AdversarialTerms, DiscriminatorWeights, checked
+from gsda_kernels.functional import AdversarialTerms, DiscriminatorWeights, checked, checked_half_weights
 from gsda_kernels.sgd import Sgd, step_where_finite
 
 Upstream = tuple[Tensor, Tensor] | Callable[[AdversarialTerms], tuple[Tensor, Tensor]]
@@ -43,6 +43,7 @@ def adversarial_update_(
     weight_decay: float = 0.0,
     nesterov: bool = False,
     skip: Tensor | None = None,
+    half_weights: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
     min_weight: float = 0.0,
     max_pairs: int | None = None,
@@ -70,6 +71,7 @@ def adversarial_update_(
         learning_rate: a number >= 0, or a 0-d tensor, which a schedule may change without a new compilation.
         momentum, weight_decay: numbers >= 0. nesterov: needs a momentum above 0.
         skip: 0-d float32 on the device of `features`: 1 if nothing may move. None for 0.
+        half_weights: see `adversarial_terms`; they move along, so that afterwards they are again w1 and w2 converted.
 
     Returns:
         AdversarialUpdate, without a graph.
@@ -98,7 +100,8 @@ def adversarial_update_(
     chosen, weight, label, bound = checked(
         features, disc, sample_weight, domain, backend, min_weight, max_pairs, validate
     )
-    _check_moved(disc, buffers, {"features": features, "sample_weight": sample_weight, "domain": domain})
+    half = checked_half_weights(half_weights, features, disc)
+    _check_moved(disc, buffers, half, {"features": features, "sample_weight": sample_weight, "domain": domain})
     _check_numbers(momentum, weight_decay, nesterov)
     skip = _scalar("skip", 0.0 if skip is None else skip, features.device, torch.float32)
     rate = _scalar("learning_rate", learning_rate, features.device, weight.dtype)
@@ -112,7 +115,7 @@ def adversarial_update_(
             terms = AdversarialTerms(*(term * poison for term in graph))
     else:
         loss, gradient_norm, saved = ops.adversarial_forward(
-            [features.detach(), *parameters], weight, label, None, bound, [False] + [True] * 6, chosen
+            [features.detach(), *parameters], half, weight, label, None, bound, [False] + [True] * 6, chosen
         )
         terms = AdversarialTerms(loss, gradient_norm)
     results = AdversarialTerms(*(term.detach() for term in terms))
@@ -127,15 +130,17 @@ def adversarial_update_(
     if chosen == "reference":
         gradients = torch.autograd.grad(terms, list(leaves), (grad_loss, grad_norm))
         rule = Sgd(rate, momentum, weight_decay, nesterov)
-        return AdversarialUpdate(*results, step_where_finite(parameters, gradients, velocity, rule, skip))
+        return AdversarialUpdate(*results, step_where_finite(parameters, gradients, velocity, half, rule, skip))
     found_inf = ops.adversarial_update(
-        features.detach(), parameters, velocity, weight, label, saved, grad_loss, grad_norm, rate, skip,
+        features.detach(), parameters, half, velocity, weight, label, saved, grad_loss, grad_norm, rate, skip,
         momentum, weight_decay, nesterov, chosen,
     )  # fmt: skip
     return AdversarialUpdate(*results, found_inf)
 
 
-def _check_moved(disc: DiscriminatorWeights, buffers: DiscriminatorWeights, others: dict[str, Tensor]) -> None:
+def _check_moved(
+    disc: DiscriminatorWeights, buffers: DiscriminatorWeights, half: list[Tensor], others: dict[str, Tensor]
+) -> None:
     moved = {f"disc.{name}": tensor for name, tensor in disc._asdict().items()}
     moved |= {f"momentum_buffers.{name}": tensor for name, tensor in buffers._asdict().items()}
     for name, parameter in disc._asdict().items():
@@ -152,6 +157,7 @@ def _check_moved(disc: DiscriminatorWeights, buffers: DiscriminatorWeights, othe
     for name, tensor in moved.items():
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: found strides {tensor.stride()}; expected a contiguous tensor, to write to")
+    moved |= {f"half_weights.{name}": tensor for name, tensor in zip(("w1", "w2"), half)}
     if disc.w1.device.type == "meta" or torch.compiler.is_compiling():
         return
     furthest, owner = 0, ""

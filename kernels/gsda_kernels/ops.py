@@ -3,7 +3,8 @@
 Registered with `torch.library.custom_op`, so that `torch.compile(fullgraph=True)`, autocast and `torch.export` see one
 opaque call each. Outside them the closed form could not be compiled: `torch.compile` refuses double backward.
 
-In the first two, `tensors` are what can be differentiated: features, w1, b1, w2, b2, w3, b3.
+In the first two, `tensors` are what can be differentiated: features, w1, b1, w2, b2, w3, b3. `half_weights`: see
+`adversarial_terms`; an empty list where there are none.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ _VERSION = fingerprint(Path(__file__).parent)
 @torch.library.custom_op(f"gsda_kernels::adversarial_forward_{_VERSION}", mutates_args=())
 def adversarial_forward(
     tensors: Sequence[Tensor],
+    half_weights: Sequence[Tensor],
     weight: Tensor,
     label: Tensor,
     loss_feature_scale: Tensor | None,
@@ -47,12 +49,13 @@ def adversarial_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     with torch.autocast(weight.device.type, enabled=False):
-        return backends.get(backend).forward(tensors, weight, label, max_pairs, needs_grad)
+        return backends.get(backend).forward(tensors, half_weights, weight, label, max_pairs, needs_grad)
 
 
 @adversarial_forward.register_fake
 def _(
     tensors: Sequence[Tensor],
+    half_weights: Sequence[Tensor],
     weight: Tensor,
     label: Tensor,
     loss_feature_scale: Tensor | None,
@@ -101,11 +104,11 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    tensors, weight, label, loss_feature_scale, _max_pairs, ctx.needs_grad, ctx.backend = inputs
+    tensors, half_weights, weight, label, loss_feature_scale, _max_pairs, ctx.needs_grad, ctx.backend = inputs
     _, _, saved = output
     # Otherwise every saved tensor, being an output, gets a gradient of as many zeros.
     ctx.set_materialize_grads(False)
-    ctx.num_tensors = len(tensors)
+    ctx.num_tensors, ctx.num_half = len(tensors), len(half_weights)
     ctx.save_for_backward(*tensors, weight, label, loss_feature_scale, *saved)
 
 
@@ -117,15 +120,17 @@ def _backward(ctx: Any, grad_loss: Tensor | None, grad_gradient_norm: Tensor | N
         for gradient in (grad_loss, grad_gradient_norm)
     ]
     found = iter(adversarial_backward(tensors, weight, label, scale, saved, *upstream, ctx.needs_grad, ctx.backend))
-    return [next(found) if needed else None for needed in ctx.needs_grad], None, None, None, None, None, None
+    gradients = [next(found) if needed else None for needed in ctx.needs_grad]
+    return gradients, [None] * ctx.num_half, *[None] * 6
 
 
 @torch.library.custom_op(
-    f"gsda_kernels::adversarial_update_{_VERSION}", mutates_args=("parameters", "momentum", "saved")
+    f"gsda_kernels::adversarial_update_{_VERSION}", mutates_args=("parameters", "half_weights", "momentum", "saved")
 )
 def adversarial_update(
     features: Tensor,
     parameters: Sequence[Tensor],
+    half_weights: Sequence[Tensor],
     momentum: Sequence[Tensor],
     weight: Tensor,
     label: Tensor,
@@ -142,14 +147,16 @@ def adversarial_update(
     rule = Sgd(learning_rate, decay, weight_decay, nesterov)
     with torch.autocast(weight.device.type, enabled=False):
         return backends.get(backend).update(
-            [features, *parameters], weight, label, saved, grad_loss, grad_gradient_norm, momentum, rule, skip
-        )
+            [features, *parameters], half_weights, weight, label, saved, grad_loss, grad_gradient_norm, momentum, rule,
+            skip,
+        )  # fmt: skip
 
 
 @adversarial_update.register_fake
 def _(
     features: Tensor,
     parameters: Sequence[Tensor],
+    half_weights: Sequence[Tensor],
     momentum: Sequence[Tensor],
     weight: Tensor,
     label: Tensor,

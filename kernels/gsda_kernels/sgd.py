@@ -25,9 +25,18 @@ class Sgd(NamedTuple):
 
 
 def step_where_finite(
-    parameters: Sequence[Tensor], gradients: Sequence[Tensor], momentum: Sequence[Tensor], rule: Sgd, skip: Tensor
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momentum: Sequence[Tensor],
+    half_weights: Sequence[Tensor],
+    rule: Sgd,
+    skip: Tensor,
 ) -> Tensor:
     """Move parameters and momentum in place, all of them or none; a GPU is not waited for.
+
+    Args:
+        parameters: w1, b1, w2, b2, w3, b3. gradients, momentum: of each.
+        half_weights: (), or w1 and w2 in half precision, which follow.
 
     Returns:
         0-d, like `skip`: 1 where nothing moved, because `skip` is 1 or an entry of a gradient is not finite.
@@ -52,4 +61,11 @@ def step_where_finite(
         nesterov=rule.nesterov,
         maximize=False,
     )
+    follow(half_weights, parameters)
     return found_inf
+
+
+def follow(half_weights: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+    """Convert w1 and w2, of the parameters, into their copies in half precision, where there are such."""
+    for copy, parameter in zip(half_weights, (parameters[0], parameters[2])):
+        copy.copy_(parameter)

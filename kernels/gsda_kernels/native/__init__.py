@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gsda_kernels import buffers
-from gsda_kernels.sgd import Sgd, step_where_finite
+from gsda_kernels.sgd import Sgd, follow, step_where_finite
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -62,7 +62,13 @@ class NativeBackend:
         return saved
 
     def forward(
-        self, tensors: Sequence[Tensor], weight: Tensor, label: Tensor, max_pairs: int, needs_grad: Sequence[bool]
+        self,
+        tensors: Sequence[Tensor],
+        half_weights: Sequence[Tensor],
+        weight: Tensor,
+        label: Tensor,
+        max_pairs: int,
+        needs_grad: Sequence[bool],
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         assert _EXTENSION is not None
         saved = self.saved_like(tensors, max_pairs, needs_grad)
@@ -116,6 +122,7 @@ class NativeBackend:
     def update(
         self,
         tensors: Sequence[Tensor],
+        half_weights: Sequence[Tensor],
         weight: Tensor,
         label: Tensor,
         saved: Sequence[Tensor],
@@ -132,7 +139,7 @@ class NativeBackend:
             upstream = (grad_loss, grad_gradient_norm, None)
             gradients = self.backward(tensors, weight, label, saved, *upstream, needs_grad)
             found = [gradient for gradient in gradients if gradient is not None]
-            return step_where_finite(tensors[1:], found, momentum, rule, skip)
+            return step_where_finite(tensors[1:], found, momentum, half_weights, rule, skip)
         if bool(skip):
             return torch.ones_like(skip)
         bad = _EXTENSION.update(
@@ -149,6 +156,7 @@ class NativeBackend:
             torch.get_num_threads(),
             self._wide,
         )
+        follow(half_weights, tensors[1:])
         return torch.full_like(skip, float(bad))
 
 

@@ -47,11 +47,17 @@ class TritonBackend:
         return head.Saved.empty(tensors, max_pairs, needs_grad).tensors()
 
     def forward(
-        self, tensors: Sequence[Tensor], weight: Tensor, label: Tensor, max_pairs: int, needs_grad: Sequence[bool]
+        self,
+        tensors: Sequence[Tensor],
+        half_weights: Sequence[Tensor],
+        weight: Tensor,
+        label: Tensor,
+        max_pairs: int,
+        needs_grad: Sequence[bool],
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         from gsda_kernels.triton import head
 
-        return head.forward(tensors, weight, label, max_pairs, needs_grad)
+        return head.forward(tensors, half_weights, weight, label, max_pairs, needs_grad)
 
     def backward(
         self,
@@ -73,6 +79,7 @@ class TritonBackend:
     def update(
         self,
         tensors: Sequence[Tensor],
+        half_weights: Sequence[Tensor],
         weight: Tensor,
         label: Tensor,
         saved: Sequence[Tensor],
@@ -84,4 +91,6 @@ class TritonBackend:
     ) -> Tensor:
         from gsda_kernels.triton import head
 
-        return head.update(tensors, weight, label, saved, grad_loss, grad_gradient_norm, momentum, rule, skip)
+        return head.update(
+            tensors, half_weights, weight, label, saved, grad_loss, grad_gradient_norm, momentum, rule, skip
+        )

@@ -67,13 +67,16 @@ class Configuration:
 
     @property
     def update(self) -> Product:
-        """The tiles of `weight` where they move parameters, at half the width: two more tensors are in registers then.
+        """The tiles of `weight` where they move parameters: narrower, with two or three more tensors in registers.
 
-        For sm_90 and mixed operands 64 x 128 would take 158 registers in 8 warps, one program to a multiprocessor;
-        64 x 64 takes 80, and three of them keep each other's loads in flight.
+        For sm_90 and mixed operands with half-precision copies 64 x 64 in 8 warps would take 102 registers, two
+        programs to a multiprocessor; 64 x 32 in 4 warps takes 88, and five of them keep each other's loads in flight.
         """
+        width, warps = self.weight.block_columns, self.weight.num_warps
         return replace(
-            self.weight, block_columns=min(self.weight.block_columns, max(32, self.weight.block_columns // 2))
+            self.weight,
+            block_columns=min(width, max(32, width // 4)),
+            num_warps=max(4, warps // 2) if width >= 128 else warps,
         )
 
 

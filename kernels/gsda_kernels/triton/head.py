@@ -79,7 +79,12 @@ class Saved:
 
 
 def forward(
-    tensors: Sequence[Tensor], weight: Tensor, label: Tensor, max_pairs: int, needs_grad: Sequence[bool]
+    tensors: Sequence[Tensor],
+    half_weights: Sequence[Tensor],
+    weight: Tensor,
+    label: Tensor,
+    max_pairs: int,
+    needs_grad: Sequence[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """See `Backend.forward`."""
     features, w1, b1, w2, b2, w3, b3 = (tensor.contiguous() for tensor in tensors)
@@ -87,6 +92,8 @@ def forward(
     (num_samples, dim), (num_discriminators, hidden, _) = features.shape, w1.shape
     config = _configuration(features, w1)
     saved = Saved.empty((features, w1), max_pairs, needs_grad)
+    # The same numbers in half the bytes: the kernels round w1 and w2 as these have been.
+    read_w1, read_w2 = half_weights or (w1, w2)
     routing = saved.routing
     h1 = features.new_empty(max_pairs, hidden) if saved.h1 is None else saved.h1
     u1 = features.new_empty(max_pairs, hidden) if saved.u1 is None else saved.u1
@@ -102,15 +109,15 @@ def forward(
     with on_device(features.device):
         route(weight, routing, config.block_pairs)
         first_layer_kernel[layer_grid](
-            features, w1, b1, routing.offsets, routing.sample, routing.tiles, h1, dim, hidden, **layer
+            features, read_w1, b1, routing.offsets, routing.sample, routing.tiles, h1, dim, hidden, **layer
         )
         second_layer_kernel[layer_grid](
-            h1, w2, b2, w3, routing.offsets, routing.tiles, u2, active2, logit_part, hidden,
+            h1, read_w2, b2, w3, routing.offsets, routing.tiles, u2, active2, logit_part, hidden,
             STORE_ACTIVE=saved.active2 is not None, **layer,
         )  # fmt: skip
-        hidden_gradient_kernel[layer_grid](u2, w2, h1, routing.offsets, routing.tiles, u1, hidden, **layer)
+        hidden_gradient_kernel[layer_grid](u2, read_w2, h1, routing.offsets, routing.tiles, u1, hidden, **layer)
         jacobian_kernel[jacobian_grid](
-            u1, w1, routing.offsets, routing.tiles, saved.jacobian, square_part, dim, hidden, **to_features
+            u1, read_w1, routing.offsets, routing.tiles, saved.jacobian, square_part, dim, hidden, **to_features
         )
         terms_kernel[(num_discriminators,)](
             logit_part, square_part, b3, weight, label, routing.offsets, routing.sample, saved.residual, saved.norm,
@@ -199,14 +206,13 @@ def _parameter_gradients(
 
     first_operand = torch.empty_like(saved.jacobian)
     _pair_gradients(features, weight, label, saved, upstream, grad_logit, direction, first_operand, grad_b3)
-    sums = _options(config.weight, features)
+    sums = {**_options(config.weight, features), "UPDATE": False, "NESTEROV": False, "STORE_HALF": False}
     row_blocks = triton.cdiv(hidden, config.weight.block_rows)
     if want_w1 or want_b1:
         column_blocks = triton.cdiv(dim, config.weight.block_columns) if want_w1 else 1
         weight_gradient_kernel[(column_blocks, row_blocks, num_discriminators)](
             u1, first_operand, grad_logit, routing.offsets, w2, b2, w3, grad_w1, grad_b1, grad_logit,
-            *_without_update(grad_logit), hidden, dim,
-            SECOND_LAYER=False, WANT_WEIGHT=want_w1, WANT_W3=False, UPDATE=False, NESTEROV=False, **sums,
+            *_without_update(grad_logit), hidden, dim, SECOND_LAYER=False, WANT_WEIGHT=want_w1, WANT_W3=False, **sums,
         )  # fmt: skip
     if want_w2 or want_b2 or want_w3:
         product = want_w2 or want_w3
@@ -214,11 +220,11 @@ def _parameter_gradients(
         second_operand = features.new_empty(pairs, hidden) if product else h1
         w3_part = grad_logit.new_empty(num_discriminators, hidden, column_blocks)
         if product:
-            _hidden_backward(features, w1, saved, grad_logit, direction, second_operand)
+            _hidden_backward(features, w1, config.layer, saved, grad_logit, direction, second_operand)
         weight_gradient_kernel[(column_blocks, row_blocks, num_discriminators)](
             active2, second_operand, grad_logit, routing.offsets, w2, b2, w3, grad_w2, grad_b2, w3_part,
             *_without_update(grad_logit), hidden, hidden,
-            SECOND_LAYER=True, WANT_WEIGHT=want_w2, WANT_W3=want_w3, UPDATE=False, NESTEROV=False, **sums,
+            SECOND_LAYER=True, WANT_WEIGHT=want_w2, WANT_W3=want_w3, **sums,
         )  # fmt: skip
         if want_w3:
             grad_w3 = w3_part.sum(-1).to(w3.dtype)
@@ -228,6 +234,7 @@ def _parameter_gradients(
 
 def update(
     tensors: Sequence[Tensor],
+    half_weights: Sequence[Tensor],
     weight: Tensor,
     label: Tensor,
     saved_tensors: Sequence[Tensor],
@@ -246,7 +253,9 @@ def update(
     assert u1 is not None
     assert active2 is not None
     (num_samples, dim), (num_discriminators, hidden, _) = features.shape, w1.shape
-    cut, offsets = _configuration(features, w1).update, saved.routing.offsets
+    config, offsets = _configuration(features, w1), saved.routing.offsets
+    cut = config.update
+    half_w1, half_w2 = half_weights or (w1, w2)
     _check_tiles(features, w1, saved)
     grad_logit, direction = torch.empty_like(saved.residual), torch.empty_like(saved.norm)
     grad_b1, grad_b2 = (weight.new_empty(num_discriminators, hidden) for _ in range(2))
@@ -262,12 +271,13 @@ def update(
     largest = (torch.finfo(torch.float32).max / (4 * num_samples)) ** 0.5
     step = (rule.learning_rate, rule.momentum, rule.weight_decay)
     sums = {**_options(cut, features), "UPDATE": True, "NESTEROV": rule.nesterov, "WANT_WEIGHT": True}
+    sums["STORE_HALF"] = bool(half_weights)
     with on_device(features.device):
         _pair_gradients(
             features, weight, label, saved, (grad_loss, grad_gradient_norm), grad_logit, direction, first_operand,
             grad_b3,
         )  # fmt: skip
-        _hidden_backward(features, w1, saved, grad_logit, direction, second_operand)
+        _hidden_backward(features, half_w1, config.layer, saved, grad_logit, direction, second_operand)
         bad_operands_kernel[(looked_at, num_discriminators)](
             u1, first_operand, second_operand, grad_logit, b2, w3, offsets, bad, largest, dim, hidden,
             BLOCK_PAIRS=_BLOCK_PAIRS, BLOCK_COLUMNS=_BLOCK_COLUMNS, num_warps=4,
@@ -276,12 +286,12 @@ def update(
         rate, decay, weight_decay = step
         # W2 before W1 and w3 moves on: its gradient's operands are made of them.
         weight_gradient_kernel[(columns_2, row_blocks, num_discriminators)](
-            active2, second_operand, grad_logit, offsets, w2, b2, w3, w2, grad_b2, w3_part,
-            momentum[2], rate, found_inf, decay, weight_decay, hidden, hidden, SECOND_LAYER=True, WANT_W3=True, **sums,
+            active2, second_operand, grad_logit, offsets, w2, b2, w3, w2, grad_b2, w3_part, momentum[2], half_w2,
+            rate, found_inf, decay, weight_decay, hidden, hidden, SECOND_LAYER=True, WANT_W3=True, **sums,
         )  # fmt: skip
         weight_gradient_kernel[(columns_1, row_blocks, num_discriminators)](
-            u1, first_operand, grad_logit, offsets, w2, b2, w3, w1, grad_b1, grad_logit,
-            momentum[0], rate, found_inf, decay, weight_decay, hidden, dim, SECOND_LAYER=False, WANT_W3=False, **sums,
+            u1, first_operand, grad_logit, offsets, w2, b2, w3, w1, grad_b1, grad_logit, momentum[0], half_w1,
+            rate, found_inf, decay, weight_decay, hidden, dim, SECOND_LAYER=False, WANT_W3=False, **sums,
         )  # fmt: skip
         small_update_kernel[(small, num_discriminators)](
             grad_b1, grad_b2, w3_part, grad_b3, b1, b2, w3, b3, momentum[1], momentum[3], momentum[4], momentum[5],
@@ -320,19 +330,24 @@ def _pair_gradients(
 
 
 def _hidden_backward(
-    features: Tensor, w1: Tensor, saved: Saved, grad_logit: Tensor, direction: Tensor, second_operand: Tensor
+    features: Tensor,
+    w1: Tensor,
+    layer: Product,
+    saved: Saved,
+    grad_logit: Tensor,
+    direction: Tensor,
+    second_operand: Tensor,
 ) -> None:
-    _, hidden, dim = w1.shape
-    layer, routing = _configuration(features, w1).layer, saved.routing
+    (_, hidden, dim), routing = w1.shape, saved.routing
     hidden_backward_kernel[(triton.cdiv(hidden, layer.block_columns) * routing.num_tiles,)](
         saved.jacobian, w1, saved.h1, grad_logit, direction, routing.offsets, routing.tiles, second_operand,
         dim, hidden, **_options(layer, features),
     )  # fmt: skip
 
 
-def _without_update(any_tensor: Tensor) -> tuple[Tensor, Tensor, Tensor, float, float]:
-    """In the places of momentum, learning rate, flag and rates of decay: a pointer that nobody reads is any tensor."""
-    return any_tensor, any_tensor, any_tensor, 0.0, 0.0
+def _without_update(any_tensor: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, float, float]:
+    """In the places of what an update reads and writes beside the parameters: a pointer not used is any tensor."""
+    return any_tensor, any_tensor, any_tensor, any_tensor, 0.0, 0.0
 
 
 def _configuration(features: Tensor, w1: Tensor) -> Configuration:

@@ -299,6 +299,7 @@ def weight_gradient_kernel(
     grad_bias: tl.tensor,
     w3_part: tl.tensor,
     momentum: tl.tensor,
+    half_weight: tl.tensor,
     learning_rate: tl.tensor,
     found_inf: tl.tensor,
     decay: float,
@@ -310,6 +311,7 @@ def weight_gradient_kernel(
     WANT_W3: tl.constexpr,
     UPDATE: tl.constexpr,
     NESTEROV: tl.constexpr,
+    STORE_HALF: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
@@ -329,8 +331,8 @@ def weight_gradient_kernel(
     grad_bias: (K, H). w3_part: (K, H, C / BLOCK_COLUMNS) float32, stored if WANT_W3, to be summed.
 
     If UPDATE, dW is not stored: target is the layer's weight itself, and it and its momentum (K, H, C) move, where
-    found_inf (0-d float32) is 0. learning_rate: 0-d float32; see `moved`. A cell of W2 is read before it moves, by the
-    one program that reads it.
+    found_inf (0-d float32) is 0. learning_rate: 0-d float32; see `moved`. A cell of W2 is read before it moves, by
+    the one program that reads it. half_weight: (K, H, C), the weight in the dtype of left, stored if STORE_HALF.
     """
     if UPDATE:  # noqa: SIM102  the compiler decides the outer one, the device the inner
         if tl.load(found_inf) != 0:
@@ -359,6 +361,10 @@ def weight_gradient_kernel(
     if WANT_WEIGHT or WANT_W3:
         columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
         column_mask = columns < num_columns
+        if WANT_W3:
+            # Before the product: on its way while that is made.
+            first_cells = w2 + row[:, None].to(tl.int64) * num_columns + columns[None, :]
+            before = tl.load(first_cells, mask=unit_mask[:, None] & column_mask[None, :], other=0.0).to(tl.float32)
         total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
         for first in range(begin, end, BLOCK_INNER):
             pairs = (first + inner)[:, None].to(tl.int64)
@@ -370,15 +376,18 @@ def weight_gradient_kernel(
         cell = row[:, None].to(tl.int64) * num_columns + columns[None, :]
         mask = unit_mask[:, None] & column_mask[None, :]
         if WANT_W3:
-            last = tl.sum(total * tl.load(w2 + cell, mask=mask, other=0.0).to(tl.float32), 1)
+            last = tl.sum(total * before, 1)
             tl.store(w3_part + row * tl.num_programs(0) + tl.program_id(0), last + first_part, mask=unit_mask)
         if UPDATE:
-            before = tl.load(target + cell, mask=mask, other=0.0).to(tl.float32)
+            if not SECOND_LAYER:
+                before = tl.load(target + cell, mask=mask, other=0.0).to(tl.float32)
             velocity = tl.load(momentum + cell, mask=mask, other=0.0).to(tl.float32)
             after, velocity = moved(
                 total * scale[:, None], before, velocity, tl.load(learning_rate), decay, weight_decay, NESTEROV
             )
             tl.store(momentum + cell, velocity.to(momentum.dtype.element_ty), mask=mask)
             tl.store(target + cell, after.to(target.dtype.element_ty), mask=mask)
+            if STORE_HALF:
+                tl.store(half_weight + cell, after.to(half_weight.dtype.element_ty), mask=mask)
         elif WANT_WEIGHT:
             tl.store(target + cell, (total * scale[:, None]).to(target.dtype.element_ty), mask=mask)
