@@ -361,10 +361,11 @@ def weight_gradient_kernel(
     if WANT_WEIGHT or WANT_W3:
         columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
         column_mask = columns < num_columns
+        cell = row[:, None].to(tl.int64) * num_columns + columns[None, :]
+        mask = unit_mask[:, None] & column_mask[None, :]
         if WANT_W3:
             # Before the product: on its way while that is made.
-            first_cells = w2 + row[:, None].to(tl.int64) * num_columns + columns[None, :]
-            before = tl.load(first_cells, mask=unit_mask[:, None] & column_mask[None, :], other=0.0).to(tl.float32)
+            before = tl.load(w2 + cell, mask=mask, other=0.0).to(tl.float32)
         total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
         for first in range(begin, end, BLOCK_INNER):
             pairs = (first + inner)[:, None].to(tl.int64)
@@ -373,8 +374,6 @@ def weight_gradient_kernel(
                 right + pairs * num_columns + columns[None, :], mask=(pairs < end) & column_mask[None, :], other=0.0
             )
             total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION)
-        cell = row[:, None].to(tl.int64) * num_columns + columns[None, :]
-        mask = unit_mask[:, None] & column_mask[None, :]
         if WANT_W3:
             last = tl.sum(total * before, 1)
             tl.store(w3_part + row * tl.num_programs(0) + tl.program_id(0), last + first_part, mask=unit_mask)
