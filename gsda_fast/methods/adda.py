@@ -134,5 +134,7 @@ class ADDA(Method):
         logits = self.discriminator(target, frozen=True)
         # Inverted: all target rows in the source's place.
         mapping = domain_loss(logits, len(target)) if self.settings.objective == "inverted" else -domain_loss(logits, 0)
-        counts = (step.mean(told_apart) >= self.settings.gate).to(mapping.dtype)
-        yield Update(("target_encoder",), counts * mapping, {"mapping": mapping.detach()}, images=len(target))
+        terms = {"mapping": mapping.detach()}
+        if self.settings.gate:
+            mapping = mapping * (step.mean(told_apart) >= self.settings.gate)
+        yield Update(("target_encoder",), mapping, terms, images=len(target))
