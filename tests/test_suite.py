@@ -575,7 +575,7 @@ def test_an_interrupted_suite_goes_on_as_if_it_had_not_been(
             os.killpg(suite.pid, by)
         else:
             suite.send_signal(by)
-        _, told = suite.communicate(timeout=60)
+        _, told = suite.communicate(timeout=600)
         # Left alone, a worker would train to its run's end, in a folder that the next start gives to another one.
         assert whole_group_ends(suite.pid)
     finally:

@@ -142,7 +142,7 @@ class DomainAdversarial(Method):
 
 
 def _accuracy(judged: Judgement, outputs: Outputs, step: Step) -> dict[str, Tensor]:
-    """Return how often the discriminators name the domain, if the step is logged; under their dropout, as they learn."""
+    """Return how often the discriminators name the domain, under their dropout, if the step is logged."""
     if not step.logged:
         return {}
     return {"domain_accuracy": domain_accuracy(judged.logits, outputs.domain, judged.share)}
