@@ -67,7 +67,7 @@ def test_the_interpreter_runs_on_meanwhile() -> None:
     """Another thread gets on in the middle of a call. Nothing makes threads take turns here but a call that lets go."""
     problem = make_problem(num_source=100, num_target=100, num_discriminators=20, dim=128, hidden=512)
     tensors, weight = (problem.features, *problem.disc), problem.sample_weight
-    arguments = (tensors, weight, problem.domain.to(weight.dtype), weight.numel(), [False] * 7)
+    arguments = (tensors, [], weight, problem.domain.to(weight.dtype), weight.numel(), [False] * 7)
     backend, steps, done = NativeBackend(), [0], threading.Event()
 
     def get_on() -> None:
