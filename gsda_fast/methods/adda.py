@@ -87,6 +87,7 @@ class ADDA(Method):
 
     needs_warmup = True
     refuses = ("add", "class_weights")
+    settings: ADDASettings
 
     def __init__(
         self,
@@ -96,7 +97,6 @@ class ADDA(Method):
         adaptation: AdaptationSettings | None = None,
     ) -> None:
         super().__init__(model, settings, task, adaptation)
-        self.settings = settings
         self.source_encoder = FrozenCopy(model)
         self.discriminator = DomainDiscriminators(model.feature_dim, 1, settings.hidden_dim)
 

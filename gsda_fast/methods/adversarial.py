@@ -92,6 +92,8 @@ class DomainAdversarial(Method):
         model, settings, task, adaptation: see `Method`. discriminators: of what `judge` gives them.
     """
 
+    settings: DiscriminatorSettings
+
     def __init__(
         self,
         model: AdaptationModel,
@@ -101,7 +103,6 @@ class DomainAdversarial(Method):
         discriminators: DomainDiscriminators,
     ) -> None:
         super().__init__(model, settings, task, adaptation)
-        self.settings = settings
         self.discriminators = discriminators
 
     def players(self) -> dict[str, Player]:

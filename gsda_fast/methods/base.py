@@ -80,6 +80,7 @@ class Method(nn.Module):
 
     Attributes:
         model: the network that is evaluated, predicted with and exported.
+        settings: the method's own; a subclass annotates its type.
         source_class_weights: (r,) float32, what a source sample of each class counts for: ones until the target has
             been evaluated. None, and no part of the state, unless the settings ask for it.
     """
@@ -97,6 +98,7 @@ class Method(nn.Module):
     refuses: ClassVar[tuple[str, ...]] = ()
     """Options of `AdaptationSettings` that make no sense here: "add", "class_weights"."""
 
+    settings: Any
     source_class_weights: Tensor | None
 
     def __init__(
@@ -108,7 +110,7 @@ class Method(nn.Module):
     ) -> None:
         super().__init__()
         adaptation = adaptation or AdaptationSettings()
-        self.model = model
+        self.model, self.settings = model, settings
         self.added = dict(adaptation.add)
         self._apart = (self.batchnorm if adaptation.batchnorm == "auto" else adaptation.batchnorm) == "apart"
         weights = torch.ones(task.num_classes) if task is not None and adaptation.class_weights == "pada" else None

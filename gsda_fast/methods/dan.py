@@ -10,10 +10,9 @@ from msgspec import Meta
 
 from gsda_fast.data.batches import Batch
 from gsda_fast.losses import mk_mmd
-from gsda_fast.methods.base import AdaptationSettings, Method, MethodSettings, TaskFacts
+from gsda_fast.methods.base import Method, MethodSettings
 from gsda_fast.methods.recipes import on_images
 from gsda_fast.methods.step import Step, Update
-from gsda_fast.model import AdaptationModel
 
 
 @dataclass(frozen=True)
@@ -38,15 +37,7 @@ RECIPE = on_images(
 class DAN(Method):
     """Minimize the maximum mean discrepancies of both domains' features and logits."""
 
-    def __init__(
-        self,
-        model: AdaptationModel,
-        settings: DANSettings,
-        task: TaskFacts,
-        adaptation: AdaptationSettings | None = None,
-    ) -> None:
-        super().__init__(model, settings, task, adaptation)
-        self.settings = settings
+    settings: DANSettings
 
     def updates(self, batch: Batch, step: Step) -> Iterator[Update]:
         outputs = self.outputs(batch)

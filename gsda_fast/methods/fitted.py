@@ -134,7 +134,6 @@ class Shallow(Method):
         adaptation: AdaptationSettings | None = None,
     ) -> None:
         super().__init__(model, settings, task, adaptation)
-        self.settings = settings
         self.seed = task.seed
 
     @classmethod

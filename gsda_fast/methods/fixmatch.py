@@ -11,9 +11,8 @@ from msgspec import Meta
 
 from gsda_fast.data.batches import Batch
 from gsda_fast.losses import confident_cross_entropy, confident_rows
-from gsda_fast.methods.base import AdaptationSettings, Method, MethodSettings, TaskFacts
+from gsda_fast.methods.base import Method, MethodSettings
 from gsda_fast.methods.step import Step, Update
-from gsda_fast.model import AdaptationModel
 
 
 @dataclass(frozen=True)
@@ -32,15 +31,7 @@ class FixMatch(Method):
     target_views = 2
     strong_view = True
 
-    def __init__(
-        self,
-        model: AdaptationModel,
-        settings: FixMatchSettings,
-        task: TaskFacts,
-        adaptation: AdaptationSettings | None = None,
-    ) -> None:
-        super().__init__(model, settings, task, adaptation)
-        self.settings = settings
+    settings: FixMatchSettings
 
     def updates(self, batch: Batch, step: Step) -> Iterator[Update]:
         with torch.no_grad():

@@ -93,6 +93,8 @@ class GSDA(Method):
         minimize_entropy: add alpha times the target's entropy (eq. 5). synchronize: add beta times L_syn.
     """
 
+    settings: AdversarialSettings
+
     def __init__(
         self,
         model: AdaptationModel,
@@ -106,7 +108,6 @@ class GSDA(Method):
     ) -> None:
         super().__init__(model, settings, task, adaptation)
         full = settings if isinstance(settings, GSDASettings) else GSDASettings(groups=1)
-        self.settings = settings
         self.alpha = full.alpha if minimize_entropy else 0.0
         self.beta, self.sync_ramp = full.beta, full.sync_ramp
         self.synchronize = synchronize

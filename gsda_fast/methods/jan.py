@@ -10,10 +10,9 @@ from msgspec import Meta
 
 from gsda_fast.data.batches import Batch
 from gsda_fast.losses import joint_mmd
-from gsda_fast.methods.base import AdaptationSettings, Method, MethodSettings, TaskFacts
+from gsda_fast.methods.base import Method, MethodSettings
 from gsda_fast.methods.recipes import on_images
 from gsda_fast.methods.step import Step, Update
-from gsda_fast.model import AdaptationModel
 
 
 @dataclass(frozen=True)
@@ -39,15 +38,7 @@ RECIPE = on_images(
 class JAN(Method):
     """Minimize the joint discrepancy of features and class probabilities, which moves the classifier as well."""
 
-    def __init__(
-        self,
-        model: AdaptationModel,
-        settings: JANSettings,
-        task: TaskFacts,
-        adaptation: AdaptationSettings | None = None,
-    ) -> None:
-        super().__init__(model, settings, task, adaptation)
-        self.settings = settings
+    settings: JANSettings
 
     def updates(self, batch: Batch, step: Step) -> Iterator[Update]:
         outputs = self.outputs(batch)

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from gsda_fast.data.batches import Batch
 from gsda_fast.losses import classifier_discrepancy, uniform_class_prior
-from gsda_fast.methods.base import ENCODER, AdaptationSettings, Method, MethodSettings, TaskFacts
+from gsda_fast.methods.base import ENCODER, Method, MethodSettings
 from gsda_fast.methods.heads import TwoClassifiers
 from gsda_fast.methods.recipes import on_images
 from gsda_fast.methods.step import Step, Update
-from gsda_fast.model import AdaptationModel
 
 
 @dataclass(frozen=True)
@@ -56,16 +55,6 @@ class MCD(Method):
     """Classifiers ascend their discrepancy on the target and the encoder descends it, in updates of their own."""
 
     settings: MCDSettings
-
-    def __init__(
-        self,
-        model: AdaptationModel,
-        settings: MCDSettings,
-        task: TaskFacts,
-        adaptation: AdaptationSettings | None = None,
-    ) -> None:
-        super().__init__(model, settings, task, adaptation)
-        self.settings = settings
 
     @classmethod
     def resolve(cls, settings: MCDSettings, num_classes: int, device: str) -> MCDSettings:

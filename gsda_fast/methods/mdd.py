@@ -53,6 +53,8 @@ class MDD(Method):
         adversary: the adversarial classifier; it takes no part in predictions.
     """
 
+    settings: MDDSettings
+
     def __init__(
         self,
         model: AdaptationModel,
@@ -61,7 +63,6 @@ class MDD(Method):
         adaptation: AdaptationSettings | None = None,
     ) -> None:
         super().__init__(model, settings, task, adaptation)
-        self.settings = settings
         self.adversary = self.classifier(settings, model.feature_dim, task.num_classes)
 
     @classmethod

@@ -42,6 +42,8 @@ class RTN(Method):
             target's. Nearly zero at first, and not quite: two layers of zeros would never move.
     """
 
+    settings: RTNSettings
+
     def __init__(
         self,
         model: AdaptationModel,
@@ -50,7 +52,6 @@ class RTN(Method):
         adaptation: AdaptationSettings | None = None,
     ) -> None:
         super().__init__(model, settings, task, adaptation)
-        self.settings = settings
         layers = [nn.Linear(task.num_classes, task.num_classes) for _ in range(2)]
         for layer in layers:
             nn.init.normal_(layer.weight, std=0.01)

@@ -57,6 +57,7 @@ class SelfEnsembling(Method):
         student: the network that learns.
     """
 
+    settings: SelfEnsemblingSettings
     target_views = 2
     batchnorm = "apart"
 
@@ -68,7 +69,6 @@ class SelfEnsembling(Method):
         adaptation: AdaptationSettings | None = None,
     ) -> None:
         super().__init__(model, settings, task, adaptation)
-        self.settings = settings
         self.student = copy.deepcopy(model)
         self.model.requires_grad_(False)
 

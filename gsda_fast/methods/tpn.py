@@ -26,6 +26,8 @@ class TPNSettings(MethodSettings):
 
     confidence: Annotated[float, Meta(ge=0, le=1)] = 0.6
     """A target sample has the class of the nearest source prototype where that is more probable than this."""
+    supervised_weight: Annotated[float, Meta(ge=0)] = 1.0
+    """Weight of the source's cross-entropy, whose logits are squared distances: its gradient grows with them."""
     general_weight: Annotated[float, Meta(ge=0)] = 1.0
     """Weight of the distances between prototypes."""
     task_weight: Annotated[float, Meta(ge=0)] = 1.0
@@ -48,6 +50,7 @@ class TPN(Method):
     """
 
     refuses = ("class_weights",)
+    settings: TPNSettings
     prototypes: Tensor
     seen: Tensor
 
@@ -59,7 +62,6 @@ class TPN(Method):
         adaptation: AdaptationSettings | None = None,
     ) -> None:
         super().__init__(model, settings, task, adaptation)
-        self.settings = settings
         self.num_classes = task.num_classes
         self.register_buffer("prototypes", torch.zeros(task.num_classes, model.feature_dim))
         self.register_buffer("seen", torch.zeros(task.num_classes))
@@ -72,7 +74,8 @@ class TPN(Method):
         parts = prototype_losses(source, labels, target, pseudo_labels, self.num_classes)
         loss = self.settings.general_weight * parts.general + self.settings.task_weight * parts.task
         terms = {"general": parts.general, "task": parts.task, "kept": (pseudo_labels >= 0).float().mean()}
-        yield self.encoder_update(outputs, batch, step, loss, terms, ("encoder",), parts.supervised)
+        supervised = self.settings.supervised_weight * parts.supervised
+        yield self.encoder_update(outputs, batch, step, loss, terms, ("encoder",), supervised)
         self._renew(source.detach(), labels)
 
     @torch.no_grad()
