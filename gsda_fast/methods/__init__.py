@@ -6,12 +6,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gsda_fast.methods import adda, cdan, dan, gsda, jan, mada, mcd, mdd, rtn, sdat, self_ensembling, symnets, tpn
+from gsda_fast.methods import (
+    adda,
+    cdan,
+    dan,
+    fitted,
+    fixmatch,
+    gsda,
+    jan,
+    mada,
+    mcd,
+    mdd,
+    rtn,
+    sdat,
+    self_ensembling,
+    symnets,
+    tpn,
+)
 from gsda_fast.methods.adversarial import DiscriminatorSettings
 from gsda_fast.methods.base import AdaptationSettings, Method, MethodSettings, TargetSamples, TaskFacts
 from gsda_fast.methods.division import Division
-from gsda_fast.methods.fitted import GeodesicFlow, GFKSettings, TCASettings, TransferComponents
-from gsda_fast.methods.fixmatch import FixMatch, FixMatchSettings
 from gsda_fast.methods.gsda import GSDA, SMALL_DISCRIMINATOR, AdversarialSettings, GSDASettings
 from gsda_fast.methods.recipes import on_images
 from gsda_fast.methods.source_only import SourceOnly
@@ -138,13 +152,13 @@ METHODS: dict[str, Entry] = {
     "symnets": Entry(symnets.SymNets, symnets.SymNetsSettings(), recipe=symnets.RECIPE),
     "hafn": Entry(
         SourceOnly,
-        presets={"*": _added(hafn=0.05), "visda": _added(hafn=0.01), **_on_digits(_added(hafn=0.0002))},
+        presets={"*": _added(hafn=0.05), "visda": _added(hafn=0.01), **_on_digits(_added(hafn=2e-5))},
         recipe=_feature_norm({"*": {"hafn": 0.05}, "visda": {"hafn": 0.01}}),
     ),
     # The authors' step of 0.3 at a weight of 0.01 on VisDA is a step of 1 at 0.003.
     "safn": Entry(
         SourceOnly,
-        presets={"*": _added(safn=0.05), "visda": _added(safn=0.003), **_on_digits(_added(safn=0.001))},
+        presets={"*": _added(safn=0.05), "visda": _added(safn=0.003), **_on_digits(_added(safn=1e-5))},
         recipe=_feature_norm(
             {"*": {"safn": 0.05}, "visda": {"safn": 0.003}, "office31": {"safn": 0.05, "entropy": 0.1}}
         ),
@@ -158,11 +172,11 @@ METHODS: dict[str, Entry] = {
         presets=self_ensembling.PRESETS,
         recipe=self_ensembling.RECIPE,
     ),
-    "tca": Entry(TransferComponents, TCASettings(), "none"),
-    "gfk": Entry(GeodesicFlow, GFKSettings(), "none"),
+    "tca": Entry(fitted.TransferComponents, fitted.TCASettings(), "none", fitted.TCA_PRESETS),
+    "gfk": Entry(fitted.GeodesicFlow, fitted.GFKSettings(), "none"),
     "mcc": Entry(SourceOnly, presets={"*": _added(mcc=1.0)}),
     "mdd": Entry(mdd.MDD, mdd.MDDSettings(), presets=mdd.PRESETS, recipe=mdd.RECIPE),
-    "fixmatch": Entry(FixMatch, FixMatchSettings()),
+    "fixmatch": Entry(fixmatch.FixMatch, fixmatch.FixMatchSettings(), presets=fixmatch.PRESETS),
     "cdan-mcc-sdat": Entry(
         sdat.SDAT,
         sdat.SDATSettings(),

@@ -37,8 +37,8 @@ class ADDASettings(MethodSettings):
     """Width of the discriminator's two hidden layers."""
 
 
-# The rates of the digits are fifty times those of images: at a tenth of them the features run to one class.
-_DIGITS = {"method": {"hidden_dim": 32, "encoder_rate": 0.01}}
+# The rates of the digits are fifty times those of images: at a hundredth of them features still run to few classes.
+_DIGITS = {"method": {"hidden_dim": 32, "encoder_rate": 0.001}}
 PRESETS = {
     **on_images(run={"warmup": 3000}),
     **SMALL_DISCRIMINATOR,

@@ -36,6 +36,11 @@ class TCASettings(MethodSettings):
     """Samples that span the components; all are taken where there are no more."""
 
 
+# Ten classes span few components; the nearest of a hundred follows what does not tell classes apart.
+_DIGITS = {"method": {"dim": 20}}
+TCA_PRESETS = {"digits": _DIGITS, "digits-partial": _DIGITS}
+
+
 @dataclass(frozen=True)
 class GFKSettings(MethodSettings):
     """Subspaces and the way between them."""

@@ -35,7 +35,7 @@ class TPNSettings(MethodSettings):
 
 
 # At the rate of the digits whole weights drive the prototypes apart without end.
-_DIGITS = {"method": {"general_weight": 0.01, "task_weight": 0.01}}
+_DIGITS = {"method": {"supervised_weight": 0.1, "general_weight": 0.003, "task_weight": 0.0001}}
 PRESETS = {"digits": _DIGITS, "digits-partial": _DIGITS}
 
 
