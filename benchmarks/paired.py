@@ -5,7 +5,8 @@
 
 A pair is a transfer task and a seed that both methods were run with. A method with terms added is named METHOD+TERM.
 What counts is the overall accuracy of the target after the last step, in percent. Writes OUTPUT.md and OUTPUT.csv, the
-latter with the accuracy of every run.
+latter with the accuracy of every run. Such a file can stand in a folder's place: of a run
+that occurs twice, the one that is named last counts.
 """
 
 from __future__ import annotations
@@ -23,10 +24,18 @@ from gsda_fast.methods import METHODS
 from gsda_fast.results.run_folder import RunFolder
 
 
-def read_runs(folders: Sequence[Path]) -> pd.DataFrame:
-    """Return a row for every finished run below the folders: method, task, seed, accuracies, revision."""
+def read_runs(places: Sequence[Path]) -> pd.DataFrame:
+    """Return a row for every finished run of suites' folders and CSV files: method, task, seed, accuracies, revision."""
+    found = pd.concat(
+        [pd.read_csv(each, dtype={"revision": str}) if each.suffix == ".csv" else _of_folder(each) for each in places]
+    )
+    latest = found.drop_duplicates(["method", "task", "seed"], keep="last")
+    return latest.sort_values(["method", "task", "seed"], ignore_index=True)
+
+
+def _of_folder(suite: Path) -> pd.DataFrame:
     rows = []
-    for path in sorted(each for folder in folders for each in folder.iterdir()):
+    for path in sorted(suite.iterdir()):
         folder = RunFolder(path)
         result = folder.read_result() if folder.finished else None
         if result is None:
@@ -42,7 +51,7 @@ def read_runs(folders: Sequence[Path]) -> pd.DataFrame:
                 "revision": folder.read_environment().get("git_revision", "unknown"),
             }
         )
-    return pd.DataFrame(rows).sort_values(["method", "task", "seed"], ignore_index=True)
+    return pd.DataFrame(rows)
 
 
 def _name(folder: RunFolder, method: str) -> str:
@@ -120,7 +129,7 @@ def page(runs: pd.DataFrame, differences: Sequence[tuple[str, str]], title: str,
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, help="suites")
+    parser.add_argument("folders", nargs="+", type=Path, help="suites, or CSV files of earlier ones")
     parser.add_argument("--differences", nargs="+", required=True, help='such as "gsda - mcc"')
     parser.add_argument("--title", required=True)
     parser.add_argument("--note", default="", help="a paragraph below the tables")
