@@ -25,7 +25,7 @@ from gsda_fast.results.run_folder import RunFolder
 
 
 def read_runs(places: Sequence[Path]) -> pd.DataFrame:
-    """Return a row for every finished run of suites' folders and CSV files: method, task, seed, accuracies, revision."""
+    """Return a row for every run of suites and of CSV files: method, task, seed, accuracies, revision."""
     found = pd.concat(
         [pd.read_csv(each, dtype={"revision": str}) if each.suffix == ".csv" else _of_folder(each) for each in places]
     )
