@@ -800,6 +800,11 @@ def test_fitted_methods_are_loaded_exported_and_fitted_once(name: str) -> None:
     assert list(method.updates(batch(), step())) == []
 
 
+def test_gfk_needs_twice_its_dimension_before_anything_is_trained() -> None:
+    with pytest.raises(UsageError, match=rf"--dim: found {DIM // 2 + 1}; expected at most {DIM // 2}, half"):
+        build("gfk", dim=DIM // 2 + 1)
+
+
 def test_gfk_chooses_its_dimension() -> None:
     method, scores = build("gfk", dim=0).float().eval(), Known(DIM)
     method.on_evaluation(scores)

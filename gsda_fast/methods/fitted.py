@@ -13,6 +13,7 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from gsda_fast.data.batches import Batch
+from gsda_fast.errors import UsageError
 from gsda_fast.methods.base import AdaptationSettings, Method, MethodSettings, Scores, TaskFacts
 from gsda_fast.methods.shallow import Array, gfk, subspace_disagreement, tca
 from gsda_fast.methods.step import Step, Update
@@ -195,6 +196,19 @@ class GeodesicFlow(Shallow):
     """Geodesic flow kernel (GFK: Gong et al., CVPR 2012)."""
 
     settings: GFKSettings
+
+    def __init__(
+        self,
+        model: AdaptationModel,
+        settings: GFKSettings,
+        task: TaskFacts,
+        adaptation: AdaptationSettings | None = None,
+    ) -> None:
+        super().__init__(model, settings, task, adaptation)
+        bound = model.feature_dim // 2
+        if settings.dim > bound:
+            expected = f"at most {bound}, half of the features' width, or 0"
+            raise UsageError("--dim", found=str(settings.dim), expected=expected)
 
     def embedding(self, source: Array, target: Array) -> dict[str, Array]:
         dim = self.settings.dim or subspace_disagreement(source, target)
