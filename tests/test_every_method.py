@@ -46,7 +46,7 @@ def test_a_method_from_its_first_step_to_its_use(
     name: str, task: str, tasks: dict[str, tuple[list[str], Path]], tmp_path: Path
 ) -> None:
     arguments, images = tasks[task]
-    arguments = [*arguments, "--method", name]
+    arguments = [*arguments, "--method", name, *(("--dim", "8") if name == "gfk" else ())]
     whole, parts, log = tmp_path / "whole", tmp_path / "parts", tmp_path / "moments"
     assert run(Order(arguments, str(whole), log=str(log))) == 0
     # In the middle between two evaluations; of a method that is fitted in one step, after the fit.
