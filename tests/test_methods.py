@@ -58,7 +58,7 @@ def build(name: str) -> Method:
     def head(feature_dim: int, num_classes: int) -> nn.Module:
         return entry.method.classifier(settings, feature_dim, num_classes)
 
-    model = AdaptationModel(backbone, 9, NUM_CLASSES, ModelSettings(bottleneck_dim=8), head)
+    model = AdaptationModel(backbone, 9, NUM_CLASSES, ModelSettings(bottleneck_dim=40), head)  # wide enough for gfk
     task = TaskFacts(NUM_CLASSES, RANKS * BATCH, RANKS * BATCH, seed=0)
     method = build_method(name, model, settings, task, config.adaptation).double().eval()
     list(method.start())

@@ -28,7 +28,7 @@ def model_of(method: str = "gsda") -> AdaptationModel:
     torch.manual_seed(0)
     entry = METHODS[method]
     head = partial(entry.method.classifier, entry.settings)
-    return AdaptationModel(nn.Linear(4, 6), 6, 3, ModelSettings(bottleneck_dim=5), head)
+    return AdaptationModel(nn.Linear(4, 6), 6, 3, ModelSettings(bottleneck_dim=40), head)
 
 
 def players(method: str = "gsda", model: AdaptationModel | None = None) -> dict[str, Player]:
