@@ -37,14 +37,11 @@ class ADDASettings(MethodSettings):
     """Width of the discriminator's two hidden layers."""
 
 
-# The rates of the digits are fifty times those of images: at a hundredth of them features still run to few classes.
-_DIGITS = {"method": {"hidden_dim": 32, "encoder_rate": 0.001}}
+# On digits and on features rates are up to fifty times those of images: at a hundredth features run to few classes.
 PRESETS = {
     **on_images(run={"warmup": 3000}),
-    **SMALL_DISCRIMINATOR,
-    "digits": _DIGITS,
-    "digits-partial": _DIGITS,
-    "pictures": {"run": {"warmup": 500}, **SMALL_DISCRIMINATOR.get("pictures", {})},
+    "pictures": {"run": {"warmup": 500}},
+    **{task: {"method": {**tables["method"], "encoder_rate": 0.001}} for task, tables in SMALL_DISCRIMINATOR.items()},
 }
 RECIPE = on_images(run={"batch_size": 64, "steps": 20_000})
 

@@ -38,8 +38,10 @@ class TCASettings(MethodSettings):
 
 
 # Ten classes span few components; the nearest of a hundred follows what does not tell classes apart.
-_DIGITS = {"method": {"dim": 20}}
-TCA_PRESETS = {"digits": _DIGITS, "digits-partial": _DIGITS}
+TCA_PRESETS = {
+    task: {"method": {"dim": dim}}
+    for task, dim in {"digits": 20, "digits-partial": 20, "features": 10, "pictures-features": 10}.items()
+}
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,9 @@ class TPNSettings(MethodSettings):
     """Weight of the divergences between predictions by different prototypes."""
 
 
-# At the rate of the digits whole weights drive the prototypes apart without end.
-_DIGITS = {"method": {"supervised_weight": 0.1, "general_weight": 0.003, "task_weight": 0.0001}}
-PRESETS = {"digits": _DIGITS, "digits-partial": _DIGITS}
+# At their rates, far above those of images, whole weights drive the prototypes apart without end.
+_WEIGHTS = {"method": {"supervised_weight": 0.1, "general_weight": 0.003, "task_weight": 0.0001}}
+PRESETS = dict.fromkeys(("digits", "digits-partial", "features", "pictures-features"), _WEIGHTS)
 
 
 class TPN(Method):
