@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -260,28 +259,3 @@ def assert_nan_stays_visible(backend: str, device: str = "cpu") -> None:
 
 def _norm(tensor: Tensor, order: float = 2.0) -> float:
     return float(torch.linalg.vector_norm(tensor, order))
-
-
-@st.composite
-def problems(draw: st.DrawFn, *, dtype: torch.dtype = torch.float64) -> Problem:
-    """Hypothesis strategy: shapes down to 1 (one domain may be missing), any share of zeros, empty and dead ones."""
-    num_source = draw(st.integers(0, 6), label="num_source")
-    num_target = draw(st.integers(1 if num_source == 0 else 0, 6), label="num_target")
-    k = draw(st.integers(1, 5), label="num_discriminators")
-    some = st.sets(st.integers(0, k - 1), max_size=k)
-    return make_problem(
-        num_source=num_source,
-        num_target=num_target,
-        num_discriminators=k,
-        dim=draw(st.integers(1, 9), label="dim"),
-        hidden=draw(st.integers(1, 12), label="hidden"),
-        dtype=dtype,
-        zero_weights=draw(st.sampled_from([0.0, 0.5, 1.0]), label="zero_weights"),
-        empty=sorted(draw(some, label="empty")),
-        dead=sorted(draw(some, label="dead")),
-        silent_sample=draw(st.none() | st.integers(0, num_source + num_target - 1), label="silent_sample"),
-        seed=draw(st.integers(0, 2**32 - 1), label="seed"),
-    )
-
-
-frozen_inputs = st.sets(st.sampled_from(INPUTS)).map(sorted)

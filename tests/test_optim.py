@@ -10,6 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.testing import assert_close
 
+pytest.importorskip("msgspec")  # a machine that is there for the kernels alone may lack what the commands need
+
 from gsda_fast.errors import UsageError
 from gsda_fast.methods import METHODS, Player, TaskFacts, build_method
 from gsda_fast.model import AdaptationModel, ModelSettings
