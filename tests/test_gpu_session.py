@@ -71,16 +71,31 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert capsys.readouterr().err.startswith("error: found no CUDA device; expected one")
 
 
+WITHOUT = """
+import sys
+
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name in {}:
+            raise ModuleNotFoundError(name=name)
+
+sys.meta_path.insert(0, Without())
+"""
+
+
 def test_a_rehearsal_without_training_s_packages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a machine for the kernels alone: it says what is missing, and everything else holds together."""
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("tyro", "tomli_w") else find(name))
+    find, absent = importlib.util.find_spec, ("tyro", "tomli_w", "msgspec", "hypothesis", "mlxtend", "nvidia")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else find(name))
+    # pytest runs in a process of its own.
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT.format(absent))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["gpu_session.py", "--rehearse", "--output", str(tmp_path)])
     assert gpu_session.main() == 0
     said = capsys.readouterr().out
-    assert "missing: tyro, tomli_w; training's GPU tests and step.json need them, the kernels do not" in said
+    assert "missing: tyro, tomli_w, msgspec; training's GPU tests and step.json need them, the kernels do not" in said
     assert "tests collected: True" in said
     assert "test_triton_gpu.py" in (tmp_path / "tests.txt").read_text()
     assert len(json.loads((tmp_path / "head.json").read_text())) > 5
