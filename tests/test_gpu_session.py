@@ -89,7 +89,8 @@ def test_a_rehearsal_without_training_s_packages(
     """On a machine for the kernels alone: it says what is missing, and everything else holds together."""
     find, absent = importlib.util.find_spec, ("tyro", "tomli_w", "msgspec", "hypothesis", "mlxtend", "nvidia")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else find(name))
-    # pytest runs in a process of its own.
+    # pytest runs in a process of its own, and would import the packages of its plugins past any other finder.
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     (tmp_path / "sitecustomize.py").write_text(WITHOUT.format(absent))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["gpu_session.py", "--rehearse", "--output", str(tmp_path)])
