@@ -146,8 +146,8 @@ class Config:
         return dataclasses.asdict(self)
 
     def with_defaults(self, names: Iterable[str]) -> Config:
-        """Return the same with some settings, by names such as ``data.workers``, as the preset has them."""
-        default, changed = preset(self.task, self.run.method, self.run.recipe), self
+        """Return the same with some settings, by names such as ``data.workers``, as in a file that leaves them out."""
+        default, changed = _left_out(self.task, self.run.method, self.run.recipe), self
         for name in names:
             table, _, setting = name.partition(".")
             value = getattr(getattr(default, table), setting)
@@ -241,6 +241,17 @@ def preset(task: str, method: str = "gsda", recipe: str = "common") -> Config:
             for table, values in tables.items():
                 config = replace(config, **{table: replace(getattr(config, table), **values)})
     return config
+
+
+def _left_out(task: str, method: str, recipe: str) -> Config:
+    """Return what a config.toml means by the settings that it leaves out: the preset, but where it must be older.
+
+    Before there was `orientation`, all pixels were used as they are stored. It says nothing of images that need none.
+    """
+    config = preset(task, method, recipe)
+    if find_benchmark(task).orientation("exif") == "stored":
+        return config
+    return replace(config, data=replace(config.data, orientation="stored"))
 
 
 def configure(task: str, method: str = "gsda", *, recipe: str = "common", **options: Any) -> Config:
@@ -356,7 +367,7 @@ def _with_values(arguments: list[str]) -> list[str]:
 
 
 def config_from_dict(tables: dict[str, Any], origin: str) -> Config:
-    """Return the inverse of `Config.to_dict`; settings left out keep the defaults of the preset.
+    """Return the inverse of `Config.to_dict`; settings left out are as `_left_out` says.
 
     Args:
         tables: as read from config.toml. origin: the file's name, for messages.
@@ -377,7 +388,7 @@ def config_from_dict(tables: dict[str, Any], origin: str) -> Config:
     named = run if isinstance(run, dict) else {}
     method, recipe = (str(named.get(name, default)) for name, default in (("method", "gsda"), ("recipe", "common")))
     try:
-        default = preset(task, method, recipe)
+        default = _left_out(task, method, recipe)
     except UsageError as error:
         raise UsageError(origin, found=f"{error.what[2:]} = {error.found}", expected=error.expected) from error
     known, read = _tables(default), {}

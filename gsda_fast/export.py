@@ -94,6 +94,7 @@ def facts(trained: TrainedModel) -> dict[str, Any]:
         "bottleneck_dim": model.bottleneck_dim,
         "bottleneck_activation": model.bottleneck_activation,
         **{name: dataclasses.asdict(preprocessing)[name] for name in ("resize", "crop", "channels", "mean", "std")},
+        **({} if model.backbone == FEATURES else {"orientation": trained.config.data.orientation}),
         "classes": trained.classes,
     }
 

@@ -76,6 +76,8 @@ def predict(trained: TrainedModel, images: ImageDomain, batch_size: int = 256) -
 def open_samples(trained: TrainedModel, place: Path) -> ImageDomain:
     """Return what is to be classified: images below a folder, an image file, or the rows of a file of features.
 
+    Photos are turned, or not, as in the run's training.
+
     Raises:
         UsageError: it is not there, or not what the run was trained on.
     """
@@ -84,7 +86,8 @@ def open_samples(trained: TrainedModel, place: Path) -> ImageDomain:
 
     model = trained.config.model
     if model.backbone != FEATURES:
-        return open_image(place, trained.classes) if place.is_file() else open_images(place, trained.classes)
+        open_place = open_image if place.is_file() else open_images
+        return open_place(place, trained.classes, trained.config.data.orientation)
     rows = open_features(place, trained.classes)
     assert rows.rows is not None
     require_row_size(str(place), rows.rows.dim, model)

@@ -34,6 +34,7 @@ OPTIONS = """
 --data-root PATH
 --quarantine PATH
 --verify, --no-verify
+--orientation {exif,stored}
 --loader {auto,dali,torch}
 --workers INT
 --cache-on-device, --no-cache-on-device

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from gsda_fast.commands import parse_command_line, program, run_command
 from gsda_fast.console import plain_console, progress_bars
-from gsda_fast.data.benchmarks import BENCHMARKS
+from gsda_fast.data.benchmarks import BENCHMARKS, Orientation
 from gsda_fast.errors import UsageError, visible
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ class VerifySettings:
     """Folder of the data set; the environment variable GSDA_DATA if not given."""
     quarantine: Path | None = None
     """Add the unreadable files to this list, which training leaves out if it is given the same option."""
+    orientation: Orientation = "exif"
+    """What training will do with photos that are to be turned, for the count of these; a pack was made with one."""
     workers: int = 0
     """Threads; 0: the usable cores."""
 
@@ -59,6 +61,8 @@ class PackSettings:
     """Folder of the pack; packs/TASK if not given. Give it to training as --data-root."""
     quarantine: Path | None = None
     """List of files to leave out, as verify writes it."""
+    orientation: Orientation = "exif"
+    """Turn photos as their EXIF orientation says, or use their pixels as they are stored; training takes the same."""
     workers: int = 0
     """Threads; 0: the usable cores."""
 
@@ -124,6 +128,7 @@ def run_pack(settings: PackSettings, console: Console) -> int:
             settings.data_root,
             output=output,
             quarantine=settings.quarantine,
+            orientation=settings.orientation,
             workers=settings.workers,
             progress=progress,
         )
@@ -144,6 +149,7 @@ def run_verify(settings: VerifySettings, console: Console) -> int:
             settings.source,
             settings.target,
             settings.data_root,
+            orientation=settings.orientation,
             workers=settings.workers,
             progress=progress,
         )

@@ -9,7 +9,7 @@ import torch
 from msgspec import Meta
 
 from gsda_fast.data.batches import Batch, Crops, Loader, Role
-from gsda_fast.data.benchmarks import Preprocessing
+from gsda_fast.data.benchmarks import Orientation, Preprocessing
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.feature_loader import FeatureLoader
 from gsda_fast.data.substitutes import MOST_FAILED
@@ -38,6 +38,8 @@ class DataSettings:
     """List of files to leave out, as `python -m gsda_fast.data verify --quarantine LIST` writes it."""
     verify: bool = True
     """Look for unreadable files before the training; what was found is remembered until files change."""
+    orientation: Orientation = "exif"
+    """Turn photos as their EXIF orientation says, or use their pixels as they are stored."""
     loader: Literal["auto", "dali", "torch"] = "auto"
     """What decodes the images; auto: DALI on a GPU, torch on a CPU."""
     workers: Annotated[int, Meta(ge=0)] = 0
