@@ -146,8 +146,8 @@ class Config:
         return dataclasses.asdict(self)
 
     def with_defaults(self, names: Iterable[str]) -> Config:
-        """Return the same with some settings, by names such as ``data.workers``, as in a file that leaves them out."""
-        default, changed = _left_out(self.task, self.run.method, self.run.recipe), self
+        """Return the same with some settings, by names such as ``data.workers``, as in a run that knew none of them."""
+        default, changed = _as_before(preset(self.task, self.run.method, self.run.recipe)), self
         for name in names:
             table, _, setting = name.partition(".")
             value = getattr(getattr(default, table), setting)
@@ -243,13 +243,12 @@ def preset(task: str, method: str = "gsda", recipe: str = "common") -> Config:
     return config
 
 
-def _left_out(task: str, method: str, recipe: str) -> Config:
-    """Return what a config.toml means by the settings that it leaves out: the preset, but where it must be older.
+def _as_before(config: Config) -> Config:
+    """Return a preset with what was done before there were settings for it, where that is another than the default.
 
-    Before there was `orientation`, all pixels were used as they are stored. It says nothing of images that need none.
+    All pixels were used as they are stored. Of images that are never turned `orientation` says nothing.
     """
-    config = preset(task, method, recipe)
-    if find_benchmark(task).orientation("exif") == "stored":
+    if find_benchmark(config.task).orientation("exif") == "stored":
         return config
     return replace(config, data=replace(config.data, orientation="stored"))
 
@@ -367,7 +366,9 @@ def _with_values(arguments: list[str]) -> list[str]:
 
 
 def config_from_dict(tables: dict[str, Any], origin: str) -> Config:
-    """Return the inverse of `Config.to_dict`; settings left out are as `_left_out` says.
+    """Return the inverse of `Config.to_dict`; settings left out keep the defaults of the preset.
+
+    A file of a run has every setting: what it lacks was none when it was written, see `_as_before`.
 
     Args:
         tables: as read from config.toml. origin: the file's name, for messages.
@@ -388,9 +389,12 @@ def config_from_dict(tables: dict[str, Any], origin: str) -> Config:
     named = run if isinstance(run, dict) else {}
     method, recipe = (str(named.get(name, default)) for name, default in (("method", "gsda"), ("recipe", "common")))
     try:
-        default = _left_out(task, method, recipe)
+        default = preset(task, method, recipe)
     except UsageError as error:
         raise UsageError(origin, found=f"{error.what[2:]} = {error.found}", expected=error.expected) from error
+    data = tables.get("data")
+    if isinstance(data, dict) and "loader" in data:  # a run's, not one that somebody has written by hand
+        default = _as_before(default)
     known, read = _tables(default), {}
     for name, table in tables.items():
         if name == "task":

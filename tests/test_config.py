@@ -236,6 +236,23 @@ def test_what_a_file_leaves_out_is_the_presets(tmp_path: Path) -> None:
     assert parse("--config", file, "--beta", "4").method.beta == 4
 
 
+def test_a_run_that_is_older_than_orientation_used_pixels_as_stored(tmp_path: Path) -> None:
+    for task, expected in {
+        "folder": "stored",
+        "visda": "stored",
+        "digits": "exif",
+        "pictures-features": "exif",
+    }.items():
+        tables = preset(task).to_dict()
+        del tables["data"]["orientation"]
+        folder = RunFolder(tmp_path)
+        folder.write_config(tables)
+        assert parse("--config", str(folder.config_path)).data.orientation == expected
+        assert preset(task).data.orientation == "exif"
+    by_hand = write(tmp_path, 'task = "folder"\n[data]\ndata_root = "here"\n')
+    assert parse("--config", by_hand).data.orientation == "exif"
+
+
 @pytest.mark.parametrize(
     ("text", "found", "expected"),
     [

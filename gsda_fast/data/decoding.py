@@ -94,13 +94,14 @@ class Sound(NamedTuple):
     Attributes:
         data: of the file; of a PNG only the chunks that make pixels. format: one of `FORMATS`.
         orientation: from 1 to 8, as EXIF has it; 1 also where only decoding brings it to light.
-        halved: a JPEG so large that it is decoded at half its width and height.
+        halved: a JPEG so large that it is decoded at half its width and height. cmyk: a JPEG of four components.
     """
 
     data: bytearray
     format: str
     orientation: int = _UPRIGHT
     halved: bool = False
+    cmyk: bool = False
 
 
 class Inspection(NamedTuple):
@@ -148,7 +149,9 @@ def read_encoded(path: str, channels: int, formats: Sequence[str], orientation: 
     with _naming(path):
         sound = _read_sound(path)
         number = sound.orientation if orientation == "exif" else _UPRIGHT
-        if sound.format not in formats or sound.halved or (sound.format != "JPEG" and number != _UPRIGHT):
+        # DALI makes CMYK a level darker or lighter where it turns it, and looks for no orientation in a PNG.
+        turned_here = number != _UPRIGHT and (sound.format != "JPEG" or sound.cmyk)
+        if sound.format not in formats or sound.halved or turned_here:
             return _uncompressed(_read_pixels(sound, channels, orientation))
         return _with_orientation(sound.data, number) if sound.format == "JPEG" else sound.data
 
@@ -335,8 +338,8 @@ def _is_exif(data: bytearray, marker: int, start: int) -> bool:
     return marker == _APP1 and data[start + 4 : start + 4 + len(_EXIF)] == _EXIF
 
 
-def _check_jpeg(data: bytearray) -> tuple[int, bool]:
-    """Bound what decoding will cost. Return the orientation, and whether it is decoded at half its width and height."""
+def _check_jpeg(data: bytearray) -> tuple[int, bool, bool]:
+    """Bound what decoding will cost. Return orientation, halved and cmyk as in `Sound`."""
     size, frame, components, orientation = None, 0, 0, 0
     for marker, start, end in _segments(data):
         if marker == _START_OF_SCAN and size is not None:
@@ -361,7 +364,7 @@ def _check_jpeg(data: bytearray) -> tuple[int, bool]:
     scans = data.count(b"\xff\xda")
     if scans > _MOST_SCANS:
         raise _Refused(f"a JPEG of {scans} scans, more than {_MOST_SCANS}")
-    return orientation or _UPRIGHT, pixels > MOST_PIXELS
+    return orientation or _UPRIGHT, pixels > MOST_PIXELS, components == 4
 
 
 def _with_orientation(data: bytearray, number: int) -> bytearray:
