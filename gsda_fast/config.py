@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 from msgspec import Meta
 
-from gsda_fast.commands import parse_command_line, program
+from gsda_fast.commands import UNSAID, parse_command_line, program
 from gsda_fast.data.benchmarks import BENCHMARKS, find_benchmark
 from gsda_fast.data.loaders import DataSettings
 from gsda_fast.errors import UsageError
@@ -61,7 +61,7 @@ class RunSettings:
     """Write a trace of that many steps, of the first process, into the run's folder, to be opened with Perfetto."""
     checkpoint_seconds: Annotated[int, Meta(ge=0)] = 60
     """Least time from one checkpoint to the next; they are written after evaluations of the target. 0: after each."""
-    output: Path | None = None
+    output: Annotated[Path | None, UNSAID] = None
     """The run's folder; runs/TASK-SOURCE-TARGET-METHOD-seedN if not given."""
     resume: Annotated[str, tyro.conf.arg(metavar="auto|never|PATH")] = "auto"
     """Resume from the newest checkpoint of the output folder, or start it afresh; PATH: begin with a checkpoint, or the
@@ -94,7 +94,7 @@ def _terms(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Primi
         metavar="[NAME=WEIGHT ...]",
         instance_from_str=_read_terms,
         is_instance=lambda value: isinstance(value, Mapping),
-        str_from_instance=lambda terms: [f"{name}={weight:g}" for name, weight in terms.items()],
+        str_from_instance=lambda terms: [f"{name}={weight:g}" for name, weight in terms.items()] or ["none"],
     )
 
 

@@ -16,7 +16,7 @@ import tyro
 from msgspec import Meta
 from rich.console import Console
 
-from gsda_fast.commands import parse_command_line, program, run_command
+from gsda_fast.commands import UNSAID, parse_command_line, program, run_command
 from gsda_fast.console import FilesDone, plain_console, progress_bars
 from gsda_fast.data.benchmarks import BENCHMARKS, EMBEDDED, Orientation, Preprocessing
 from gsda_fast.data.domains import ImageDomain, default_root, open_domain, open_folder
@@ -47,12 +47,12 @@ class EmbedSettings:
     """Its weights: a name, the path of a file, or none. timm's own are called pretrained."""
     views: Annotated[int, Meta(ge=0)] = 0
     """Augmented views of each image, beside its centre; training then takes one at random."""
-    domains: tuple[str, ...] = ()
+    domains: Annotated[tuple[str, ...], UNSAID] = ()
     """Domains of the task; all of them if none is given."""
-    output: Path | None = None
+    output: Annotated[Path | None, UNSAID] = None
     """Folder for the files; for a task one in the cache, where training looks for them, if not given; for a folder,
     `embeddings`."""
-    data_root: Path | None = None
+    data_root: Annotated[Path | None, UNSAID] = None
     """Folder of the data set; the environment variable GSDA_DATA if not given."""
     orientation: Orientation = "exif"
     """Turn photos as their EXIF orientation says, or use their pixels as they are stored."""

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import tyro
 
-from gsda_fast.commands import parse_command_line, program, run_command
+from gsda_fast.commands import UNSAID, parse_command_line, program, run_command
 from gsda_fast.console import plain_console, progress_bars, spreadsheet_text
 from gsda_fast.data.domains import ImageDomain, open_features, open_image, open_images
 from gsda_fast.errors import UsageError, visible
@@ -37,7 +37,7 @@ class PredictSettings(EvaluationOptions):
     folder: tyro.conf.Positional[Path]
     """Folder of images, which may lie anywhere below it, or one image; a file of features for a run on features."""
     _: KW_ONLY
-    output: Path | None = None
+    output: Annotated[Path | None, UNSAID] = None
     """CSV file to write; standard output if not given."""
     batch_size: int = 256
     """Images in a batch."""

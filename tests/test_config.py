@@ -158,9 +158,11 @@ def test_help_prints_the_preset(task: str, capsys: pytest.CaptureFixture[str], m
     }
     for name, value in settings.items():
         option = name.replace("_", "-")
-        value = "" if value == {} else value
         (block,) = (block for block in blocks if re.match(rf"--{option}[ ,]", block))
-        assert f"(default: {value})" in block
+        if value is None:
+            assert "default" not in block
+        else:
+            assert f"(default: {'none' if value == {} else value})" in block
 
 
 def test_every_benchmark_has_a_preset() -> None:

@@ -286,6 +286,16 @@ def test_quarantined_files_are_left_out(photos: Path) -> None:
     assert len(listed.read_text().splitlines()) == 2
 
 
+def test_a_quarantine_list_of_nothing_is_not_written(photos: Path) -> None:
+    listed = photos / "bad.txt"
+    code, told = run(*FOLDER, "--data-root", str(photos), "--quarantine", str(listed))
+    assert code == 0
+    assert f"{listed}: not written, as nothing is to be left out" in told
+    assert not listed.exists()
+    with pytest.raises(UsageError, match=r"--quarantine: found .*bad.txt .*; leave the option out"):
+        open_pair("folder", "photos", "new", photos, listed)
+
+
 def test_names_in_brackets_are_told_whole(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_bad(photos / "photos" / "dog" / "[red] 1.jpg", "zero bytes")
     listed = photos / "[bad].txt"
@@ -309,8 +319,9 @@ def test_quarantine_of_a_benchmark(tmp_path: Path) -> None:
 def test_quarantine_list_that_cannot_be_used(photos: Path) -> None:
     with pytest.raises(UsageError, match=r"--quarantine: found .*nowhere.txt"):
         open_pair("folder", "photos", "new", photos, photos / "nowhere.txt")
+    write_bad(photos / "photos" / "dog" / "frame_0002.jpg", "zero bytes")
     with pytest.raises(UsageError, match=r"--quarantine: found .*that can be written"):
-        write_quarantine(photos / "nowhere" / "bad.txt", [])
+        write_quarantine(photos / "nowhere" / "bad.txt", verify("folder", "photos", "new", photos))
     (photos / "binary").write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="--quarantine"):
         open_pair("folder", "photos", "new", photos, photos / "binary")

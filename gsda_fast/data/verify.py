@@ -418,7 +418,7 @@ def findings_table(task: str, findings: list[Finding]) -> Table:
 
 
 def write_quarantine(listed: Path, findings: list[Finding]) -> int:
-    """Add every unreadable file to a list, one full path a line.
+    """Add every unreadable file to a list, one full path a line; a list of none is not written.
 
     Returns:
         The number of files on the list now.
@@ -430,6 +430,8 @@ def write_quarantine(listed: Path, findings: list[Finding]) -> int:
         earlier = read_list(listed) if listed.exists() else []
         bad = {os.path.abspath(path) for finding in findings for path, _ in finding.unreadable}
         paths = sorted(bad.union(earlier))
+        if not paths:
+            return 0
         with atomic_file(listed) as file:
             file.writelines(list_line(path) for path in paths)
     except OSError as error:
