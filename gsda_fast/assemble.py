@@ -47,7 +47,8 @@ def resolve(config: Config, world_size: int = 1) -> tuple[Config, ImageDomain, I
     if data.synthetic:
         source, target = synthetic_pair(find_benchmark(config.task))
     else:
-        source, target = open_pair(config.task, data.source, data.target, data.data_root, data.quarantine)
+        names = data.source, data.target, data.data_root, data.quarantine
+        source, target = open_pair(config.task, *names, data.orientation)
     # A pack has other pixels than the raw files, so a run says that it reads one, also where GSDA_DATA names it.
     data_root = data.data_root if source.packed is None else source.root
     run = config.run

@@ -15,7 +15,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType
-from typing import Any, NoReturn, TypeVar, get_args
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import tyro
 
@@ -27,12 +27,21 @@ T = TypeVar("T")
 _OPTIONAL = tyro.constructors.ConstructorRegistry()
 _PLACEHOLDERS = {Path: "PATH", str: "STR", int: "INT"}
 
+UNSAID = tyro.conf.arg(
+    help_behavior_hint=lambda default: f"(default: {default})" if default not in ("None", "") else ""
+)
+"""For an option whose help says what happens without it: `(default: None)` behind that says less."""
+
 
 @_OPTIONAL.primitive_rule
 def _optional(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
     """Show what an option takes that may also be left out as `PATH`; tyro's own form is `{None}|PATH`."""
     kinds = [kind for kind in get_args(info.type) if kind is not NoneType]
-    if NoneType not in get_args(info.type) or len(kinds) != 1 or kinds[0] not in _PLACEHOLDERS:
+    if NoneType not in get_args(info.type) or len(kinds) != 1:
+        return None
+    if get_origin(kinds[0]) is Literal:
+        return _optional_choice(get_args(kinds[0]))
+    if kinds[0] not in _PLACEHOLDERS:
         return None
     kind: Any = kinds[0]
     return tyro.constructors.PrimitiveConstructorSpec(
@@ -41,6 +50,18 @@ def _optional(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Pr
         instance_from_str=lambda words: kind(words[0]),
         is_instance=lambda value: value is None or isinstance(value, kind),
         str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _optional_choice(choices: tuple[Any, ...]) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
+    words = {str(choice): choice for choice in choices}
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{{{','.join(words)}}}",
+        instance_from_str=lambda given: words[given[0]],
+        is_instance=lambda value: value is None or value in choices,
+        str_from_instance=lambda value: [str(value)],
+        choices=tuple(words),
     )
 
 

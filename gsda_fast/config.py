@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 from msgspec import Meta
 
-from gsda_fast.commands import parse_command_line, program
+from gsda_fast.commands import UNSAID, parse_command_line, program
 from gsda_fast.data.benchmarks import BENCHMARKS, find_benchmark
 from gsda_fast.data.loaders import DataSettings
 from gsda_fast.errors import UsageError
@@ -61,7 +61,7 @@ class RunSettings:
     """Write a trace of that many steps, of the first process, into the run's folder, to be opened with Perfetto."""
     checkpoint_seconds: Annotated[int, Meta(ge=0)] = 60
     """Least time from one checkpoint to the next; they are written after evaluations of the target. 0: after each."""
-    output: Path | None = None
+    output: Annotated[Path | None, UNSAID] = None
     """The run's folder; runs/TASK-SOURCE-TARGET-METHOD-seedN if not given."""
     resume: Annotated[str, tyro.conf.arg(metavar="auto|never|PATH")] = "auto"
     """Resume from the newest checkpoint of the output folder, or start it afresh; PATH: begin with a checkpoint, or the
@@ -94,7 +94,7 @@ def _terms(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Primi
         metavar="[NAME=WEIGHT ...]",
         instance_from_str=_read_terms,
         is_instance=lambda value: isinstance(value, Mapping),
-        str_from_instance=lambda terms: [f"{name}={weight:g}" for name, weight in terms.items()],
+        str_from_instance=lambda terms: [f"{name}={weight:g}" for name, weight in terms.items()] or ["none"],
     )
 
 
@@ -146,8 +146,8 @@ class Config:
         return dataclasses.asdict(self)
 
     def with_defaults(self, names: Iterable[str]) -> Config:
-        """Return the same with some settings, by names such as ``data.workers``, as the preset has them."""
-        default, changed = preset(self.task, self.run.method, self.run.recipe), self
+        """Return the same with some settings, by names such as ``data.workers``, as in a run that knew none of them."""
+        default, changed = _as_before(preset(self.task, self.run.method, self.run.recipe)), self
         for name in names:
             table, _, setting = name.partition(".")
             value = getattr(getattr(default, table), setting)
@@ -241,6 +241,16 @@ def preset(task: str, method: str = "gsda", recipe: str = "common") -> Config:
             for table, values in tables.items():
                 config = replace(config, **{table: replace(getattr(config, table), **values)})
     return config
+
+
+def _as_before(config: Config) -> Config:
+    """Return a preset with what was done before there were settings for it, where that is another than the default.
+
+    All pixels were used as they are stored. Of images that are never turned `orientation` says nothing.
+    """
+    if find_benchmark(config.task).orientation("exif") == "stored":
+        return config
+    return replace(config, data=replace(config.data, orientation="stored"))
 
 
 def configure(task: str, method: str = "gsda", *, recipe: str = "common", **options: Any) -> Config:
@@ -358,6 +368,8 @@ def _with_values(arguments: list[str]) -> list[str]:
 def config_from_dict(tables: dict[str, Any], origin: str) -> Config:
     """Return the inverse of `Config.to_dict`; settings left out keep the defaults of the preset.
 
+    A file of a run has every setting: what it lacks was none when it was written, see `_as_before`.
+
     Args:
         tables: as read from config.toml. origin: the file's name, for messages.
 
@@ -380,6 +392,9 @@ def config_from_dict(tables: dict[str, Any], origin: str) -> Config:
         default = preset(task, method, recipe)
     except UsageError as error:
         raise UsageError(origin, found=f"{error.what[2:]} = {error.found}", expected=error.expected) from error
+    data = tables.get("data")
+    if isinstance(data, dict) and "loader" in data:  # a run's, not one that somebody has written by hand
+        default = _as_before(default)
     known, read = _tables(default), {}
     for name, table in tables.items():
         if name == "task":

@@ -16,9 +16,9 @@ import tyro
 from msgspec import Meta
 from rich.console import Console
 
-from gsda_fast.commands import parse_command_line, program, run_command
+from gsda_fast.commands import UNSAID, parse_command_line, program, run_command
 from gsda_fast.console import FilesDone, plain_console, progress_bars
-from gsda_fast.data.benchmarks import BENCHMARKS, EMBEDDED, Preprocessing
+from gsda_fast.data.benchmarks import BENCHMARKS, EMBEDDED, Orientation, Preprocessing
 from gsda_fast.data.domains import ImageDomain, default_root, open_domain, open_folder
 from gsda_fast.data.embeddings import digest_of_table, write_table
 from gsda_fast.data.sampling import stored_augmentation
@@ -47,13 +47,15 @@ class EmbedSettings:
     """Its weights: a name, the path of a file, or none. timm's own are called pretrained."""
     views: Annotated[int, Meta(ge=0)] = 0
     """Augmented views of each image, beside its centre; training then takes one at random."""
-    domains: tuple[str, ...] = ()
+    domains: Annotated[tuple[str, ...], UNSAID] = ()
     """Domains of the task; all of them if none is given."""
-    output: Path | None = None
+    output: Annotated[Path | None, UNSAID] = None
     """Folder for the files; for a task one in the cache, where training looks for them, if not given; for a folder,
     `embeddings`."""
-    data_root: Path | None = None
+    data_root: Annotated[Path | None, UNSAID] = None
     """Folder of the data set; the environment variable GSDA_DATA if not given."""
+    orientation: Orientation = "exif"
+    """Turn photos as their EXIF orientation says, or use their pixels as they are stored."""
     batch_size: Annotated[int, Meta(ge=0)] = 0
     """Images in a batch; 0: 128 on a GPU, 16 on a CPU, whose memory allocator makes more of them slower."""
     device: Device = "auto"
@@ -121,11 +123,13 @@ def _domains(settings: EmbedSettings) -> tuple[Sequence[ImageDomain], Preprocess
         if not folder.is_dir():
             expected = f"a folder of images, or one of {', '.join(name for name, b in BENCHMARKS.items() if b.domains)}"
             raise UsageError("TASK|FOLDER", found=f"'{settings.what}'", expected=expected)
-        return [open_folder(folder.resolve())], BENCHMARKS[_FOLDER_TASK].preprocessing
+        return [open_folder(folder.resolve(), settings.orientation)], BENCHMARKS[_FOLDER_TASK].preprocessing
     if benchmark.preprocessing.channels != 3:
         raise UsageError("TASK|FOLDER", found=settings.what, expected="a task whose samples are colour images")
     names = settings.domains or tuple(facts.name for facts in benchmark.domains)
-    domains = [open_domain(benchmark.name, name, settings.data_root) for name in names]
+    domains = [
+        open_domain(benchmark.name, name, settings.data_root, orientation=settings.orientation) for name in names
+    ]
     from gsda_fast.data.verify import require_readable
 
     for domain in domains:
@@ -207,6 +211,8 @@ def _embed_domain(
 def _digest(domain: ImageDomain, network: _Network, preprocessing: Preprocessing, views: int) -> str:
     """What the rows are a function of: the files, as far as names, sizes and times tell, weights and settings."""
     settings = {"recipe": asdict(preprocessing), "views": views, "classes": domain.classes}
+    if domain.orientation != "stored":  # as all was read before there was a choice, so that its digest stays
+        settings["orientation"] = domain.orientation
     found = hashlib.sha256(f"{json.dumps(settings)} {network.digest}".encode())
     for sample, (name, label) in enumerate(zip(domain.paths, domain.labels.tolist())):
         state = "" if domain.packed is not None else _state(domain.file(sample))

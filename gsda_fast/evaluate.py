@@ -6,12 +6,12 @@ import sys
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.table import Table
 
-from gsda_fast.commands import parse_command_line, program, run_command
+from gsda_fast.commands import UNSAID, parse_command_line, program, run_command
 from gsda_fast.console import plain_console
 from gsda_fast.data.benchmarks import Crops
 from gsda_fast.data.domains import ImageDomain
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 class EvaluateSettings(EvaluationOptions):
     """What to evaluate."""
 
-    test_crops: Crops | None = None
+    test_crops: Annotated[Crops | None, UNSAID] = None
     """Crops of each image over which to average; as many as in the run if not given."""
-    data_root: Path | None = None
+    data_root: Annotated[Path | None, UNSAID] = None
     """Folder of the data set or of a pack; that of the run if not given."""
 
 

@@ -7,11 +7,11 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from gsda_fast.commands import parse_command_line, program, run_command
+from gsda_fast.commands import UNSAID, parse_command_line, program, run_command
 from gsda_fast.console import echo
 from gsda_fast.errors import UsageError
 from gsda_fast.files import atomic_file
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class ExportSettings(CheckpointOptions):
     """What to export."""
 
-    output: Path | None = None
+    output: Annotated[Path | None, UNSAID] = None
     """Folder for model.safetensors and model.pt2; `export` in the run's folder if not given."""
 
 
@@ -94,6 +94,7 @@ def facts(trained: TrainedModel) -> dict[str, Any]:
         "bottleneck_dim": model.bottleneck_dim,
         "bottleneck_activation": model.bottleneck_activation,
         **{name: dataclasses.asdict(preprocessing)[name] for name in ("resize", "crop", "channels", "mean", "std")},
+        **({} if model.backbone == FEATURES else {"orientation": trained.config.data.orientation}),
         "classes": trained.classes,
     }
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
+
+from gsda_fast.commands import UNSAID
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -18,7 +20,7 @@ class CheckpointOptions:
     run: tyro.conf.Positional[Path]
     """Folder of a finished or interrupted run."""
     _: KW_ONLY
-    checkpoint: int | None = None
+    checkpoint: Annotated[int | None, UNSAID] = None
     """Step of the checkpoint; the newest one if not given."""
 
 

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import tyro
 
-from gsda_fast.commands import parse_command_line, program, run_command
+from gsda_fast.commands import UNSAID, parse_command_line, program, run_command
 from gsda_fast.console import plain_console, progress_bars, spreadsheet_text
 from gsda_fast.data.domains import ImageDomain, open_features, open_image, open_images
 from gsda_fast.errors import UsageError, visible
@@ -37,7 +37,7 @@ class PredictSettings(EvaluationOptions):
     folder: tyro.conf.Positional[Path]
     """Folder of images, which may lie anywhere below it, or one image; a file of features for a run on features."""
     _: KW_ONLY
-    output: Path | None = None
+    output: Annotated[Path | None, UNSAID] = None
     """CSV file to write; standard output if not given."""
     batch_size: int = 256
     """Images in a batch."""
@@ -76,6 +76,8 @@ def predict(trained: TrainedModel, images: ImageDomain, batch_size: int = 256) -
 def open_samples(trained: TrainedModel, place: Path) -> ImageDomain:
     """Return what is to be classified: images below a folder, an image file, or the rows of a file of features.
 
+    Photos are turned, or not, as in the run's training.
+
     Raises:
         UsageError: it is not there, or not what the run was trained on.
     """
@@ -84,7 +86,8 @@ def open_samples(trained: TrainedModel, place: Path) -> ImageDomain:
 
     model = trained.config.model
     if model.backbone != FEATURES:
-        return open_image(place, trained.classes) if place.is_file() else open_images(place, trained.classes)
+        open_place = open_image if place.is_file() else open_images
+        return open_place(place, trained.classes, trained.config.data.orientation)
     rows = open_features(place, trained.classes)
     assert rows.rows is not None
     require_row_size(str(place), rows.rows.dim, model)

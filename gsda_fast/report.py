@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from gsda_fast.commands import parse_command_line, program, run_command
+from gsda_fast.commands import UNSAID, parse_command_line, program, run_command
 from gsda_fast.data.benchmarks import Benchmark, find_benchmark
 from gsda_fast.errors import UsageError
 from gsda_fast.results.run_folder import RunFolder
@@ -25,10 +25,12 @@ _MOST_RUNS = 12
 class ReportOptions:
     """Draws one self-contained HTML page about one run, about several for comparison, or about a suite's folder."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
+    runs: Annotated[
+        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="")
+    ]
     """Folders of the runs, finished or interrupted; or the one folder of a suite."""
 
-    output: Path | None = None
+    output: Annotated[Path | None, UNSAID] = None
     """Folder for the page: the run's own for one run, `report` beside the runs for several. A suite's page is always
     in its own folder."""
 

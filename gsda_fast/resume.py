@@ -129,6 +129,7 @@ def run_identity(config: Config, source: ImageDomain, target: ImageDomain, proce
         "--source": source.identity,
         "--target": target.identity,
         "--loader": config.data.loader,
+        "--orientation": source.orientation,
         "classes": list(source.classes),
     }
 
@@ -206,7 +207,8 @@ def _require_same(stored: Mapping[str, Any], now: Mapping[str, Any], origin: str
         # A run may begin with another seed's checkpoint; of its own folder `require_own` has asked.
         if name == "--seed" or (name == "--method" and name not in stored):
             continue
-        there = stored.get(name)
+        # Checkpoints that do not say are older than the choice.
+        there = stored.get(name, "stored" if name == "--orientation" else None)
         if there == value:
             continue
         found, expected = str(value), str(there)

@@ -223,7 +223,8 @@ class Run:
         if not self.folder.config_path.is_file():
             return self.folder.read_result()
         stored, asked = flat_settings(self.folder.read_config()), flat_settings(config.to_dict())
-        # A setting that the file lacks is younger than the run, which had its default. No file of a run lacks the task.
+        # A setting that the file lacks is younger than the run, which had its default, or what was done before it.
+        # No file of a run lacks the task.
         added = [name for name in asked if name not in stored and name.count(".") == 1]
         defaults = config.with_defaults(added)
         default = flat_settings(with_choices(defaults, self.source, self.target, self.ranks.world_size).to_dict())

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from gsda_fast.commands import parse_command_line, program
+from gsda_fast.commands import UNSAID, parse_command_line, program
 from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.errors import UsageError
 
@@ -29,7 +29,7 @@ class SuiteSettings:
 
     task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="|".join(BENCHMARKS))]
     """Benchmark."""
-    methods: tuple[str, ...] = ()
+    methods: Annotated[tuple[str, ...], UNSAID] = ()
     """Methods to run; all: every one; baselines: source-only and those that others published. If none is given: those
     of --ablation and dann; with --sweep gsda alone; with --paired those of
     --ablation."""
@@ -39,19 +39,19 @@ class SuiteSettings:
     """Also report the paired differences between the methods, of the accuracy and of the gradients' mismatch. Runs of
     one transfer task and seed share initial weights, groups, samples and so the whole warm-up. With --sweep also those
     between the settings."""
-    sweep: tuple[str, ...] = ()
+    sweep: Annotated[tuple[str, ...], UNSAID] = ()
     """Options with several values each, such as alpha=0.02,0.1 beta=0,1: all runs with each combination."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds to run each method with."""
-    tasks: tuple[str, ...] = ()
+    tasks: Annotated[tuple[str, ...], UNSAID] = ()
     """Transfer tasks such as A->W; all of the benchmark's if none is given."""
     jobs: int = 0
     """Runs at a time; 0: one on each GPU, or one on each CPU core, 16 at most."""
-    output: Path | None = None
+    output: Annotated[Path | None, UNSAID] = None
     """Folder of the suite; runs/suite-TASK if not given."""
     report: bool = False
     """Draw the page of plots, as gsda_fast.report does for the suite's folder."""
-    slurm: str | None = None
+    slurm: Annotated[str | None, UNSAID] = None
     """Submit the suite to this partition of Slurm, with the extra `slurm`, as jobs that share its runs."""
     gpus: int = 1
     """With --slurm: how many jobs, each with one GPU."""

@@ -48,3 +48,24 @@ def refuse(monkeypatch: pytest.MonkeyPatch, folder: Path, code: int = errno.EACC
     monkeypatch.setattr(os, "stat", refusing(os.stat, itself=False))
     monkeypatch.setattr(os, "scandir", refusing(os.scandir, itself=True))
     monkeypatch.setattr(os, "listdir", refusing(os.listdir, itself=True))
+
+
+STORED_AS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+"""What a camera did to what it saw, by the EXIF orientation that undoes it; Pillow counts angles anticlockwise."""
+
+
+def save_turned(path: Path, image: Image.Image, orientation: int, **how: Any) -> Path:
+    """Store an image as a camera does that is held some way: pixels as its sensor has them, and an orientation."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = image.transpose(STORED_AS[orientation]) if orientation in STORED_AS else image
+    stored.save(path, exif=exif, **how)
+    return path

@@ -50,6 +50,31 @@ def test_help_names_the_command_as_it_was_called(
     assert "python -m" not in called.out.partition("\n")[0]
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("train", "digits"), ("suite", "digits"), ("evaluate",), ("predict",), ("export",), ("report",), ("embed",),
+        ("data", "verify"), ("data", "pack"), ("data", "build"),
+    ],
+)  # fmt: skip
+def test_help_has_no_python_in_it(
+    command: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = Called(capsys, monkeypatch, *command, "--help")
+    assert called.code == 0
+    assert not re.search(r"None|\(default: \)|Literal", called.out)
+
+
+def test_what_may_be_left_out_is_still_checked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = Called(capsys, monkeypatch, "evaluate", "nowhere", "--test-crops", "3")
+    assert called.code == 2
+    assert "--test-crops" in called.told
+    assert called.told.count("nowhere") == 0
+    assert "found nothing" in Called(capsys, monkeypatch, "evaluate", "nowhere", "--test-crops", "10").told
+
+
 def test_help_without_a_task_names_the_tasks(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,6 +34,7 @@ OPTIONS = """
 --data-root PATH
 --quarantine PATH
 --verify, --no-verify
+--orientation {exif,stored}
 --loader {auto,dali,torch}
 --workers INT
 --cache-on-device, --no-cache-on-device
@@ -157,9 +158,11 @@ def test_help_prints_the_preset(task: str, capsys: pytest.CaptureFixture[str], m
     }
     for name, value in settings.items():
         option = name.replace("_", "-")
-        value = "" if value == {} else value
         (block,) = (block for block in blocks if re.match(rf"--{option}[ ,]", block))
-        assert f"(default: {value})" in block
+        if value is None:
+            assert "default" not in block
+        else:
+            assert f"(default: {'none' if value == {} else value})" in block
 
 
 def test_every_benchmark_has_a_preset() -> None:
@@ -233,6 +236,23 @@ def test_what_a_file_leaves_out_is_the_presets(tmp_path: Path) -> None:
     assert found == expected
     assert type(found.method.beta) is float  # `beta = 2` is the same run as `beta = 2.0`
     assert parse("--config", file, "--beta", "4").method.beta == 4
+
+
+def test_a_run_that_is_older_than_orientation_used_pixels_as_stored(tmp_path: Path) -> None:
+    for task, expected in {
+        "folder": "stored",
+        "visda": "stored",
+        "digits": "exif",
+        "pictures-features": "exif",
+    }.items():
+        tables = preset(task).to_dict()
+        del tables["data"]["orientation"]
+        folder = RunFolder(tmp_path)
+        folder.write_config(tables)
+        assert parse("--config", str(folder.config_path)).data.orientation == expected
+        assert preset(task).data.orientation == "exif"
+    by_hand = write(tmp_path, 'task = "folder"\n[data]\ndata_root = "here"\n')
+    assert parse("--config", by_hand).data.orientation == "exif"
 
 
 @pytest.mark.parametrize(

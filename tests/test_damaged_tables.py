@@ -190,8 +190,11 @@ def test_a_list_of_images_reaches_nothing_outside(tmp_path: Path, path: str) -> 
 # ----------------------------------------------------------------------------------------------- what was verified
 
 
+REMEMBERED = b'{"digest": "00", "unreadable": [["/etc/passwd", "x"]], "misnamed": [], "turned": 0, "halved": 0}\n'
+
+
 @FUZZ
-@given(content=broken(b'{"digest": "00", "unreadable": [["/etc/passwd", "x"]], "misnamed": []}\n'))
+@given(content=broken(REMEMBERED))
 def test_what_is_remembered_of_a_check(photos: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
     source, _ = open_pair("folder", "photos", "photos", photos)
     unreadable_files(source)

@@ -14,8 +14,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from image_trees import natural_image
-from PIL import Image
+from image_trees import natural_image, save_turned
+from PIL import Image, ImageOps
+from torchvision.io import decode_image
 
 from gsda_fast.data import decoding
 from gsda_fast.data.decoding import FORMATS, MOST_BYTES, format_of, inspect, read_encoded, read_image
@@ -46,16 +47,16 @@ def refusal(path: Path, content: bytes, channels: int = 3) -> str:
 def test_content_decides_and_not_the_name(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "photo.jpg"
     path.write_bytes(encoded(kind))
-    assert inspect(str(path), 3) == kind
-    assert read_image(str(path), 3).shape == (3, 30, 40)
-    assert read_image(str(path), 1).shape == (1, 30, 40)
+    assert inspect(str(path), 3).format == kind
+    assert read_image(str(path), 3, "exif").shape == (3, 30, 40)
+    assert read_image(str(path), 1, "exif").shape == (1, 30, 40)
     # Another decoder is given the file, or what this one made of it.
-    assert bytes(read_encoded(str(path), 3, (kind,))[:20]) == path.read_bytes()[:20]
+    assert bytes(read_encoded(str(path), 3, (kind,), "exif")[:20]) == path.read_bytes()[:20]
     for channels, header in ((3, b"P6 40 30 255\n"), (1, b"P5 40 30 255\n")):
-        data = read_encoded(str(path), channels, ())
+        data = read_encoded(str(path), channels, (), "exif")
         assert data.startswith(header)
         pixels = torch.frombuffer(data[len(header) :], dtype=torch.uint8).view(30, 40, channels).permute(2, 0, 1)
-        assert torch.equal(pixels, read_image(str(path), channels))
+        assert torch.equal(pixels, read_image(str(path), channels, "exif"))
 
 
 @pytest.mark.parametrize("kind", ["TGA", "PCX", "ICO", "PPM", "JPEG2000", "EPS", "PDF", "SGI", "MSP", "XBM"])
@@ -102,7 +103,7 @@ def test_entries_that_are_no_files_are_named_at_once(tmp_path: Path) -> None:
     told = {"pipe": "a named pipe", "zero": "a device", "folder": "a folder", "socket": "a socket"}
     for name, words in (told | {"sparse": f"more than the {MOST_BYTES} that an image may have"}).items():
         with pytest.raises(UsageError, match=words):
-            read_encoded(str(tmp_path / name), 3, FORMATS)
+            read_encoded(str(tmp_path / name), 3, FORMATS, "exif")
 
 
 # -------------------------------------------------------------------------------------------------------------- sizes
@@ -172,7 +173,7 @@ def test_more_pixels_than_the_header_says_are_not_inflated(tmp_path: Path) -> No
     path = tmp_path / "a.png"
     path.write_bytes(png(bomb))
     tracemalloc.start()
-    assert inspect(str(path), 3) == "PNG"
+    assert inspect(str(path), 3).format == "PNG"
     assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
     tracemalloc.stop()
 
@@ -182,9 +183,9 @@ def test_texts_and_profiles_of_a_png_go_nowhere(tmp_path: Path) -> None:
     extra = chunk(b"zTXt", b"x\0\0" + bomb) + chunk(b"iCCP", b"x\0\0" + bomb) + chunk(b"eXIf", b"MM\0*")
     path = tmp_path / "a.png"
     path.write_bytes(png(zlib.compress(ROWS), 40, 30, 8, 2, extra))
-    assert bytes(read_encoded(str(path), 3, FORMATS)) == png(zlib.compress(ROWS))
+    assert bytes(read_encoded(str(path), 3, FORMATS, "exif")) == png(zlib.compress(ROWS))
     expected = torch.frombuffer(bytearray(ROWS), dtype=torch.uint8).view(30, 121)[:, 1:].reshape(30, 40, 3)
-    assert torch.equal(read_image(str(path), 3).permute(1, 2, 0), expected)
+    assert torch.equal(read_image(str(path), 3, "exif").permute(1, 2, 0), expected)
 
 
 # ------------------------------------------------------------------------------------------------------------- damage
@@ -238,12 +239,152 @@ def test_a_tiff_that_loaders_read_in_different_ways_is_refused(tmp_path: Path) -
     forms = {
         "Lab": encoded("TIFF", image.convert("LAB")),
         "grey TIFF with alpha": encoded("TIFF", image.convert("LA")),
-        "to be turned": encoded("TIFF", image, tiffinfo={274: 6}),
         "several pages": encoded("TIFF", image, save_all=True, append_images=[image]),
         "how many bits": encoded("TIFF", image.convert("1")),
     }
     for told, content in forms.items():
         assert told in refusal(tmp_path / "a.tif", content), told
+
+
+# -------------------------------------------------------------------------------------------------------- orientation
+
+
+LOSSLESS: dict[str, dict[str, object]] = {
+    "a.jpg": {}, "a.png": {}, "a.webp": {"lossless": True}, "a.tif": {}, "a.avif": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+@pytest.mark.parametrize("number", range(1, 9))
+def test_a_photo_is_turned_as_its_orientation_says(tmp_path: Path, name: str, number: int) -> None:
+    upright = natural_image(3, 41, 30)
+    path = save_turned(tmp_path / name, upright, number, **LOSSLESS[name])
+    for channels in (3, 1):
+        seen, stored = (read_image(str(path), channels, orientation) for orientation in ("exif", "stored"))
+        assert seen.shape == (channels, 30, 41)
+        # Pillow turns what was stored.
+        image = Image.fromarray(stored.permute(1, 2, 0).squeeze(2).numpy())
+        image.getexif()[0x0112] = number
+        assert (np.asarray(ImageOps.exif_transpose(image)) == seen.permute(1, 2, 0).squeeze(2).numpy()).all()
+        assert seen.permute(1, 2, 0).is_contiguous()
+    if name in ("a.png", "a.webp", "a.tif"):
+        assert (read_image(str(path), 3, "exif").permute(1, 2, 0).numpy() == np.asarray(upright)).all()
+    assert inspect(str(path), 3).orientation == number
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_another_decoder_finds_one_orientation_and_no_more(tmp_path: Path, number: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = number, "a maker"
+    path, other = tmp_path / "a.jpg", Image.Exif()
+    other[0x0112] = 1 + number % 8
+    data = encoded("JPEG", exif=exif, comment=b"kept")
+    place = data.index(b"\xff\xdb")
+    block = other.tobytes()
+    second = struct.pack(">BBH", 0xFF, 0xE1, 2 + len(block)) + block
+    path.write_bytes(data[:place] + second + data[place:])  # the first of two counts
+    for orientation, expected in (("exif", number), ("stored", 1)):
+        given = read_encoded(str(path), 3, ("JPEG",), orientation)
+        assert given.count(b"Exif\0\0") == (expected != 1)
+        with Image.open(BytesIO(given)) as image:
+            assert dict(image.getexif()) == ({0x0112: expected} if expected != 1 else {})
+            assert image.info["comment"] == b"kept"
+        pixels = read_image(str(path), 3, "stored")
+        assert torch.equal(decode_image(torch.frombuffer(given, dtype=torch.uint8), mode="RGB"), pixels)
+    assert inspect(str(path), 3).orientation == number
+
+
+def test_a_file_without_exif_reaches_another_decoder_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(encoded("JPEG"))
+    assert bytes(read_encoded(str(path), 3, ("JPEG",), "exif")) == path.read_bytes()
+
+
+def exif_block(entries: bytes, count: int, order: str = ">", first: int = 8) -> bytes:
+    start = b"MM\0*" if order == ">" else b"II*\0"
+    return b"Exif\0\0" + start + struct.pack(f"{order}IH", first, count) + entries
+
+
+@pytest.mark.parametrize(
+    ("block", "expected"),
+    [
+        (exif_block(struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0), 1, "<"), 6),
+        (exif_block(struct.pack(">HHIIHHIHH", 0x010F, 2, 99, 2**31, 0x0112, 3, 1, 8, 0), 2), 8),
+        (exif_block(struct.pack(">HHIHH", 0x0112, 3, 1, 0, 0), 1), 1),
+        (exif_block(struct.pack(">HHIHH", 0x0112, 3, 1, 9, 0), 1), 1),
+        (exif_block(struct.pack(">HHIHH", 0x0112, 2, 1, 6, 0), 1), 1),
+        (exif_block(struct.pack(">HHIHH", 0x0112, 3, 7, 6, 0), 1), 1),
+        (exif_block(struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)[:-3], 1), 1),
+        (exif_block(b"", 65_535), 1),
+        (exif_block(b"", 1, first=2**32 - 1), 1),
+        (b"Exif\0\0", 1),
+        (b"Exif\0\0MM", 1),
+    ],
+    ids=["little", "other", "zero", "nine", "text", "several", "cut", "empty", "far", "none", "short"],
+)
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_exif_that_says_nothing_means_upright(tmp_path: Path, block: bytes, expected: int) -> None:
+    data, path = encoded("JPEG"), tmp_path / "a.jpg"
+    path.write_bytes(data[:2] + struct.pack(">BBH", 0xFF, 0xE1, 2 + len(block)) + block + data[2:])
+    assert inspect(str(path), 3).orientation == expected
+
+
+# ------------------------------------------------------------------------------------------------------- large photos
+
+
+def test_a_photo_of_200_megapixels_is_read_at_half_its_size(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    # Flat, so that 201 million pixels take little room. A phone's frame, in grey.
+    Image.new("L", (16_384, 12_288), 90).save(path, quality=50)
+    assert path.stat().st_size < 3 * 2**20
+    found = read_image(str(path), 1, "exif")
+    assert found.shape == (1, 6_144, 8_192)
+    assert found.float().mean() == 90
+    assert inspect(str(path), 1) == ("JPEG", 1, True)
+
+
+def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For photos of 40 x 30 pixels, that are then read at half their size, and of 80 x 60, which are too large."""
+    monkeypatch.setattr(decoding, "MOST_PIXELS", 1_000)
+    monkeypatch.setattr(decoding, "MOST_HALVED", 4_000)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("channels", [3, 1])
+@pytest.mark.parametrize("number", [1, 6])
+def test_what_is_halved_looks_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, channels: int, number: int
+) -> None:
+    path = save_turned(tmp_path / "a.jpg", natural_image(5, 42, 30).convert(mode), number, quality=95)
+    whole = read_image(str(path), channels, "exif").float()
+    small_limits(monkeypatch)
+    halved = read_image(str(path), channels, "exif")
+    assert halved.shape == (channels, 15, 21)
+    means = torch.nn.functional.avg_pool2d(whole, 2)
+    assert (halved - means).abs().mean() < 4
+    # The other loader is given the same pixels.
+    given = read_encoded(str(path), channels, ("JPEG",), "exif")
+    assert given.startswith(b"P6 21 15 255" if channels == 3 else b"P5 21 15 255")
+    assert bytes(given[13:]) == halved.permute(1, 2, 0).contiguous().numpy().tobytes()
+
+
+@pytest.mark.parametrize(
+    ("size", "how", "told", "remedy"),
+    [
+        ((80, 60), {}, "a header of 80x60 pixels, more than 4000 in all", "make it smaller, or take it out"),
+        ((40, 30), {"progressive": True}, "a progressive JPEG of 40x30 pixels, more than 1000", "as a baseline JPEG"),
+    ],
+)
+def test_a_photo_that_is_too_large_is_named_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], how: dict[str, bool], told: str, remedy: str
+) -> None:
+    small_limits(monkeypatch)
+    path = tmp_path / "a.jpg"
+    path.write_bytes(encoded("JPEG", natural_image(1, *size), **how))
+    with pytest.raises(UsageError) as error:
+        read_image(str(path), 3, "exif")
+    assert told in error.value.found
+    assert remedy in error.value.remedy
 
 
 # --------------------------------------------------------------------------------------------------------------- fuzz
@@ -308,7 +449,7 @@ def test_no_damage_ends_in_anything_but_a_line_that_names_the_file(
     else:
         # What verification calls good is read.
         assert found in FORMATS
-        pixels = read_image(str(path), channels)
+        pixels = read_image(str(path), channels, "exif")
         assert pixels.dtype == torch.uint8
         assert pixels.shape[0] == channels
 
@@ -316,7 +457,7 @@ def test_no_damage_ends_in_anything_but_a_line_that_names_the_file(
 def outcome(path: Path, channels: int = 3) -> str | UsageError:
     """What is found in a file, or the one error that may come of it."""
     try:
-        return inspect(str(path), channels)
+        return inspect(str(path), channels).format
     except UsageError as error:
         return error
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_trees import class_tree
+from image_trees import class_tree, natural_image, save_turned
 from rich.console import Console
 from torch.testing import assert_close
 
@@ -62,6 +62,19 @@ def test_what_is_there_is_kept_until_something_changes(settings: EmbedSettings) 
     os.utime(image, ns=(1, 1))
     embed(settings)
     assert path.stat().st_mtime_ns != before
+
+
+def test_photos_are_turned_where_they_are_to_be(settings: EmbedSettings) -> None:
+    folder = Path(settings.what) / "cat"
+    for number in range(1, 9):
+        save_turned(folder / f"{number}.png", natural_image(4, 90, 60), number)
+    (path,) = embed(settings)
+    rows = read_embeddings(path).rows.values[0, :8]
+    assert_close(rows, rows[:1].repeat(8, axis=0), rtol=1e-5, atol=1e-5)
+    embed(replace(settings, orientation="stored"))  # other rows in the same file
+    stored = read_embeddings(path).rows.values[0, :8]
+    assert_close(stored[0], rows[0], rtol=1e-5, atol=1e-5)
+    assert (np.abs(stored[1:] - stored[0]).max(axis=1) > 1e-4).all()
 
 
 def test_an_interrupted_call_goes_on(settings: EmbedSettings, monkeypatch: pytest.MonkeyPatch) -> None:

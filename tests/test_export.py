@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from image_trees import save
+from image_trees import natural_image, save_turned
 from safetensors import safe_open
 from saved_run import saved_run
 
@@ -59,7 +59,8 @@ def test_the_programs_of_the_docs_give_the_same_numbers_without_this_project(exp
     folder = exported / "export"
     (program,) = [text for text in snippets() if "model.pt2" in text]
     (rebuild,) = [text for text in snippets() if "model.safetensors" in text]
-    save(folder / "photos" / "photo.jpg", width=300, height=280)
+    (folder / "photos").mkdir()
+    save_turned(folder / "photos" / "photo.jpg", natural_image(0, 300, 280), 6)
     images = torch.randn(3, 3, 224, 224)
     torch.save(images, folder / "images.pt")
     script = f"""{rebuild}
@@ -106,6 +107,7 @@ def test_facts_and_names_in_the_files(exported: Path) -> None:
         "step": 0,
         "backbone": RunFolder(exported).setting("backbone"),
         "output_layer": "fc",
+        "orientation": "exif",
         "bottleneck_dim": 256,
         "bottleneck_activation": "none",
         "resize": 256,

@@ -7,12 +7,12 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any, Literal, NoReturn
 
 import numpy as np
 import pytest
 import torch
-from image_trees import class_tree, natural_image, save
+from image_trees import class_tree, natural_image, save, save_turned
 from rich.console import Console
 
 from gsda_fast.data import pack as pack_module
@@ -132,6 +132,46 @@ def test_partial_and_full_tasks_share_a_pack(tmp_path: Path) -> None:
     sample = target.paths.index("projector/frame_0001.jpg")
     np.testing.assert_array_equal(target.packed[sample], whole.packed[whole.paths.index("projector/frame_0001.jpg")])
     assert [finding.good for finding in verify("office31", data_root=packed)] == [True] * 3
+
+
+@pytest.mark.parametrize("orientation", ["exif", "stored"])
+def test_photos_are_packed_as_training_would_read_them(raw: Path, orientation: Literal["exif", "stored"]) -> None:
+    for number in range(1, 9):
+        save_turned(raw / "photos" / "cat" / f"{number}.jpg", natural_image(1, 60, 40), number)
+    packed = pack("folder", "photos", "new", raw, output=raw.parent / "pack", orientation=orientation)
+    ours, theirs = (open_pair("folder", "photos", "new", root, orientation=orientation) for root in (packed, raw))
+    loaders = [TorchLoader(*pair, PREPROCESSING, batch_size=20, device=CPU) for pair in (ours, theirs)]
+    (found, _), (expected, _) = (next(loader.evaluate("source")) for loader in loaders)
+    assert torch.equal(found, expected)
+    apart = (found[1:8] - found[:1]).abs().mean(dim=(1, 2, 3))  # one scene, held in eight ways
+    assert (apart < 0.1).all() if orientation == "exif" else (apart > 0.2).all()
+
+
+def test_a_pack_is_read_as_it_was_made(raw: Path, packed: Path) -> None:
+    told = (
+        r"--orientation: found stored, for .*/pack, a pack that was made with exif; expected exif; "
+        r"or a pack that is made with `--orientation stored`"
+    )
+    with pytest.raises(UsageError, match=told):
+        open_pair("folder", "photos", "new", packed, orientation="stored")
+    with pytest.raises(UsageError, match=r"--orientation: found stored, for .*; expected the same for a whole pack"):
+        pack("folder", "photos", "new", raw, output=packed, orientation="stored")
+    # A pack that does not say is older than the choice.
+    table = json.loads((packed / "pack.json").read_text())
+    assert table.pop("orientation") == "exif"
+    (packed / "pack.json").write_text(json.dumps(table))
+    assert open_pair("folder", "photos", "new", packed, orientation="stored")[0].orientation == "stored"
+    with pytest.raises(UsageError, match=r"found exif, for .*, a pack that was made with stored"):
+        open_folders(packed)
+    (packed / "pack.json").write_text(json.dumps({**table, "orientation": "sideways"}))
+    with pytest.raises(UsageError, match="found the orientation sideways; expected the table of a pack"):
+        open_folders(packed)
+
+
+def test_what_this_package_makes_is_read_alike_either_way(few_digits: Path, tmp_path: Path) -> None:
+    packed = pack("digits", data_root=few_digits, output=tmp_path / "pack", workers=1)
+    for orientation in ("exif", "stored"):
+        assert open_pair("digits", data_root=packed, orientation=orientation)[0].orientation == "stored"
 
 
 def test_unlabelled_target_and_swapped_folders(raw: Path) -> None:

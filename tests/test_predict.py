@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_trees import class_tree, save
+from image_trees import class_tree, natural_image, save, save_turned
 from PIL import Image
 from rich.console import Console
 from saved_run import saved_run
@@ -113,6 +113,25 @@ def test_any_size_and_format_anywhere_below_the_folder_without_the_data_set(
     assert [row["file"] for row in rows] == names
     assert list(rows[0]) == ["file", "predicted_class", "confidence", "bicycle", "old town"]
     np.testing.assert_allclose(probabilities(rows, ["bicycle", "old town"]).sum(1), 1, rtol=1e-5)
+
+
+def test_photos_are_turned_as_in_the_run(own_classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(1, 9):
+        path = tmp_path / "photos" / f"{number}.webp"
+        path.parent.mkdir(exist_ok=True)
+        save_turned(path, natural_image(4, 90, 60), number, lossless=True)
+    found = probabilities(Called(capsys, own_classes, tmp_path / "photos").rows, ["bicycle", "old town"])
+    assert (found == found[0]).all()  # the same pixels, however the camera was held
+    one = Called(capsys, own_classes, tmp_path / "photos" / "6.webp").rows
+    assert (probabilities(one, ["bicycle", "old town"]) == found[0]).all()
+
+    older = tmp_path / "older"
+    shutil.copytree(own_classes, older)
+    settings = (older / "config.toml").read_text()
+    (older / "config.toml").write_text(settings.replace('orientation = "exif"', 'orientation = "stored"'))
+    stored = probabilities(Called(capsys, older, tmp_path / "photos").rows, ["bicycle", "old town"])
+    assert len({tuple(row) for row in stored.tolist()}) == 8
+    assert (stored[0] == found[0]).all()
 
 
 def test_ten_crops_where_the_run_is_tested_so(own_classes: Path, tmp_path: Path) -> None:

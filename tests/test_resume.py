@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from image_trees import class_tree
 from rich.console import Console
 from same_state import differences
+from saved_run import saved_run
 
 from gsda_fast import resume
 from gsda_fast.assemble import build_trainer, resolve
@@ -300,6 +302,50 @@ def test_other_classes_are_refused(classes: tuple[str, ...], found: str, first: 
         find_start(config, RunFolder(first.folder), run_identity(config, replace(source, classes=classes), target, 1))
     assert (error.value.what, error.value.found) == ("classes", found)
     assert error.value.expected.startswith("10 with '9' as number 10, as in ")
+
+
+def test_photos_that_are_turned_now_are_other_images(first: First, tmp_path: Path) -> None:
+    config, source, target = opened(first)
+    turned = replace(source, orientation="exif")
+    before = find_start(config, RunFolder(first.folder), run_identity(config, source, target, 1))
+    assert before.own_step == 6
+    with pytest.raises(UsageError, match="--orientation: found exif; expected stored, as in "):
+        find_start(config, RunFolder(first.folder), run_identity(config, turned, target, 1))
+    # What a checkpoint was trained on that is older than the choice.
+    older = first.state(6)
+    del older["identity"]["--orientation"]
+    CheckpointFolder(tmp_path / "older" / "checkpoints").save(6, older)
+    assert find_start(config, RunFolder(tmp_path / "older"), run_identity(config, source, target, 1)).own_step == 6
+    with pytest.raises(UsageError, match="--orientation: found exif; expected stored, as in "):
+        find_start(config, RunFolder(tmp_path / "older"), run_identity(config, turned, target, 1))
+
+
+def without_orientation(folder: RunFolder) -> None:
+    """Make the settings those of a run that is older than the choice."""
+    lines = folder.config_path.read_text().splitlines()
+    assert 'orientation = "exif"' in lines
+    folder.config_path.write_text("\n".join(line for line in lines if not line.startswith("orientation")))
+
+
+def test_an_older_run_of_photos_goes_on_as_it_began(tmp_path: Path) -> None:
+    for name in ("photos", "new"):
+        class_tree(tmp_path / name, ["cat", "dog"], per_class=1)
+    model = ("--backbone", "resnet18", "--weights", "none", "--bottleneck-dim", "8", "--method", "source-only")
+    data = ("--source", "photos", "--target", "new", "--data-root", str(tmp_path))
+    command = ("folder", *data, *model, "--steps", "1", "--batch-size", "2", "--workers", "1")
+    folder = saved_run(tmp_path / "run", *command)
+    without_orientation(RunFolder(folder))
+    told = r"other settings \(data.orientation = stored there and exif here\)"
+    with pytest.raises(UsageError, match=told):
+        run(*command, "--output", str(folder))
+    run(*command, "--output", str(folder), "--orientation", "stored")
+    assert RunFolder(folder).setting("orientation") == "stored"
+
+
+def test_an_older_run_without_photos_goes_on_by_the_same_command(first: First, tmp_path: Path) -> None:
+    shutil.copytree(first.folder, tmp_path / "run")
+    without_orientation(RunFolder(tmp_path / "run"))
+    assert "finished already" in run(*first.arguments, "--output", str(tmp_path / "run"))
 
 
 def test_a_pack_is_no_folder_of_files(first: First, few_digits: Path, tmp_path: Path) -> None:

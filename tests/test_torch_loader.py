@@ -273,7 +273,7 @@ def test_digits_are_the_same_pixels_both_ways_and_cheap(digits_pair: Pair, monke
 @pytest.mark.parametrize("channels", [3, 1])
 def test_formats_read_as_pillow_reads_them(tmp_path: Path, name: str, mode: str, channels: int) -> None:
     natural_image(1).convert(mode).save(tmp_path / name)
-    image = read_image(str(tmp_path / name), channels)
+    image = read_image(str(tmp_path / name), channels, "exif")
     assert image.shape == (channels, 30, 40)
     assert image.dtype == torch.uint8
     expected = np.asarray(Image.open(tmp_path / name).convert("RGB" if channels == 3 else "L"), dtype=int)
@@ -307,7 +307,7 @@ DEEP_PNGS = {
 @pytest.mark.parametrize("channels", [3, 1])
 def test_16_bit_png_keeps_its_upper_byte(tmp_path: Path, kind: str, channels: int) -> None:
     (tmp_path / "deep.png").write_bytes(DEEP_PNGS[kind])
-    difference = read_image(str(tmp_path / "deep.png"), channels).numpy().astype(int) - (RAMP >> 8)
+    difference = read_image(str(tmp_path / "deep.png"), channels, "exif").numpy().astype(int) - (RAMP >> 8)
     assert np.abs(difference).max() <= (channels == 1 and "colour" in kind)  # grey weights are rounded
 
 
@@ -342,7 +342,7 @@ DEEP_TIFFS = {
 @pytest.mark.parametrize("channels", [3, 1])
 def test_deep_grey_tiff_keeps_its_upper_byte(tmp_path: Path, kind: str, channels: int) -> None:
     (tmp_path / "deep.tif").write_bytes(DEEP_TIFFS[kind])
-    image = read_image(str(tmp_path / "deep.tif"), channels)
+    image = read_image(str(tmp_path / "deep.tif"), channels, "exif")
     assert image.shape == (channels, *RAMP.shape)
     assert (image.numpy() == RAMP >> 8).all()
 
@@ -353,7 +353,7 @@ def test_compressed_deep_tiff(tmp_path: Path, compression: str, mode: str) -> No
     values = RAMP.astype(">u2" if mode == "I;16B" else "<u2")
     image = Image.frombytes(mode, (35, 34), values.tobytes())
     image.save(tmp_path / "deep.tif", compression=compression)
-    assert (read_image(str(tmp_path / "deep.tif"), 3).numpy() == RAMP >> 8).all()
+    assert (read_image(str(tmp_path / "deep.tif"), 3, "exif").numpy() == RAMP >> 8).all()
 
 
 @pytest.mark.parametrize(("bits", "sample_format", "kind"), [(32, 2, "i4"), (32, 3, "f4"), (16, 2, "i2")])
@@ -364,17 +364,8 @@ def test_values_without_a_scale_are_refused(
     path = tmp_path / "deep.tif"
     path.write_bytes(_tiff((RAMP >> 1).astype(order + kind).tobytes(), bits, order, sample_format))
     with pytest.raises(UsageError, match=rf"{path}: found signed or 32-bit values, .*; expected a readable image"):
-        read_image(str(path), 3)
+        read_image(str(path), 3, "exif")
     assert "32-bit values" in file_problem(str(path))
-
-
-def test_orientation_tags_are_ignored(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
-    natural_image(1).save(tmp_path / "turned.jpg", exif=exif)
-    natural_image(1).save(tmp_path / "plain.jpg")
-    turned, plain = (read_image(str(tmp_path / name), 3) for name in ("turned.jpg", "plain.jpg"))
-    assert torch.equal(turned, plain)
 
 
 def _png_header(width: int, height: int) -> bytes:

@@ -8,20 +8,22 @@ from typing import NoReturn
 
 import numpy as np
 import pytest
-from image_trees import class_tree, natural_image, save
+from image_trees import class_tree, natural_image, save, save_turned
 from rich.console import Console
 from test_torch_loader import BAD, write_bad
 
 from gsda_fast.console import plain_console
+from gsda_fast.data import decoding
 from gsda_fast.data import verify as verify_module
 from gsda_fast.data.__main__ import main
 from gsda_fast.data.benchmarks import BENCHMARKS
-from gsda_fast.data.decoding import inspect
+from gsda_fast.data.decoding import Inspection, inspect
 from gsda_fast.data.domains import open_pair
 from gsda_fast.data.verify import file_problem, require_readable, unreadable_files, verify, write_quarantine
 from gsda_fast.errors import UsageError
 
 OFFICE31 = BENCHMARKS["office31"].classes or ()
+GOOD = Inspection("JPEG", 1, False)
 
 pytestmark = pytest.mark.filterwarnings("ignore:domain .* published")
 
@@ -185,7 +187,7 @@ def test_mistakes_in_the_command() -> None:
 
 def test_files_are_opened_again_only_when_something_changed(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    monkeypatch.setattr(verify_module, "inspect", lambda path, channels: opened.append(path) or "JPEG")
+    monkeypatch.setattr(verify_module, "inspect", lambda path, channels: opened.append(path) or GOOD)
     source, _ = open_pair("folder", "photos", "new", photos)
     unreadable_files(source)
     assert len(opened) == 6
@@ -215,7 +217,7 @@ def test_bad_files_alone_are_opened_again(photos: Path, monkeypatch: pytest.Monk
 def test_a_file_that_is_repaired_without_a_trace_is_good_again(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, _ = open_pair("folder", "photos", "new", photos)
     with monkeypatch.context() as failing:
-        failing.setattr(verify_module, "inspect", lambda path, _: refused(path) if "dog" in path else "JPEG")
+        failing.setattr(verify_module, "inspect", lambda path, _: refused(path) if "dog" in path else GOOD)
         assert len(unreadable_files(source)) == 3
     assert unreadable_files(source) == []
     monkeypatch.setattr(verify_module, "inspect", lambda path, _: pytest.fail(f"{path} was opened"))
@@ -284,6 +286,16 @@ def test_quarantined_files_are_left_out(photos: Path) -> None:
     assert len(listed.read_text().splitlines()) == 2
 
 
+def test_a_quarantine_list_of_nothing_is_not_written(photos: Path) -> None:
+    listed = photos / "bad.txt"
+    code, told = run(*FOLDER, "--data-root", str(photos), "--quarantine", str(listed))
+    assert code == 0
+    assert f"{listed}: not written, as nothing is to be left out" in told
+    assert not listed.exists()
+    with pytest.raises(UsageError, match=r"--quarantine: found .*bad.txt .*; leave the option out"):
+        open_pair("folder", "photos", "new", photos, listed)
+
+
 def test_names_in_brackets_are_told_whole(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_bad(photos / "photos" / "dog" / "[red] 1.jpg", "zero bytes")
     listed = photos / "[bad].txt"
@@ -307,8 +319,9 @@ def test_quarantine_of_a_benchmark(tmp_path: Path) -> None:
 def test_quarantine_list_that_cannot_be_used(photos: Path) -> None:
     with pytest.raises(UsageError, match=r"--quarantine: found .*nowhere.txt"):
         open_pair("folder", "photos", "new", photos, photos / "nowhere.txt")
+    write_bad(photos / "photos" / "dog" / "frame_0002.jpg", "zero bytes")
     with pytest.raises(UsageError, match=r"--quarantine: found .*that can be written"):
-        write_quarantine(photos / "nowhere" / "bad.txt", [])
+        write_quarantine(photos / "nowhere" / "bad.txt", verify("folder", "photos", "new", photos))
     (photos / "binary").write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="--quarantine"):
         open_pair("folder", "photos", "new", photos, photos / "binary")
@@ -343,6 +356,40 @@ def test_what_is_not_looked_at_is_told(photos: Path) -> None:
         assert told in text.replace("\n", " ")
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ((), "which training applies (--orientation exif)"),
+        (("--orientation", "stored"), "which training ignores (--orientation stored)"),
+    ],
+)
+def test_photos_that_are_to_be_turned_are_counted(photos: Path, given: tuple[str, ...], told: str) -> None:
+    for number in range(1, 9):
+        save_turned(photos / "photos" / "cat" / f"{number}.jpg", natural_image(1), number)
+    save_turned(photos / "photos" / "dog" / "a.png", natural_image(1), 3)
+    bad = photos / "photos" / "cat" / "8.jpg"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:300])
+    options = (*FOLDER, "--data-root", str(photos), *given)
+    for _ in range(2):  # the second time from what is remembered
+        assert f"photos: 7 images with an orientation other than upright, {told}" in run(*options)[1]
+    status = bad.stat()
+    bad.write_bytes(whole)
+    os.utime(bad, ns=(status.st_atime_ns, status.st_mtime_ns))
+    for _ in range(2):
+        code, text = run(*options)
+        assert code == 0
+        assert f"photos: 8 images with an orientation other than upright, {told}" in text
+    assert "new: " not in text
+
+
+def test_photos_that_are_read_at_half_their_size_are_counted(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    natural_image(1, 80, 60).save(photos / "photos" / "cat" / "large.jpg")
+    monkeypatch.setattr(decoding, "MOST_PIXELS", 40 * 30)
+    for _ in range(2):
+        assert "photos: 1 photos of more than " in run(*FOLDER, "--data-root", str(photos))[1]
+
+
 def test_another_format_than_the_name_says_is_told(photos: Path) -> None:
     natural_image(1).save(photos / "photos" / "cat" / "a.jpg", "GIF")
     natural_image(1).save(photos / "photos" / "cat" / "b.png", "AVIF")
@@ -360,18 +407,18 @@ def test_a_check_that_is_killed_has_not_been_in_vain(photos: Path, monkeypatch: 
     source, _ = open_pair("folder", "photos", "new", photos)
     opened: list[str] = []
 
-    def killed(path: str, channels: int) -> str:
+    def killed(path: str, channels: int) -> Inspection:
         opened.append(path)
         if len(opened) == 6:
             raise KeyboardInterrupt
-        return "JPEG"
+        return GOOD
 
     with monkeypatch.context() as patch:
         patch.setattr(verify_module, "inspect", killed)
         with pytest.raises(KeyboardInterrupt):
             unreadable_files(source, workers=1)
     opened.clear()
-    monkeypatch.setattr(verify_module, "inspect", lambda path, _: opened.append(path) or "JPEG")
+    monkeypatch.setattr(verify_module, "inspect", lambda path, _: opened.append(path) or GOOD)
     unreadable_files(source, workers=1)
     assert opened == [source.file(4), source.file(5)]
 

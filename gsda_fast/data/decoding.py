@@ -14,30 +14,39 @@ Files are anybody's. So:
 `inspect` (for verify) decodes as the loaders do and looks once more at what one of them alone would refuse, so that
 what it calls good all of them read.
 
-Pixels are as stored: an orientation is ignored, alpha is dropped, 16-bit values keep their upper byte. What loaders
-would read in different ways is refused by name: animations, further pages, Lab, premultiplied alpha, 32-bit values.
+A photo is turned as its EXIF orientation says, or left as stored, as the caller asks. Alpha is dropped, 16-bit values
+keep their upper byte. What loaders would read in different ways is refused by name: animations, further pages, Lab,
+premultiplied alpha, 32-bit values.
+
+A JPEG of more than `MOST_PIXELS` (phones take photos of 108 and 200 megapixels) is decoded at half its width and
+height, by libjpeg's scaling, which never makes the pixels between.
 """
 
 import os
 import stat
+import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, TiffImagePlugin
+from PIL import ExifTags, Image, JpegImagePlugin, TiffImagePlugin
 from torch import Tensor
 
+from gsda_fast.data.benchmarks import Orientation
 from gsda_fast.errors import UsageError, visible
 
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "AVIF")
 """What is decoded, by Pillow's names."""
 
 MOST_PIXELS = 89_478_485
-"""Pixels of an image: Pillow's limit."""
+"""Pixels of an image that is decoded as large as it is: Pillow's limit."""
+
+MOST_HALVED = 4 * MOST_PIXELS
+"""Pixels of a JPEG that is decoded at half its width and height."""
 
 MOST_DECODED = 3 * MOST_PIXELS
 """Bytes that the pixels of an image take as stored: those of the largest RGB image of 8 bits."""
@@ -48,6 +57,14 @@ MOST_BYTES = 2**29
 _INFLATED_AT_ONCE = 2**20  # bytes
 _MOST_CHUNKS = 100_000  # of a PNG; 268 MB in chunks of 8 kB are 33,000
 _MOST_SCANS = 200  # of a JPEG, each of which is a pass over all its pixels; a progressive one has about ten
+_START_OF_SCAN = 0xDA  # markers of JPEG
+_APP1 = 0xE1
+_SEQUENTIAL = (0xC0, 0xC1)  # frames that are decoded row by row, where one scan has all their components
+_EXIF = b"Exif\0\0"
+_UPRIGHT = 1
+# Flipped along these dimensions of (height, width), after they have changed places from 5 on.
+_FLIPS = {1: (), 2: (1,), 3: (0, 1), 4: (0,), 5: (), 6: (1,), 7: (0, 1), 8: (0,)}
+_SMALLER = "make it smaller, or take it out of the data set"
 _PALETTE = 3  # a colour type of PNG
 _CHANNELS_OF_PNG = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 _DEPTHS_OF_PNG = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
@@ -64,7 +81,11 @@ _ENTRIES = (
 
 
 class _Refused(Exception):
-    """What is wrong with a file, in words that follow "found"."""
+    """What is wrong with a file, in words that follow "found", and what to do about it."""
+
+    def __init__(self, found: str, remedy: str = "repair it or take it out of the data set") -> None:
+        super().__init__(found)
+        self.remedy = remedy
 
 
 class Sound(NamedTuple):
@@ -72,56 +93,81 @@ class Sound(NamedTuple):
 
     Attributes:
         data: of the file; of a PNG only the chunks that make pixels. format: one of `FORMATS`.
+        orientation: from 1 to 8, as EXIF has it; 1 also where only decoding brings it to light.
+        halved: a JPEG so large that it is decoded at half its width and height. cmyk: a JPEG of four components.
     """
 
     data: bytearray
     format: str
+    orientation: int = _UPRIGHT
+    halved: bool = False
+    cmyk: bool = False
 
 
-def read_image(path: str, channels: int) -> Tensor:
-    """Read and decode an image file as it is stored, to (channels, height, width) uint8.
+class Inspection(NamedTuple):
+    """What verification learns of a file that can be read.
+
+    Attributes:
+        format: one of `FORMATS`. orientation: from 1 (upright) to 8, as EXIF has it. halved: see `Sound`.
+    """
+
+    format: str
+    orientation: int
+    halved: bool
+
+
+def read_image(path: str, channels: int, orientation: Orientation) -> Tensor:
+    """Read and decode an image file, to (channels, height, width) uint8.
 
     Args:
-        path: of the file. channels: 3 for RGB, 1 for grey.
+        path: of the file. channels: 3 for RGB, 1 for grey. orientation: "exif" turns a photo as it says, "stored" does
+            not.
 
     Raises:
         UsageError: the file is gone, no regular file, of a format that is not in `FORMATS`, damaged, too large, or
             one that loaders would read in different ways.
     """
     with _naming(path):
-        return _decode(_read_sound(path), channels)
+        return _read_pixels(_read_sound(path), channels, orientation)
 
 
-def read_encoded(path: str, channels: int, formats: Sequence[str]) -> bytearray:
+def read_encoded(path: str, channels: int, formats: Sequence[str], orientation: Orientation) -> bytearray:
     """Read an image file for another decoder, which gets to see nothing that can be refused before it.
 
     Args:
         path: of the file. channels: 3 for RGB, 1 for grey. formats: of `FORMATS`, which that decoder is trusted with.
+        orientation: as for `read_image`. The other decoder turns a JPEG as its EXIF says: what it is given has the
+            orientation that was found here, or none.
 
     Returns:
-        The bytes of a file of these formats, of a PNG only the chunks that make pixels; of any other file its pixels,
-        uncompressed (binary PPM or PGM).
+        The bytes of a file of these formats, of a PNG only the chunks that make pixels; of any other file, of a PNG
+        that is to be turned and of what is decoded at half its size the pixels, uncompressed (binary PPM or PGM).
 
     Raises:
         UsageError: as `read_image`, but for what decoding alone brings to light.
     """
     with _naming(path):
         sound = _read_sound(path)
-        return sound.data if sound.format in formats else _uncompressed(_decode(sound, channels))
+        number = sound.orientation if orientation == "exif" else _UPRIGHT
+        # DALI makes CMYK a level darker or lighter where it turns it, and looks for no orientation in a PNG.
+        turned_here = number != _UPRIGHT and (sound.format != "JPEG" or sound.cmyk)
+        if sound.format not in formats or sound.halved or turned_here:
+            return _uncompressed(_read_pixels(sound, channels, orientation))
+        return _with_orientation(sound.data, number) if sound.format == "JPEG" else sound.data
 
 
-def inspect(path: str, channels: int) -> str:
-    """Decode a file as the loaders do, and check what libpng alone would refuse. Returns its format.
+def inspect(path: str, channels: int) -> Inspection:
+    """Decode a file as the loaders do, and check what libpng alone would refuse.
 
     Raises:
         UsageError: as `read_image`.
     """
     with _naming(path):
         sound = _read_sound(path)
-        _decode(sound, channels)
+        _, number = _decode(sound, channels)
         if sound.format == "PNG":
             _require_whole_pixels(sound.data)
-        return sound.format
+        return Inspection(sound.format, number, sound.halved)
 
 
 def _read_sound(path: str) -> Sound:
@@ -130,24 +176,57 @@ def _read_sound(path: str) -> Sound:
     if found not in FORMATS:
         raise _Refused(found)
     if found == "JPEG":
-        _check_jpeg(data)
-    elif found == "PNG":
-        data = _checked_png(data)
-    elif found == "WEBP":
+        return Sound(data, found, *_check_jpeg(data))
+    if found == "PNG":
+        return Sound(*_checked_png(data))
+    if found == "WEBP":
         _require_size(*_size_of_webp(data))
     return Sound(data, found)
 
 
-def _decode(sound: Sound, channels: int) -> Tensor:
-    if sound.format == "JPEG":
+def _read_pixels(sound: Sound, channels: int, orientation: Orientation) -> Tensor:
+    pixels, number = _decode(sound, channels)
+    return _turned(pixels, number) if orientation == "exif" else pixels
+
+
+def _decode(sound: Sound, channels: int) -> tuple[Tensor, int]:
+    """Return the pixels as stored, and the orientation."""
+    if sound.format == "JPEG" and not sound.halved:
         from torchvision.io import ImageReadMode, decode_image
 
         mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
         try:
-            return decode_image(torch.frombuffer(sound.data, dtype=torch.uint8), mode=mode)
+            return decode_image(torch.frombuffer(sound.data, dtype=torch.uint8), mode=mode), sound.orientation
         except RuntimeError:
             pass  # CMYK in some of its forms, for one
-    return _decode_with_pillow(sound.data, sound.format, channels)
+    return _decode_with_pillow(sound, channels)
+
+
+def _turned(pixels: Tensor, number: int) -> Tensor:
+    """Return (C, H, W) pixels as an EXIF orientation says that they are to be seen; channels innermost, as decoded."""
+    if number == _UPRIGHT:
+        return pixels
+    rows = pixels.permute(1, 2, 0)
+    rows = rows.transpose(0, 1) if number >= 5 else rows
+    return rows.flip(_FLIPS[number]).contiguous().permute(2, 0, 1)
+
+
+def _orientation_in(exif: bytes | memoryview) -> int:
+    """Return the orientation in a block of EXIF, which is a TIFF's first directory; upright where it is none.
+
+    Pillow's own reader warns of every other entry that is odd.
+    """
+    order: Literal["little", "big"] = "little" if exif[:2] == b"II" else "big"
+
+    def number(place: int, size: int) -> int:
+        return int.from_bytes(exif[place : place + size], order)
+
+    first = number(4, 4)
+    for place in range(first + 2, min(first + 2 + 12 * number(first, 2), len(exif) - 11), 12):
+        if number(place, 2) == ExifTags.Base.Orientation and number(place + 2, 2) == 3 and number(place + 4, 4) == 1:
+            found = number(place + 8, 2)
+            return found if found in _FLIPS else _UPRIGHT
+    return _UPRIGHT
 
 
 def _uncompressed(pixels: Tensor) -> bytearray:
@@ -164,7 +243,7 @@ def _naming(path: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise _unreadable(path, "no such file any more") from error
     except _Refused as refused:
-        raise _unreadable(path, str(refused)) from None
+        raise _unreadable(path, str(refused), refused.remedy) from None
     except OSError as error:
         raise _unreadable(path, error.strerror or f"{type(error).__name__}: {error}") from error
     except Warning:
@@ -196,7 +275,7 @@ def _require_regular(status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise _Refused(next((name for is_such, name in _ENTRIES if is_such(status.st_mode)), "no regular file"))
     if status.st_size > MOST_BYTES:
-        raise _Refused(f"{status.st_size} bytes, more than the {MOST_BYTES} that an image may have")
+        raise _Refused(f"{status.st_size} bytes, more than the {MOST_BYTES} that an image may have", _SMALLER)
 
 
 def format_of(data: bytes | bytearray) -> str:
@@ -226,51 +305,101 @@ def format_of(data: bytes | bytearray) -> str:
 
 def _require_size(width: int, height: int, bytes_a_pixel: float = 1) -> None:
     if width * height > MOST_PIXELS:
-        raise _Refused(f"a header of {width}x{height} pixels, more than {MOST_PIXELS} in all")
+        raise _Refused(f"a header of {width}x{height} pixels, more than {MOST_PIXELS} in all", _SMALLER)
     if width * height * bytes_a_pixel > MOST_DECODED:
         size = f"{width}x{height} pixels of {bytes_a_pixel:g} bytes"
-        raise _Refused(f"a header of {size}, more than {MOST_DECODED} bytes in all")
+        raise _Refused(f"a header of {size}, more than {MOST_DECODED} bytes in all", _SMALLER)
 
 
 # --------------------------------------------------------------------------------------------------------------- JPEG
 
 
-def _check_jpeg(data: bytearray) -> None:
-    """Walk through the markers up to the first scan, all of which have a length, and bound what decoding will cost."""
-    place, size = 2, None
+def _segments(data: bytearray) -> Iterator[tuple[int, int, int]]:
+    """Yield (marker, start, end) of the parts of a JPEG before the pixels of its first scan: each has a length.
+
+    A file that ends before them yields fewer.
+    """
+    place = 2
     while place + 9 <= len(data):
         marker = data[place + 1]
         if data[place] != 0xFF:
             raise _Refused(f"a damaged JPEG (no marker at byte {place})")
-        if marker == 0xDA and size is not None:
-            break
         if marker == 0xFF:  # a filling byte
             place += 1
         elif 0xD0 <= marker <= 0xD8 or marker == 0x01:
             place += 2
         else:
-            if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-                size = int.from_bytes(data[place + 7 : place + 9]), int.from_bytes(data[place + 5 : place + 7])
-            place += 2 + int.from_bytes(data[place + 2 : place + 4])
-    if size is None or place + 9 > len(data):
+            end = place + 2 + int.from_bytes(data[place + 2 : place + 4])
+            yield marker, place, end
+            place = end
+
+
+def _is_exif(data: bytearray, marker: int, start: int) -> bool:
+    return marker == _APP1 and data[start + 4 : start + 4 + len(_EXIF)] == _EXIF
+
+
+def _check_jpeg(data: bytearray) -> tuple[int, bool, bool]:
+    """Bound what decoding will cost. Return orientation, halved and cmyk as in `Sound`."""
+    size, frame, components, orientation = None, 0, 0, 0
+    for marker, start, end in _segments(data):
+        if marker == _START_OF_SCAN and size is not None:
+            row_by_row = frame in _SEQUENTIAL and data[start + 4] == components
+            break
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            size = int.from_bytes(data[start + 7 : start + 9]), int.from_bytes(data[start + 5 : start + 7])
+            frame, components = marker, data[start + 9]
+        elif not orientation and _is_exif(data, marker, start):
+            orientation = _orientation_in(memoryview(data)[start + 4 + len(_EXIF) : end])
+    else:
         raise _Refused(f"a damaged or truncated JPEG, without a whole header ({len(data)} bytes)")
     if not all(size):
         raise _Refused(f"a JPEG of {size[0]}x{size[1]} pixels")
-    _require_size(*size)
+    pixels = size[0] * size[1]
+    if pixels > MOST_HALVED:
+        raise _Refused(f"a header of {size[0]}x{size[1]} pixels, more than {MOST_HALVED} in all", _SMALLER)
+    if pixels > MOST_PIXELS and not row_by_row:
+        # A decoder keeps all coefficients of such a file until its last scan, however small the pixels become.
+        found = f"a progressive JPEG of {size[0]}x{size[1]} pixels, more than {MOST_PIXELS} in all"
+        raise _Refused(found, f"save it as a baseline JPEG, {_SMALLER}")
     scans = data.count(b"\xff\xda")
     if scans > _MOST_SCANS:
         raise _Refused(f"a JPEG of {scans} scans, more than {_MOST_SCANS}")
+    return orientation or _UPRIGHT, pixels > MOST_PIXELS, components == 4
+
+
+def _with_orientation(data: bytearray, number: int) -> bytearray:
+    """Return a checked JPEG with this orientation in its EXIF and nothing else there; without EXIF for an upright one.
+
+    No two readers of EXIF agree on what is odd in it.
+    """
+    parts, kept = [], 0
+    for marker, start, end in _segments(data):
+        if marker == _START_OF_SCAN:
+            break
+        if _is_exif(data, marker, start):
+            parts.append(data[kept:start])
+            kept = end
+    if not parts and number == _UPRIGHT:
+        return data
+    written = b""
+    if number != _UPRIGHT:
+        entry = struct.pack(">HHIHH", ExifTags.Base.Orientation, 3, 1, number, 0)
+        exif = _EXIF + b"MM\0*" + struct.pack(">IH", 8, 1) + entry + bytes(4)
+        written = struct.pack(">BBH", 0xFF, _APP1, 2 + len(exif)) + exif
+    rest = bytearray().join([*parts, data[kept:]])
+    return rest[:2] + written + rest[2:]
 
 
 # ---------------------------------------------------------------------------------------------------------------- PNG
 
 
-def _checked_png(data: bytearray) -> bytearray:
-    """Return a PNG reduced to the chunks that make its pixels, all checksums and the size of the pixels checked.
+def _checked_png(data: bytearray) -> tuple[bytearray, str, int]:
+    """Return a PNG reduced to the chunks that make its pixels, all checksums and the size of the pixels checked, its
+    format and its orientation.
 
     Texts, profiles and times can be bombs of their own, and decoders complain about them.
     """
-    view, start, chunks, stripped = memoryview(data), 8, 0, False
+    view, start, chunks, stripped, orientation = memoryview(data), 8, 0, False, 0
     kept, kinds = [view[:8]], set()
     while start + 12 <= len(data):
         end = start + 8 + int.from_bytes(view[start : start + 4])
@@ -297,10 +426,12 @@ def _checked_png(data: bytearray) -> bytearray:
             raise _Refused(f"a PNG with the chunk {kind!r}, without which it cannot be read and which nobody knows")
         else:
             stripped = True
+            if kind == b"eXIf" and not orientation:
+                orientation = _orientation_in(view[start + 8 : end])
         if kind == b"IEND":
             if view[25] == _PALETTE and b"PLTE" not in kinds:
                 raise _Refused("a damaged PNG (without its palette)")
-            return bytearray().join(kept) if stripped else data
+            return bytearray().join(kept) if stripped else data, "PNG", orientation or _UPRIGHT
         start = end + 4
     raise _Refused(f"a truncated PNG ({len(data)} bytes)")
 
@@ -364,16 +495,25 @@ def _size_of_webp(data: bytearray) -> tuple[int, int]:
     raise _Refused(f"a damaged or truncated WebP ({len(data)} bytes)")
 
 
-def _decode_with_pillow(data: bytearray, found: str, channels: int) -> Tensor:
-    with Image.open(BytesIO(data), formats=(found,)) as opened:
+def _decode_with_pillow(sound: Sound, channels: int) -> tuple[Tensor, int]:
+    """Return the pixels as stored, and the orientation."""
+    wanted = "RGB" if channels == 3 else "L"
+    with _open_with_pillow(sound) as opened:
         image: Any = opened
         bits = image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,)) if _is_tiff(image) else (8,)
-        _require_size(image.width, image.height, sum(bits) / 8)
+        if sound.halved:
+            image.draft(wanted, (image.width // 2, image.height // 2))
+        else:
+            _require_size(image.width, image.height, sum(bits) / 8)
         # A GIF's frames would all be looked through for their number. A JPEG may have a second picture behind it.
-        if found != "JPEG" and getattr(image, "is_animated", False):
-            raise _Refused("a TIFF of several pages" if found == "TIFF" else f"an animation ({found})")
+        if sound.format != "JPEG" and getattr(image, "is_animated", False):
+            raise _Refused("a TIFF of several pages" if _is_tiff(image) else f"an animation ({sound.format})")
+        number = sound.orientation
         if _is_tiff(image):
             _require_plain_tiff(image)
+            number = image.getexif().get(ExifTags.Base.Orientation, _UPRIGHT)
+        elif sound.format in ("WEBP", "AVIF"):
+            number = _orientation_in(image.info.get("exif", b"").removeprefix(_EXIF))
         if image.mode in ("I", "F"):
             raise _Refused("signed or 32-bit values, which have no defined scale of 8 bits")
         if image.mode in ("LAB", "HSV", "La", "RGBa"):
@@ -387,10 +527,19 @@ def _decode_with_pillow(data: bytearray, found: str, channels: int) -> Tensor:
             shifted = np.empty(values.shape, np.uint8)
             np.right_shift(values, depth - 8, out=shifted, casting="unsafe")
             loaded = Image.fromarray(shifted)
-        wanted = "RGB" if channels == 3 else "L"
         converted = loaded if loaded.mode == wanted else loaded.convert(wanted)
-        pixels = torch.from_numpy(np.array(converted))
-        return pixels.view(converted.height, converted.width, channels).permute(2, 0, 1)
+        array = torch.from_numpy(np.array(converted))
+        pixels = array.view(converted.height, converted.width, channels).permute(2, 0, 1)
+    if number not in _FLIPS:
+        return pixels, _UPRIGHT
+    # Of a TIFF alone Pillow turns what it loads. Back: the two quarter turns undo each other, all others themselves.
+    return _turned(pixels, {6: 8, 8: 6}.get(number, number)) if sound.format == "TIFF" else pixels, number
+
+
+def _open_with_pillow(sound: Sound) -> Image.Image:
+    if sound.halved:  # `open` refuses the size that it will not be decoded at
+        return JpegImagePlugin.JpegImageFile(BytesIO(sound.data))
+    return Image.open(BytesIO(sound.data), formats=(sound.format,))
 
 
 def _is_tiff(image: Any) -> bool:
@@ -410,14 +559,7 @@ def _require_plain_tiff(image: Any) -> None:
         raise _Refused(f"a TIFF whose colours are {name}; expected grey, RGB, a palette, CMYK or YCbCr")
     if 1 in tags.get(TiffImagePlugin.EXTRASAMPLES, ()):
         raise _Refused("a TIFF with premultiplied alpha")
-    if tags.get(274, 1) != 1:
-        raise _Refused(f"a TIFF that is to be turned (orientation {tags[274]})")
 
 
-def _unreadable(path: str, found: str) -> UsageError:
-    return UsageError(
-        path,
-        found=" ".join(visible(found).split()),
-        expected="a readable image",
-        remedy="repair it or take it out of the data set",
-    )
+def _unreadable(path: str, found: str, remedy: str = "repair it or take it out of the data set") -> UsageError:
+    return UsageError(path, found=" ".join(visible(found).split()), expected="a readable image", remedy=remedy)

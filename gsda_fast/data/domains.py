@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from gsda_fast.commands import program
 from gsda_fast.data import digits
-from gsda_fast.data.benchmarks import EMBEDDED, Benchmark, DomainFacts, find_benchmark, plain_name
+from gsda_fast.data.benchmarks import EMBEDDED, Benchmark, DomainFacts, Orientation, find_benchmark, plain_name
 from gsda_fast.data.embeddings import SUFFIXES, Embeddings, Rows, read_embeddings
 from gsda_fast.data.packed_images import PackedDomain, PackedImages, is_pack, read_domain
 from gsda_fast.data.quarantine import read_list
@@ -65,6 +65,8 @@ class ImageDomain:
     """features, where these take the place of images; `paths` then names what they were computed from"""
     passed_over: Mapping[str, int] = field(default_factory=dict)
     """files that were not looked at when the folder was read, and why: an ending, or what stands before them"""
+    orientation: Orientation = "stored"
+    """how the files are read, or were when they were packed"""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -120,6 +122,7 @@ def open_pair(
     target: str | None = None,
     data_root: Path | None = None,
     quarantine: Path | None = None,
+    orientation: Orientation = "exif",
 ) -> tuple[ImageDomain, ImageDomain]:
     """Source and target domain of a transfer task, in one label space.
 
@@ -131,6 +134,7 @@ def open_pair(
             ``digits-partial`` build their own images, in their cache or in a `data_root` that does not exist yet, and
             do not look at ``GSDA_DATA``.
         quarantine: a text file with the full path of a file a line; these are left out.
+        orientation: whether photos are turned as their EXIF says. Nothing that this package makes is to be turned.
 
     Returns:
         The source, which has samples of every class, and the target, whose classes are among the source's. The labels
@@ -147,44 +151,74 @@ def open_pair(
         opened = _open_own_folders(source, target, _existing_root(data_root))
         for domain in dict.fromkeys(opened):
             _warn_of_pictures(domain)
-        pair = left_out.without(opened[0]), left_out.without(opened[1])
+        own, other = (_read_as(left_out.without(domain), orientation) for domain in opened)
         left_out.warn_of_strangers()
-        return pair
+        return own, other
     names = (source or benchmark.default_source, target or benchmark.default_target)
     # Both names are checked before any folder is read.
     source_name, target_name = (benchmark.domain(str(name)).name for name in names)
     left_out = _Quarantine(quarantine)
     partial = benchmark.target_classes is not None
     pair = (
-        _open_named(benchmark, source_name, data_root, left_out),
-        _open_named(benchmark, target_name, data_root, left_out, partial=partial),
+        _open_named(benchmark, source_name, data_root, left_out, orientation),
+        _open_named(benchmark, target_name, data_root, left_out, orientation, partial=partial),
     )
     left_out.warn_of_strangers()
     return pair
 
 
 def open_domain(
-    task: str, name: str, data_root: Path | None = None, *, partial: bool = False, quarantine: Path | None = None
+    task: str,
+    name: str,
+    data_root: Path | None = None,
+    *,
+    partial: bool = False,
+    quarantine: Path | None = None,
+    orientation: Orientation = "exif",
 ) -> ImageDomain:
     """One domain of a named benchmark, in the benchmark's label space.
 
     Args:
         task: a name in `BENCHMARKS`, not ``folder``. name: of the domain, or an alias.
-        data_root, quarantine: as for `open_pair`.
+        data_root, quarantine, orientation: as for `open_pair`.
         partial: leave out the classes that the target of a partial task lacks.
 
     Raises:
         UsageError: there is no such task, domain or folder, or its files do not fit.
     """
-    return _open_named(find_benchmark(task), name, data_root, _Quarantine(quarantine), partial=partial)
+    return _open_named(find_benchmark(task), name, data_root, _Quarantine(quarantine), orientation, partial=partial)
 
 
 def _open_named(
-    benchmark: Benchmark, name: str, data_root: Path | None, left_out: "_Quarantine", *, partial: bool = False
+    benchmark: Benchmark,
+    name: str,
+    data_root: Path | None,
+    left_out: "_Quarantine",
+    orientation: Orientation,
+    *,
+    partial: bool = False,
 ) -> ImageDomain:
     facts = benchmark.domain(name)
     root = digits.build(data_root) if benchmark.built_in else _root_of(benchmark, data_root)
-    return _open_domain(benchmark, facts, root, partial=partial, left_out=left_out)
+    opened = _open_domain(benchmark, facts, root, partial=partial, left_out=left_out)
+    return _read_as(opened, benchmark.orientation(orientation))
+
+
+def _read_as(domain: ImageDomain, orientation: Orientation) -> ImageDomain:
+    """Return the domain with its files read so.
+
+    Raises:
+        UsageError: it comes from a pack whose files were read in the other way.
+    """
+    packed = domain.packed
+    if packed is not None and packed.orientation != orientation:
+        raise UsageError(
+            "--orientation",
+            found=f"{orientation}, for {packed.root}, a pack that was made with {packed.orientation}",
+            expected=packed.orientation,
+            remedy=f"or a pack that is made with `--orientation {orientation}`",
+        )
+    return replace(domain, orientation=orientation)
 
 
 @contextmanager
@@ -203,11 +237,11 @@ def _naming_what_cannot_be_read() -> Iterator[None]:
 
 
 @_naming_what_cannot_be_read()
-def open_images(folder: Path, classes: tuple[str, ...]) -> ImageDomain:
+def open_images(folder: Path, classes: tuple[str, ...], orientation: Orientation = "exif") -> ImageDomain:
     """Return all images below a folder, sorted by path, without labels.
 
     Args:
-        classes: the label space.
+        classes: the label space. orientation: as for `open_pair`.
 
     Raises:
         UsageError: there is no such folder, no image in it, or part of it cannot be read.
@@ -216,15 +250,15 @@ def open_images(folder: Path, classes: tuple[str, ...]) -> ImageDomain:
         raise UsageError(str(folder), found="a file" if folder.exists() else "nothing", expected="a folder of images")
     domain = _unlabelled(str(folder), folder, classes)
     _warn_of_pictures(domain)
-    return domain
+    return _read_as(domain, orientation)
 
 
 @_naming_what_cannot_be_read()
-def open_image(path: Path, classes: tuple[str, ...]) -> ImageDomain:
+def open_image(path: Path, classes: tuple[str, ...], orientation: Orientation = "exif") -> ImageDomain:
     """One image file, without a label.
 
     Args:
-        classes: the label space.
+        classes: the label space. orientation: as for `open_pair`.
 
     Raises:
         UsageError: its name is none of an image.
@@ -232,7 +266,7 @@ def open_image(path: Path, classes: tuple[str, ...]) -> ImageDomain:
     if not _is_image(path.name):
         kinds = " ".join(sorted(IMAGE_SUFFIXES))
         raise UsageError(str(path), found=f"a file of another kind ({_why_not(path.name)})", expected=f"one of {kinds}")
-    return _domain(str(path), path.parent, [(path.name, UNKNOWN)], classes)
+    return _read_as(_domain(str(path), path.parent, [(path.name, UNKNOWN)], classes), orientation)
 
 
 def _unlabelled(name: str, folder: Path, classes: tuple[str, ...]) -> ImageDomain:
@@ -261,16 +295,19 @@ def _root_of(benchmark: Benchmark, data_root: Path | None) -> Path:
 
 
 @_naming_what_cannot_be_read()
-def open_folder(folder: Path) -> ImageDomain:
+def open_folder(folder: Path, orientation: Orientation = "exif") -> ImageDomain:
     """Return a folder of class folders as a domain of its own; one of images alone as a domain without labels.
+
+    Args:
+        orientation: as for `open_pair`.
 
     Raises:
         UsageError: there is no such folder, no image in it, or part of it cannot be read.
     """
     if not folder.is_dir() or not (folders := _class_folders(folder)):
-        return open_images(folder, ())
+        return open_images(folder, (), orientation)
     labels = {plain_name(name): label for label, name in enumerate(sorted(folders.values()))}
-    return _read_tree(folder.name, folder, folders, labels, tuple(sorted(folders.values())))
+    return _read_as(_read_tree(folder.name, folder, folders, labels, tuple(sorted(folders.values()))), orientation)
 
 
 def default_root(task: str) -> Path:

@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 import torch
 from msgspec import Meta
 
+from gsda_fast.commands import UNSAID
 from gsda_fast.data.batches import Batch, Crops, Loader, Role
-from gsda_fast.data.benchmarks import Preprocessing
+from gsda_fast.data.benchmarks import Orientation, Preprocessing
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.feature_loader import FeatureLoader
 from gsda_fast.data.substitutes import MOST_FAILED
@@ -28,16 +29,18 @@ _INSTALL_DALI = "python -m pip install nvidia-dali-cuda130 (or nvidia-dali-cuda1
 class DataSettings:
     """Which data, and how it is read."""
 
-    source: str | None = None
+    source: Annotated[str | None, UNSAID] = None
     """Labelled domain (its name or alias); the task's usual one if not given."""
-    target: str | None = None
+    target: Annotated[str | None, UNSAID] = None
     """Unlabelled domain to adapt to; the task's usual one if not given."""
-    data_root: Path | None = None
+    data_root: Annotated[Path | None, UNSAID] = None
     """Folder of the data set or of a pack; the environment variable GSDA_DATA if not given. Digits need none."""
-    quarantine: Path | None = None
+    quarantine: Annotated[Path | None, UNSAID] = None
     """List of files to leave out, as `python -m gsda_fast.data verify --quarantine LIST` writes it."""
     verify: bool = True
     """Look for unreadable files before the training; what was found is remembered until files change."""
+    orientation: Orientation = "exif"
+    """Turn photos as their EXIF orientation says, or use their pixels as they are stored."""
     loader: Literal["auto", "dali", "torch"] = "auto"
     """What decodes the images; auto: DALI on a GPU, torch on a CPU."""
     workers: Annotated[int, Meta(ge=0)] = 0

@@ -25,7 +25,7 @@ from typing import IO, Any
 import numpy as np
 
 from gsda_fast.console import FilesDone
-from gsda_fast.data.benchmarks import Preprocessing, find_benchmark
+from gsda_fast.data.benchmarks import Orientation, Preprocessing, find_benchmark
 from gsda_fast.data.domains import ImageDomain, open_domain, open_pair
 from gsda_fast.data.packed_images import (
     FORMAT,
@@ -34,6 +34,7 @@ from gsda_fast.data.packed_images import (
     Shard,
     file_digest,
     no_table,
+    orientation_of,
     read_table,
     shard_entry_problem,
     shard_problem,
@@ -57,6 +58,7 @@ def pack(
     *,
     output: Path,
     quarantine: Path | None = None,
+    orientation: Orientation = "exif",
     workers: int = 0,
     progress: FilesDone | None = None,
 ) -> Path:
@@ -67,7 +69,7 @@ def pack(
     another call. The folder is held meanwhile, as a run's is.
 
     Args:
-        task, source, target, data_root, quarantine: as for `open_pair`.
+        task, source, target, data_root, quarantine, orientation: as for `open_pair`.
         output: folder of the pack.
         workers: threads; 0 = the usable cores.
         progress: called after each image.
@@ -81,7 +83,7 @@ def pack(
         TrainingError: the disk is full, or fails, on the way; the same call goes on from there.
     """
     preprocessing = find_benchmark(task).preprocessing
-    domains = _open_domains(task, source, target, data_root, quarantine)
+    domains = _open_domains(task, source, target, data_root, quarantine, orientation)
     for domain in domains:
         if domain.packed is not None:
             raise UsageError("--data-root", found=f"{domain.root}, a pack", expected="images to pack")
@@ -102,7 +104,7 @@ def pack(
 def _pack(
     output: Path, domains: list[ImageDomain], preprocessing: Preprocessing, workers: int, progress: FilesDone | None
 ) -> None:
-    table = _earlier_table(output, preprocessing)
+    table = _earlier_table(output, preprocessing, domains[0].orientation)
     earlier = _files(table) | set(table.pop(_REPLACED, ()))
     with image_threads(workers, "pack") as pool:
         known = _sound_shards(output, domains, table, preprocessing, pool)
@@ -153,11 +155,16 @@ def _naming_what_cannot_be_written(output: Path) -> Iterator[None]:
 
 
 def _open_domains(
-    task: str, source: str | None, target: str | None, data_root: Path | None, quarantine: Path | None
+    task: str,
+    source: str | None,
+    target: str | None,
+    data_root: Path | None,
+    quarantine: Path | None,
+    orientation: Orientation,
 ) -> list[ImageDomain]:
     benchmark = find_benchmark(task)
     if task == "folder":
-        pair = open_pair(task, source, target, data_root, quarantine)
+        pair = open_pair(task, source, target, data_root, quarantine, orientation)
         return list({domain.name: domain for domain in pair}.values())
     if source or target:
         names = {source or benchmark.default_source, target or benchmark.default_target}
@@ -165,7 +172,7 @@ def _open_domains(
         names = {name for pair in benchmark.transfer_tasks for name in pair}
     # Whole domains also for a partial task: as a source, each is needed whole.
     wanted = sorted(benchmark.domain(str(name)).name for name in names)
-    return [open_domain(task, name, data_root, quarantine=quarantine) for name in wanted]
+    return [open_domain(task, name, data_root, quarantine=quarantine, orientation=orientation) for name in wanted]
 
 
 def _shard_name(domain: ImageDomain, number: int) -> str:
@@ -256,8 +263,9 @@ def _files(table: dict[str, Any]) -> set[str]:
     return {shard["file"] for entry in table["domains"].values() for shard in entry["shards"]}
 
 
-def _earlier_table(output: Path, preprocessing: Preprocessing) -> dict[str, Any]:
-    fresh = {"format": FORMAT, "side": preprocessing.resize, "channels": preprocessing.channels, "domains": {}}
+def _earlier_table(output: Path, preprocessing: Preprocessing, orientation: Orientation) -> dict[str, Any]:
+    size = {"side": preprocessing.resize, "channels": preprocessing.channels}
+    fresh: dict[str, Any] = {"format": FORMAT, **size, "orientation": orientation, "domains": {}}
     if (output / _UNFINISHED).is_file():
         table = _read_unfinished(output / _UNFINISHED)
     elif (output / TABLE).is_file():
@@ -267,8 +275,11 @@ def _earlier_table(output: Path, preprocessing: Preprocessing) -> dict[str, Any]
     if (table["side"], table["channels"]) != (preprocessing.resize, preprocessing.channels):
         found = f"{output}, a pack of {table['side']}x{table['side']}x{table['channels']} images"
         raise UsageError("--output", found=found, expected="a new folder")
+    if orientation_of(table) != orientation:
+        found = f"{orientation}, for {output}, a pack that was made with {orientation_of(table)}"
+        raise UsageError("--orientation", found=found, expected="the same for a whole pack", remedy="or a new --output")
     # Nothing else that a table may hold is carried over.
-    return {name: table[name] for name in (*fresh, _REPLACED) if name in table}
+    return fresh | {name: table[name] for name in (*fresh, _REPLACED) if name in table}
 
 
 def _read_unfinished(path: Path) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 ::
 
-    PACK/pack.json           {"format", "side", "channels", "domains": {name: {"classes", "paths", "labels", "shards"}}}
+    PACK/pack.json           {"format", "side", "channels", "orientation",
+                              "domains": {name: {"classes", "paths", "labels", "shards"}}}
     PACK/<domain>-00000.npy  (n, side, side, channels) uint8, and so on; `SHARD_IMAGES` images each but for the last;
                              the table names the files
 
@@ -19,12 +20,13 @@ import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gsda_fast.commands import program
+from gsda_fast.data.benchmarks import Orientation
 from gsda_fast.errors import UsageError
 from gsda_fast.files import is_path_below, is_plain_name
 
@@ -107,13 +109,14 @@ class PackedImages:
 
     Attributes:
         root: the pack. shards: in order. shape: of an image, (side, side, channels).
-        rows: (n,) the place of every sample, counted over all shards.
+        rows: (n,) the place of every sample, counted over all shards. orientation: how the files were read.
     """
 
     root: Path
     shards: tuple[Shard, ...]
     shape: tuple[int, int, int]
     rows: NDArray[np.int64]
+    orientation: Orientation
     _opened: dict[int, _OpenShard] = field(init=False, repr=False, default_factory=dict)
 
     def __len__(self) -> int:
@@ -209,11 +212,13 @@ def table_problem(table: Any, *, whole: bool = True) -> str:
         return f"{type(table).__name__}, no table"
     if table.get("format") != FORMAT or not _is_int(table.get("format"), FORMAT, FORMAT):
         return f"format {str(table.get('format'))[:20]}"
-    strangers = set(table) - {"format", "side", "channels", "domains"}
+    strangers = set(table) - {"format", "side", "channels", "orientation", "domains"}
     if strangers:
         return f"the entry '{min(strangers)[:60]}'"
     if not _is_int(table.get("side"), 1, _LARGEST_SIDE) or table.get("channels") not in (1, 3):
         return "images without a size"
+    if orientation_of(table) not in get_args(Orientation):
+        return f"the orientation {str(table['orientation'])[:20]}"
     if not isinstance(table.get("domains"), dict):
         return "no domains"
     for name, entry in table["domains"].items():
@@ -221,6 +226,12 @@ def table_problem(table: Any, *, whole: bool = True) -> str:
         if problem:
             return f"the domain '{name[:60]}' with {problem}"
     return ""
+
+
+def orientation_of(table: dict[str, Any]) -> Orientation:
+    """Return how the files of a pack were read. A table that does not say is older than the choice."""
+    orientation: Orientation = table.get("orientation", "stored")
+    return orientation
 
 
 def _entry_problem(entry: Any, whole: bool) -> str:
@@ -286,7 +297,8 @@ def read_domain(root: Path, name: str) -> PackedDomain:
     shape = (table["side"], table["side"], table["channels"])
     rows = np.arange(len(entry["paths"]))
     labels = np.asarray(entry["labels"], dtype=np.int64)
-    return PackedDomain(tuple(entry["classes"]), entry["paths"], labels, PackedImages(root, shards, shape, rows))
+    images = PackedImages(root, shards, shape, rows, orientation_of(table))
+    return PackedDomain(tuple(entry["classes"]), entry["paths"], labels, images)
 
 
 def file_digest(path: Path) -> str:

@@ -26,6 +26,9 @@ def read_list(listed: Path) -> list[str]:
     """
     try:
         content = listed.read_bytes().decode()
+    except FileNotFoundError as error:
+        found, remedy = f"{listed} ({error.strerror})", "leave the option out: where no file is bad, none is written"
+        raise UsageError("--quarantine", found=found, expected=_WRITTEN_BY, remedy=remedy) from error
     except OSError as error:
         raise UsageError("--quarantine", found=f"{listed} ({error.strerror})", expected=_WRITTEN_BY) from error
     except UnicodeDecodeError as error:

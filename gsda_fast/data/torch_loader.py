@@ -3,7 +3,7 @@
 Every other loader answers to this one: the same samples, windows and flips from the same plan, pixels within a stated
 tolerance.
 
-- Files are decoded as stored, by `decoding.read_image`.
+- Files are decoded, and photos turned, by `decoding.read_image`.
 - A file that fails in a run gives its place to another sample of its class (`substitutes`); in an evaluation, where a
   sample has no other in its place, it is an image of the mean colour.
 - Training: the window, drawn in the square resized image, is mapped to whole source pixels and resampled once.
@@ -294,13 +294,13 @@ def read_resized(domain: ImageDomain, sample: int, preprocessing: Preprocessing)
 
 
 def read_sample(domain: ImageDomain, sample: int, channels: int) -> Tensor:
-    """Return an image as stored, (channels, height, width) uint8: that of the file or, in a pack, the resized image.
+    """Return an image, (channels, height, width) uint8: that of the file or, in a pack, the resized image.
 
     Raises:
         UsageError: see `read_image`.
     """
     if domain.packed is None:
-        return read_image(domain.file(sample), channels)
+        return read_image(domain.file(sample), channels, domain.orientation)
     return torch.from_numpy(domain.packed[sample]).permute(2, 0, 1)
 
 

@@ -30,8 +30,8 @@ from rich.text import Text
 
 from gsda_fast.commands import program
 from gsda_fast.console import FilesDone
-from gsda_fast.data.benchmarks import Benchmark, find_benchmark
-from gsda_fast.data.decoding import inspect
+from gsda_fast.data.benchmarks import Benchmark, Orientation, find_benchmark
+from gsda_fast.data.decoding import MOST_PIXELS, Inspection, inspect
 from gsda_fast.data.digits import cache_home
 from gsda_fast.data.domains import ImageDomain, open_domain, open_pair
 from gsda_fast.data.quarantine import list_line, read_list
@@ -41,7 +41,7 @@ from gsda_fast.files import atomic_file
 
 _SHOWN = 5  # files named by an error message
 _BLOCK = 2000  # files that are remembered together
-_FORMAT = "3"  # of what is remembered: another number makes everything be checked again
+_FORMAT = "4"  # of what is remembered: another number makes everything be checked again
 _ENDINGS = {
     **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
     **dict.fromkeys((".tif", ".tiff"), "TIFF"),
@@ -61,6 +61,8 @@ class Finding:
         unreadable: (full path, what is wrong) of every file that cannot be read.
         misnamed: (full path, format) of every file that holds another format than its name says. It is read all the
             same.
+        turned: files with an orientation other than upright. halved: photos so large that they are decoded at half
+            their width and height.
     """
 
     name: str
@@ -68,6 +70,8 @@ class Finding:
     expected: int | None = None
     unreadable: list[tuple[str, str]] = field(default_factory=list)
     misnamed: list[tuple[str, str]] = field(default_factory=list)
+    turned: int = 0
+    halved: int = 0
     error: str = ""
 
     @property
@@ -80,6 +84,13 @@ class Finding:
             shown = ", ".join(f"{path} ({found})" for path, found in self.misnamed[:_SHOWN])
             more = f" and {len(self.misnamed) - _SHOWN} more" if len(self.misnamed) > _SHOWN else ""
             notes.append(f"{len(self.misnamed)} files with another format than their name says: {shown}{more}")
+        if self.turned:
+            done = {"exif": "which training applies", "stored": "which training ignores"}
+            orientation = self.domain.orientation if self.domain is not None else "stored"
+            count = f"{self.turned} images with an orientation other than upright"
+            notes.append(f"{count}, {done[orientation]} (--orientation {orientation})")
+        if self.halved:
+            notes.append(f"{self.halved} photos of more than {MOST_PIXELS} pixels, read at half their width and height")
         return notes
 
     @property
@@ -94,13 +105,14 @@ def verify(
     target: str | None = None,
     data_root: Path | None = None,
     *,
+    orientation: Orientation = "exif",
     workers: int = 0,
     progress: FilesDone | None = None,
 ) -> list[Finding]:
     """Check the domains of a task: the two that are named or, where none is, all that its papers use.
 
     Args:
-        task, source, target, data_root: as for `open_pair`.
+        task, source, target, data_root, orientation: as for `open_pair`.
         workers: threads; 0 = the usable cores.
         progress: called after each file.
 
@@ -110,30 +122,32 @@ def verify(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # counts that differ: the table says so
         if task == "folder":
-            opened = _open_folders(source, target, data_root)
+            opened = _open_folders(source, target, data_root, orientation)
         else:
-            opened = _open_domains(find_benchmark(task), source, target, data_root)
+            opened = _open_domains(find_benchmark(task), source, target, data_root, orientation)
     channels, checked = find_benchmark(task).preprocessing.channels, []
     for finding in opened:
         if finding.domain is not None:
             # Asked for in so many words: a disk may have lost bits of a shard since, which leaves no trace in its time.
             afresh = finding.domain.packed is not None
             found = check_files(finding.domain, workers, progress, channels=channels, afresh=afresh)
-            finding = replace(finding, unreadable=found.unreadable, misnamed=found.misnamed)
+            finding = replace(finding, **found._asdict())
         checked.append(finding)
     return checked
 
 
-def _open_folders(source: str | None, target: str | None, data_root: Path | None) -> list[Finding]:
+def _open_folders(
+    source: str | None, target: str | None, data_root: Path | None, orientation: Orientation
+) -> list[Finding]:
     try:
-        pair = open_pair("folder", source, target, data_root)
+        pair = open_pair("folder", source, target, data_root, orientation=orientation)
     except UsageError as error:
         return [Finding("folder", error=str(error))]
     return [Finding(domain.name, domain) for domain in pair]
 
 
 def _open_domains(
-    benchmark: Benchmark, source: str | None, target: str | None, data_root: Path | None
+    benchmark: Benchmark, source: str | None, target: str | None, data_root: Path | None, orientation: Orientation
 ) -> list[Finding]:
     partial = benchmark.target_classes is not None
     if source or target:
@@ -148,7 +162,7 @@ def _open_domains(
         shown = f"{facts.name}, as target" if as_target else facts.name
         expected = facts.expected_target_images if as_target else facts.expected_images
         try:
-            domain = open_domain(benchmark.name, facts.name, data_root, partial=as_target)
+            domain = open_domain(benchmark.name, facts.name, data_root, partial=as_target, orientation=orientation)
             findings.append(Finding(shown, domain, expected))
         except UsageError as error:
             findings.append(Finding(shown, expected=expected, error=str(error)))
@@ -180,6 +194,8 @@ class Checked(NamedTuple):
 
     unreadable: list[tuple[str, str]]
     misnamed: list[tuple[str, str]]
+    turned: int
+    halved: int
 
 
 def unreadable_files(
@@ -204,7 +220,7 @@ def check_files(
         progress: called after each file. channels: of the task's images, 3 or 1.
     """
     if domain.rows is not None:  # read and checked when the domain was opened
-        return Checked([], [])
+        return Checked([], [], 0, 0)
     packed = domain.packed
     files = [domain.file(i) for i in range(len(domain))] if packed is None else packed.files()
     check = partial(_checked, channels=channels) if packed is None else partial(_checked_shard, packed.problem)
@@ -223,12 +239,15 @@ def check_files(
             earlier = known.get(digest)
             # What was good is so still; the rest is looked at again.
             kept = [] if earlier is None else [pair for pair in earlier.misnamed if pair[0] not in looked_at]
-            block = _Block(digest, [], kept)
-            for path, (problem, misnamed) in zip(looked_at, pool.map(check, looked_at)):
+            block = _Block(digest, [], kept, *((0, 0) if earlier is None else (earlier.turned, earlier.halved)))
+            for path, (problem, file) in zip(looked_at, pool.map(check, looked_at)):
                 if problem:
                     block.unreadable.append((path, problem))
-                elif misnamed:
-                    block.misnamed.append((path, misnamed))
+                elif file is not None:
+                    if file.format != _named_format(path, file.format):
+                        block.misnamed.append((path, file.format))
+                    turned, halved = block.turned + (file.orientation != 1), block.halved + file.halved
+                    block = block._replace(turned=turned, halved=halved)
                 done += 1
                 if progress is not None:
                     progress(domain.name, done, total)
@@ -239,6 +258,8 @@ def check_files(
     return Checked(
         list(chain.from_iterable(block.unreadable for block in found)),
         list(chain.from_iterable(block.misnamed for block in found)),
+        sum(block.turned for block in found),
+        sum(block.halved for block in found),
     )
 
 
@@ -256,18 +277,21 @@ def file_problem(path: str, channels: int = 3) -> str:
     return _checked(path, channels)[0]
 
 
-def _checked(path: str, channels: int) -> tuple[str, str]:
-    """Return what is wrong with a file, and its format where its name says another."""
+def _checked(path: str, channels: int) -> tuple[str, Inspection | None]:
+    """Return what is wrong with a file, or what it is."""
     try:
-        found = inspect(path, channels)
+        return "", inspect(path, channels)
     except UsageError as error:
-        return error.found, ""
-    said = _ENDINGS.get(os.path.splitext(path)[1].lower(), found)
-    return "", "" if said == found else found
+        return error.found, None
 
 
-def _checked_shard(problem: Callable[[str], str], path: str) -> tuple[str, str]:
-    return problem(path), ""
+def _named_format(path: str, otherwise: str) -> str:
+    """Return the format that a file's name says."""
+    return _ENDINGS.get(os.path.splitext(path)[1].lower(), otherwise)
+
+
+def _checked_shard(problem: Callable[[str], str], path: str) -> tuple[str, None]:
+    return problem(path), None
 
 
 # --------------------------------------------------------------------------------------------------- what is remembered
@@ -279,6 +303,8 @@ class _Block(NamedTuple):
     digest: str
     unreadable: list[tuple[str, str]]
     misnamed: list[tuple[str, str]]
+    turned: int
+    halved: int
 
 
 def _in_doubt(files: list[str], earlier: _Block | None) -> list[str]:
@@ -359,8 +385,10 @@ def _block(line: bytes) -> _Block | None:
         return None
     if not all(_is_list_of_pairs(content[name]) for name in ("unreadable", "misnamed")):
         return None
-    pairs = ([(path, found) for path, found in content[name]] for name in ("unreadable", "misnamed"))
-    return _Block(content["digest"], *pairs)
+    if not all(type(content[name]) is int and content[name] >= 0 for name in ("turned", "halved")):
+        return None
+    unreadable, misnamed = (list(map(tuple, content[name])) for name in ("unreadable", "misnamed"))
+    return _Block(content["digest"], unreadable, misnamed, content["turned"], content["halved"])
 
 
 def _is_list_of_pairs(values: Any) -> bool:
@@ -390,7 +418,7 @@ def findings_table(task: str, findings: list[Finding]) -> Table:
 
 
 def write_quarantine(listed: Path, findings: list[Finding]) -> int:
-    """Add every unreadable file to a list, one full path a line.
+    """Add every unreadable file to a list, one full path a line; a list of none is not written.
 
     Returns:
         The number of files on the list now.
@@ -402,6 +430,8 @@ def write_quarantine(listed: Path, findings: list[Finding]) -> int:
         earlier = read_list(listed) if listed.exists() else []
         bad = {os.path.abspath(path) for finding in findings for path, _ in finding.unreadable}
         paths = sorted(bad.union(earlier))
+        if not paths:
+            return 0
         with atomic_file(listed) as file:
             file.writelines(list_line(path) for path in paths)
     except OSError as error:
