@@ -255,8 +255,8 @@ def write_domains(folder: Path, num_classes: int, rows: int, dim: int) -> None:
 def config_of(shape: HeadShape, folder: Path, steps: int, **options: Any) -> Config:
     """Return the preset's settings for the domains in a folder, on this number of steps."""
     files = {"source": folder / "source.npz", "target": folder / "target.npz"}
-    given = {"groups": shape.num_groups, "device": "cpu", "threads": torch.get_num_threads(), **options}
-    return configure("features", "gsda", steps=steps, warmup=2 * steps // 7, **files, **given)
+    given = {"groups": shape.num_groups, "device": "cpu", "threads": torch.get_num_threads(), "warmup": 2 * steps // 7}
+    return configure("features", "gsda", steps=steps, **files, **{**given, **options})
 
 
 def seconds_in_turns(config: Config, rounds: int) -> Iterator[dict[str, float]]:
@@ -275,12 +275,12 @@ def seconds_in_turns(config: Config, rounds: int) -> Iterator[dict[str, float]]:
         yield found
 
 
-def table(found: dict[str, list[dict[str, float]]], steps: dict[str, int], machine: str, command: str) -> str:
+def table(found: dict[str, list[dict[str, float]]], steps: dict[str, int], made_on: str, command: str) -> str:
     """Return a Markdown page: shape by contender, seconds of a whole run, and how many times longer than ours."""
     lines = [
         "# Whole training on embeddings, on a CPU",
         "",
-        f"{machine}.",
+        f"{made_on}.",
         "",
         f"Random features, {ROWS} + {ROWS} rows of {DIM}; the preset of the task `features`: 48 + 48 rows a step,",
         "bottleneck and discriminators 256 wide. Reading, warm-up, adaptation and evaluations; no files are written.",
@@ -301,7 +301,8 @@ def table(found: dict[str, list[dict[str, float]]], steps: dict[str, int], machi
     return "\n".join(lines) + "\n"
 
 
-def _machine() -> str:
+def machine() -> str:
+    """Return the kind of CPU, the threads, the versions and the revision that a result is of."""
     cpu, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
     git = ["git", "-C", str(_REPOSITORY), "rev-parse", "--short=10", "HEAD"]
     revision = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
@@ -328,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config = config_of(SHAPES[name], Path(folder), steps[name])
             for of_round in seconds_in_turns(config, options.rounds):
                 found.setdefault(name, []).append(of_round)
-                page = table(found, steps, _machine(), command)
+                page = table(found, steps, machine(), command)
                 if options.output is not None:
                     # After every round, so that what was measured survives a run that is cut off.
                     options.output.write_text(page)
