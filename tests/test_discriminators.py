@@ -102,6 +102,18 @@ def test_the_whole_domain_weighs_exactly_one(monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(seen[0][:, 0], torch.ones(len(features)))
 
 
+@pytest.mark.parametrize(
+    "backend", [name for name, why in gsda_kernels.available_backends("cpu").items() if why is None]
+)
+def test_a_prediction_that_is_no_number_makes_terms_that_are_none(backend: str) -> None:
+    """Of a network that has diverged: the guard of training then names the terms, on a CPU as on a GPU."""
+    features, probabilities, domain = batch()
+    probabilities[-1] = torch.nan
+    terms = build(backend=backend)(features, probabilities, domain, NUM_SOURCE)
+    assert terms.loss[1:].isnan().all()
+    assert terms.loss[0].isfinite()
+
+
 def capture_weights(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     seen: list[Tensor] = []
     original = gsda_kernels.adversarial_terms

@@ -164,6 +164,7 @@ class Discriminators(nn.Module):
                 max_pairs=self._max_pairs(len(features), num_source),
                 loss_feature_scale=loss_feature_scale,
                 half_weights=half_weights,
+                validate=False,
             )
 
     def descend_(
@@ -216,6 +217,7 @@ class Discriminators(nn.Module):
                 backend=self.backend,
                 min_weight=self.min_weight,
                 max_pairs=self._max_pairs(len(features), num_source),
+                validate=False,
             )
         if half_weights is not None:
             self._half.confirm(matrices)
@@ -249,12 +251,15 @@ class Discriminators(nn.Module):
         return DiscriminatorWeights(self.w1, self.b1, self.w2, self.b2, self.w3, self.b3)
 
     def _pair_weight(self, features: Tensor, class_probabilities: Tensor, sample_weight: Tensor | None) -> Tensor:
-        """Return (N, K): what each sample weighs in each discriminator."""
+        """Return (N, K): what each sample weighs in each discriminator.
+
+        Never below 0, being made of probabilities; of numbers that are not finite it makes losses that are not, which
+        the guard of training names. So the kernels' check of every value is left out, as it is on a GPU.
+        """
         dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
         weight = class_probabilities.detach().to(dtype) @ self.class_weights[self._own].to(dtype).T
         if "domain" in self.levels and self._own.start == 0:
-            # Exactly 1, which a sum of rounded probabilities is not.
-            weight = torch.cat([torch.ones_like(weight[:, :1]), weight[:, 1:]], dim=1)
+            weight[:, 0] = 1  # exactly, which a sum of rounded probabilities is not
         if sample_weight is not None:
             weight = weight * sample_weight.detach().to(dtype).unsqueeze(1)
         return weight

@@ -166,7 +166,7 @@ class GSDA(Method):
         def of_discriminators(own: AdversarialTerms) -> Objective:
             terms = self._all_terms(own)
             objective = discriminator_objective(terms, groups, beta=beta, mean_over_ranks=mean)
-            return replace(objective, terms=self._adversarial_terms(terms, mean))
+            return replace(objective, terms=self._adversarial_terms(terms, objective, mean))
 
         metrics = self._domain_accuracy(rows) if step.logged else {}
         if self.settings.update == "reversal":
@@ -219,11 +219,16 @@ class GSDA(Method):
         value = entropy(outputs.target_logits)
         return self.alpha * value, {"entropy": value}
 
-    def _adversarial_terms(self, terms: AdversarialTerms, mean: Callable[[Tensor], Tensor] | None) -> dict[str, Tensor]:
+    def _adversarial_terms(
+        self, terms: AdversarialTerms, objective: Objective, mean: Callable[[Tensor], Tensor] | None
+    ) -> dict[str, Tensor]:
         per_level, norms = self.discriminators.sum_per_level, terms.gradient_norm.detach()
         named = {f"adversarial_{level}": value for level, value in per_level(terms.loss.detach()).items()}
         named |= {f"gradient_norm_{level}": value for level, value in per_level(norms).items()}
         if self.discriminators.levels == LEVELS:
             # Logged without synchronization as well, to show what it changes.
-            named["synchronization"] = synchronization_loss(norms, self.discriminators.groups, mean)
+            known = objective.terms.get("synchronization")
+            named["synchronization"] = (
+                synchronization_loss(norms, self.discriminators.groups, mean) if known is None else known
+            )
         return named

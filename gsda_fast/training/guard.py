@@ -53,7 +53,7 @@ class Guard:
         """Return (1 + terms + 1,) float32: 1 for each loss that is not finite, the objective first; 1 for the wish to
         stop.
         """
-        values = torch.stack([total.detach().float(), *(term.detach().float() for term in terms.values())])
+        values = torch.stack([total.detach(), *terms.values()])
         return torch.cat([(~torch.isfinite(values)).float(), self._wish])
 
     @property
@@ -90,15 +90,16 @@ class Guard:
             TrainingError: a number was not finite, now or up to ten steps ago.
         """
         bad = torch.cat(self._updates)
-        before = self._stopped > 0
-        # A step that is skipped may end after its first update: what the first bad one said is kept beside it.
-        own = tuple(self._names)
-        self._bad.setdefault(own, torch.zeros_like(bad))
-        for names, known in self._bad.items():
-            self._bad[names] = torch.where(before, known, bad if names == own else 0.0)
-        self._step = torch.where(before, self._step, step)
+        before, waits = self._stopped > 0, self._device.type != "cuda"
         self._stopped = torch.maximum(self._stopped, bad.amax())
-        if self._device.type != "cuda":
+        self._step = torch.where(before, self._step, step)
+        if not waits or bool(self._stopped):
+            # A step that is skipped may end after its first update: what the first bad one said is kept beside it.
+            own = tuple(self._names)
+            self._bad.setdefault(own, torch.zeros_like(bad))
+            for names, known in self._bad.items():
+                self._bad[names] = torch.where(before, known, bad if names == own else 0.0)
+        if waits:
             self.require_finite()
         elif (step + 1) % _COPY_EVERY == 0:
             self._read_copy()

@@ -124,8 +124,7 @@ def adversarial_update_(
             upstream = upstream(results)
     grad_loss, grad_norm = _checked_upstream(upstream, weight)
 
-    finite = results.loss.isfinite().all() & results.gradient_norm.isfinite().all()
-    finite = finite & grad_loss.isfinite().all() & grad_norm.isfinite().all()
+    finite = torch.cat([*results, grad_loss, grad_norm]).isfinite().all()
     skip = torch.maximum(skip, (~finite).to(skip.dtype))
     if chosen == "reference":
         gradients = torch.autograd.grad(terms, list(leaves), (grad_loss, grad_norm))
@@ -170,6 +169,8 @@ def _check_moved(
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
     """Return the addresses from its first byte to behind its last one."""
+    if tensor.is_contiguous():
+        return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
     reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
     return tensor.data_ptr(), tensor.data_ptr() + reach * tensor.element_size()
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack
 
 from gsda_kernels import buffers
 from gsda_kernels.sgd import Sgd, follow, step_where_finite
@@ -78,8 +80,7 @@ class NativeBackend:
             *_plain((weight, label), weight.dtype),
             *_apart(saved),
             _row_stride(tensors[1].shape[1]),
-            loss,
-            gradient_norm,
+            *_lent((loss, gradient_norm)),
             torch.get_num_threads(),
             self._wide,
         ):
@@ -110,7 +111,7 @@ class NativeBackend:
             _row_stride(tensors[1].shape[1]),
             *_plain((grad_loss, grad_gradient_norm), weight.dtype),
             1.0 if loss_feature_scale is None else float(loss_feature_scale),
-            gradients,
+            _lent(gradients),
             torch.get_num_threads(),
             self._wide,
         ):
@@ -148,7 +149,7 @@ class NativeBackend:
             *_apart(saved),
             _row_stride(tensors[1].shape[1]),
             *_plain((grad_loss, grad_gradient_norm), weight.dtype),
-            list(momentum),
+            _lent(momentum),
             float(rule.learning_rate),
             rule.momentum,
             rule.weight_decay,
@@ -164,13 +165,25 @@ def _kind(features: Tensor) -> torch.dtype:
     return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
-def _apart(saved: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
+def _apart(saved: Sequence[Tensor]) -> tuple[list[Any], Any]:
     """Return what is saved as numbers, and the mask, where it is kept."""
-    return list(saved[:5]), saved[5] if len(saved) > 5 else None
+    numbers, mask = saved[:5], saved[5] if len(saved) > 5 else None
+    return _lent(numbers), *_lent([mask])
 
 
-def _plain(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    return [tensor.detach().to(dtype).contiguous() for tensor in tensors]
+def _plain(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Any]:
+    return _lent([tensor if _is_plain(tensor, dtype) else tensor.to(dtype).contiguous() for tensor in tensors])
+
+
+def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
+    return tensor.dtype == dtype and tensor.is_contiguous()
+
+
+def _lent(tensors: Sequence[Tensor | None]) -> list[Any]:
+    """Return the tensors as the extension takes them: a step lends it seventy, and `Tensor.__dlpack__` in Python, which
+    it would call itself, takes ten times as long.
+    """
+    return [None if tensor is None else to_dlpack(tensor) for tensor in tensors]
 
 
 def _row_stride(size: int) -> int:
