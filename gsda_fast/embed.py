@@ -7,9 +7,11 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import tyro
@@ -23,7 +25,14 @@ from gsda_fast.data.domains import ImageDomain, default_root, open_domain, open_
 from gsda_fast.data.embeddings import digest_of_table, write_table
 from gsda_fast.data.sampling import stored_augmentation
 from gsda_fast.errors import UsageError
-from gsda_fast.files import atomic_file
+from gsda_fast.files import (
+    FolderLock,
+    atomic_file,
+    file_state,
+    naming_what_cannot_be_written,
+    new_file,
+    write_at,
+)
 from gsda_fast.options import Device
 
 if TYPE_CHECKING:
@@ -73,7 +82,9 @@ def embed(settings: EmbedSettings, progress: FilesDone | None = None) -> list[Pa
         settings: see there. progress: called after each batch.
 
     Raises:
-        UsageError: data, a backbone or weights that are not there or do not fit, or a folder that cannot be written.
+        UsageError: data, a backbone or weights that are not there or do not fit, or a folder that cannot be written,
+            or that another process writes into.
+        TrainingError: the disk is full, or fails, on the way; the same call goes on from there.
     """
     # Here and below, so that --help need not wait for PyTorch.
     import torch
@@ -98,18 +109,17 @@ def embed(settings: EmbedSettings, progress: FilesDone | None = None) -> list[Pa
     on_gpu = settings.device != "cpu" and torch.cuda.is_available()
     network = _Network(backbone, dim, torch.device("cuda" if on_gpu else "cpu"))
     output = settings.output or _default_output(settings)
-    paths = []
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        for domain in domains:
-            path = output / f"{domain.name}.npy"
-            _embed_domain(domain, path, network, preprocessing, settings, progress)
-            paths.append(path)
-    except OSError as error:
-        raise UsageError(
-            str(error.filename or output), found=f"{error.strerror}", expected="a folder that can be written"
-        ) from error
-    return paths
+    paths = {output / f"{domain.name}.npy": domain for domain in domains}
+    made_from = {path: _digest(domain, network, preprocessing, settings.views) for path, domain in paths.items()}
+    # What is there already can be used by many at once, and be where nobody may write.
+    if any(digest_of_table(path) != made_from[path] for path in paths):
+        with naming_what_cannot_be_written(output):
+            output.mkdir(parents=True, exist_ok=True)
+            with FolderLock(output):
+                for path, domain in paths.items():
+                    if digest_of_table(path) != made_from[path]:
+                        _embed_domain(domain, path, made_from[path], network, preprocessing, settings, progress)
+    return list(paths)
 
 
 def _default_output(settings: EmbedSettings) -> Path:
@@ -156,9 +166,59 @@ class _Network:
             return self._backbone(images).flatten(1).float().cpu().numpy()
 
 
+class _Rows:
+    """The rows of a domain on their way: an .npy file that the disk has set room aside for.
+
+    It is not mapped: where the disk lacks room, or somebody cuts the file, writing to a mapped one ends the process
+    without a word.
+
+    Args:
+        path: of the file. shape: (V, n, D). keep: what an earlier call has written.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, int, int], keep: bool) -> None:
+        header = BytesIO()
+        description = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False}
+        np.lib.format.write_array_header_1_0(header, {**description, "shape": shape})
+        self._shape, self._start = shape, header.tell()
+        size = self._start + 4 * int(np.prod(shape))
+        self.kept = keep and _is_file_of(path, header.getvalue(), size)
+        self._file = path.open("r+b") if self.kept else new_file(path)
+        write_at(self._file.fileno(), memoryview(header.getvalue()), 0)
+        os.posix_fallocate(self._file.fileno(), 0, size)
+
+    def __enter__(self) -> _Rows:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, view: int, first: int, rows: np.ndarray) -> None:
+        """Write (m, D) rows of a view, from the sample `first` on."""
+        _, count, dim = self._shape
+        place = self._start + 4 * dim * (view * count + first)
+        write_at(self._file.fileno(), np.ascontiguousarray(rows, dtype=np.float32).data, place)
+
+    def sync(self) -> None:
+        """Put what was written on the disk."""
+        os.fsync(self._file.fileno())
+
+
+def _is_file_of(path: Path, header: bytes, size: int) -> bool:
+    """Return whether a file, and no link to one, begins like that and is that long."""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size != size:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(header)) == header
+
+
 def _embed_domain(
     domain: ImageDomain,
     path: Path,
+    made_from: str,
     network: _Network,
     preprocessing: Preprocessing,
     settings: EmbedSettings,
@@ -166,25 +226,21 @@ def _embed_domain(
 ) -> None:
     from gsda_fast.data.torch_loader import TorchLoader
 
-    made_from = _digest(domain, network, preprocessing, settings.views)
-    if digest_of_table(path) == made_from:
-        return
     path.with_suffix(".json").unlink(missing_ok=True)  # from now on these are no finished rows
     partial, journal = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.done")
     count, views = len(domain), 1 + settings.views
-    done = _done(journal, made_from) if partial.is_file() else 0
-    mode: Literal["r+", "w+"] = "r+" if done else "w+"
-    rows = np.lib.format.open_memmap(partial, mode=mode, dtype=np.float32, shape=(views, count, network.dim))
+    done = _done(journal, made_from, count)
     batch_size = settings.batch_size or (128 if network.device.type == "cuda" else 16)
     loader = TorchLoader(
         domain, domain, preprocessing, batch_size=batch_size, device=network.device, workers=settings.workers
     )
-    try:
+    with closing(loader), _Rows(partial, (views, count, network.dim), keep=done > 0) as rows:
+        done = done if rows.kept else 0
         if done < count:
             centres = loader.evaluate("target", np.arange(done, count))
             for number, (images, index) in enumerate(centres, start=1):
                 first, last = int(index[0]), int(index[-1]) + 1
-                rows[0, first:last] = network(images)
+                rows.write(0, first, network(images))
                 if views > 1:
                     drawn = [
                         stored_augmentation(_VIEW_SEED, range(view * count + first, view * count + last), preprocessing)
@@ -192,17 +248,12 @@ def _embed_domain(
                     ]
                     crops = loader.augmented("target", np.arange(first, last), drawn)
                     for view, augmented in enumerate(crops, start=1):
-                        rows[view, first:last] = network(augmented)
+                        rows.write(view, first, network(augmented))
                 if progress is not None:
                     progress(domain.name, last, count)
                 if number % _SAVED_EVERY == 0:
                     _save(rows, journal, made_from, last)
-    finally:
-        loader.close()
-    _save(rows, journal, made_from, count)
-    del rows
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
+        _save(rows, journal, made_from, count)
     partial.replace(path)
     write_table(path, made_from, domain.paths, domain.labels, domain.classes)
     journal.unlink(missing_ok=True)
@@ -215,31 +266,27 @@ def _digest(domain: ImageDomain, network: _Network, preprocessing: Preprocessing
         settings["orientation"] = domain.orientation
     found = hashlib.sha256(f"{json.dumps(settings)} {network.digest}".encode())
     for sample, (name, label) in enumerate(zip(domain.paths, domain.labels.tolist())):
-        state = "" if domain.packed is not None else _state(domain.file(sample))
+        state = "" if domain.packed is not None else file_state(domain.file(sample))
         found.update(f"{name}\0{label}\0{state}\0".encode())
     if domain.packed is not None:
         found.update(repr([shard.sha256 for shard in domain.packed.shards]).encode())
     return found.hexdigest()
 
 
-def _state(path: str) -> str:
-    """Size and time of change."""
-    status = os.stat(path)
-    return f"{status.st_size} {status.st_mtime_ns}"
-
-
-def _save(rows: np.memmap, journal: Path, made_from: str, done: int) -> None:
-    rows.flush()
+def _save(rows: _Rows, journal: Path, made_from: str, done: int) -> None:
+    rows.sync()
     with atomic_file(journal) as file:
         file.write(json.dumps({"digest": made_from, "done": done}).encode())
 
 
-def _done(journal: Path, made_from: str) -> int:
+def _done(journal: Path, made_from: str, count: int) -> int:
+    """Return how many samples of `count` an earlier call is done with, 0 where its notes are none."""
     try:
         written = json.loads(journal.read_text(encoding="utf-8"))
-        return int(written["done"]) if written["digest"] == made_from else 0
-    except (OSError, ValueError, KeyError, TypeError):
+        done = written["done"] if written["digest"] == made_from else 0
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return 0
+    return done if type(done) is int and 0 < done <= count else 0
 
 
 def with_features(arguments: list[str], console: Console) -> list[str]:

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from gsda_fast.errors import FolderInUse, UsageError, UsageWarning
+from gsda_fast.errors import FolderInUse, TrainingError, UsageError, UsageWarning
 
+_CANNOT_BE_MENDED = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.ESTALE)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EROFS)
 
 
@@ -55,6 +56,39 @@ def new_file(path: Path) -> IO[bytes]:
     except FileExistsError:
         path.unlink()
         return path.open("x+b")
+
+
+def write_at(descriptor: int, data: memoryview, place: int) -> None:
+    """Write bytes at a place of an open file, all of them.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    data = data.cast("B")
+    while len(data):
+        written = os.pwrite(descriptor, data, place)
+        data, place = data[written:], place + written
+
+
+@contextmanager
+def naming_what_cannot_be_written(folder: Path, option: str = "--output") -> Iterator[None]:
+    """Report in one line a folder without permission or on a disk that is full.
+
+    Args:
+        folder: what is written. option: by which the user named it.
+
+    Raises:
+        UsageError, TrainingError: in place of an `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason, place = error.strerror or str(error), error.filename or folder
+        if error.errno in _CANNOT_BE_MENDED:
+            message = f"{place} cannot be written ({reason}); free some space, then the same command goes on from there"
+            raise TrainingError(message) from error
+        found = f"{folder} ({reason})"
+        raise UsageError(option, found=found, expected="a folder that can be made and written") from error
 
 
 def sync_folder(path: Path) -> None:

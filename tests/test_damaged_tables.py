@@ -10,6 +10,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -20,10 +21,12 @@ from gsda_fast.config import config_from_dict, preset
 from gsda_fast.data import verify as verify_module
 from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.data.domains import open_domain, open_pair
+from gsda_fast.data.embeddings import digest_of_table, read_embeddings
 from gsda_fast.data.pack import pack
 from gsda_fast.data.verify import unreadable_files
 from gsda_fast.errors import TrainingError, UsageError
 from gsda_fast.results.run_folder import RunFolder
+from gsda_fast.results.tables import transfer_table
 from gsda_fast.training.checkpoint import DamagedCheckpoint, network_problem, read_checkpoint, training_problem
 
 OWN = (UsageError, TrainingError, DamagedCheckpoint)
@@ -201,6 +204,150 @@ def test_what_is_remembered_of_a_check(photos: Path, monkeypatch: pytest.MonkeyP
     memory = verify_module._Memory(source)._file
     memory.write_bytes(content)
     assert unreadable_files(source) == []
+
+
+# -------------------------------------------------------------------------------------------------------- embeddings
+
+
+def arrays(save: Callable[..., None], **values: np.ndarray) -> bytes:
+    memory = BytesIO()
+    save(memory, **values)
+    return memory.getvalue()
+
+
+ROWS = np.arange(12, dtype=np.float32).reshape(4, 3)
+EMBEDDED = {
+    "format": 1,
+    "digest": "0" * 64,
+    "names": ["a", "b", "c", "d"],
+    "labels": [0, 0, 1, -1],
+    "classes": ["x", "y"],
+}
+
+
+@FUZZ
+@given(table=altered(EMBEDDED))
+def test_the_table_of_embeddings(tmp_path: Path, table: Any) -> None:
+    path = tmp_path / "photos.npy"
+    np.save(path, ROWS)
+    path.with_suffix(".json").write_text(json.dumps(table))
+    digest_of_table(path)
+    with contextlib.suppress(*OWN):
+        read = read_embeddings(path)
+        assert (len(read), len(read.names)) == (4, 4)
+        assert read.labels.max() < len(read.classes)
+
+
+@FUZZ
+@given(content=broken(json.dumps(EMBEDDED).encode()))
+def test_bytes_in_the_place_of_the_table_of_embeddings(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "photos.npy"
+    np.save(path, ROWS)
+    path.with_suffix(".json").write_bytes(content)
+    digest_of_table(path)
+    with contextlib.suppress(*OWN):
+        read_embeddings(path)
+
+
+@FUZZ
+@given(
+    content=st.one_of(
+        broken(arrays(np.savez, features=ROWS, labels=np.arange(4))),
+        broken(arrays(np.savez_compressed, features=ROWS, labels=np.array(["a", "b", "a", "b"]))),
+        broken(arrays(lambda memory, features: np.save(memory, features), features=ROWS)),
+    ),
+    suffix=st.sampled_from([".npz", ".npy"]),
+)
+def test_bytes_in_the_place_of_embeddings(tmp_path: Path, content: bytes, suffix: str) -> None:
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(content)
+    with contextlib.suppress(*OWN):
+        read_embeddings(path)
+
+
+# ------------------------------------------------------------------------------------------------------ what a run left
+
+
+RESULT = {
+    **{"task": "folder", "source": "s", "target": "t", "method": "gsda", "seed": 0, "steps": 3},
+    **{"accuracy": {"last": 50.0, "best": 60.0, "label_free": None}, "mean_per_class": {"last": 50.0}},
+    **{"per_class": [1.0, None], "classes": ["a", "b"], "images_per_second": 9.5, "seconds": 3.0},
+    **{"label_free_by": {"entropy": {"accuracy": 50.0}}, "unreadable_files": 0},
+}
+
+
+@FUZZ
+@given(table=altered(RESULT))
+def test_the_result_of_a_run(tmp_path: Path, table: Any) -> None:
+    run = RunFolder(tmp_path)
+    run.result_path.write_text(json.dumps(table))
+    with contextlib.suppress(*OWN):
+        result = run.read_result()
+        assert result is not None
+        transfer_table([result], metric="accuracy")
+
+
+@FUZZ
+@given(lines=altered([{"step": step, "classification": 0.5, "accuracy": None} for step in (1, 2, 3)]))
+def test_the_metrics_of_a_run(tmp_path: Path, lines: Any) -> None:
+    run = RunFolder(tmp_path)
+    run.metrics_path.write_text(
+        "".join(json.dumps(line) + "\n" for line in (lines if isinstance(lines, list) else [0]))
+    )
+    with contextlib.suppress(*OWN):
+        steps = [record["step"] for record in run.read_metrics()]
+        assert steps == sorted(set(steps))
+        run.truncate_metrics(2)
+
+
+@FUZZ
+@given(content=broken(json.dumps({"versions": {"torch": "2"}}).encode()))
+def test_bytes_in_the_place_of_a_runs_json(tmp_path: Path, content: bytes) -> None:
+    run = RunFolder(tmp_path)
+    for file in (run.environment_path, run.metrics_path, run.result_path):
+        file.write_bytes(content)
+    for read in (run.read_environment, run.read_metrics, run.read_result):
+        with contextlib.suppress(*OWN):
+            read()
+
+
+PROBABILITIES = np.full((4, 2), 0.5, np.float32)
+
+
+@FUZZ
+@given(
+    content=st.one_of(
+        broken(arrays(np.savez, labels=np.arange(4) % 2, probabilities=PROBABILITIES)),
+        broken(arrays(np.savez_compressed, source_labels=np.arange(4), target_labels=np.arange(4), source_final=ROWS)),
+    )
+)
+def test_bytes_in_the_place_of_a_runs_arrays(tmp_path: Path, content: bytes) -> None:
+    run = RunFolder(tmp_path)
+    for file in (run.predictions_path, run.features_path):
+        file.write_bytes(content)
+    for read in (run.read_predictions, run.read_features):
+        with contextlib.suppress(*OWN):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("stored", "found"),
+    [
+        ({"labels": np.array([0, 2]), "probabilities": PROBABILITIES[:2]}, "labels up to 2"),
+        ({"labels": np.array([0]), "probabilities": PROBABILITIES}, "1 labels"),
+        ({"labels": np.array([0.5]), "probabilities": PROBABILITIES}, "labels of type float64"),
+        ({"labels": np.array([0])}, "no array probabilities"),
+        (
+            {"labels": np.array([{}], dtype=object), "probabilities": PROBABILITIES},
+            "a damaged file .*pickle",
+        ),
+    ],
+)
+def test_predictions_that_do_not_fit(tmp_path: Path, stored: dict[str, np.ndarray], found: str) -> None:
+    run = RunFolder(tmp_path)
+    np.savez(run.predictions_path, **stored)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=rf"predictions\.npz: found .*{found}.*; expected arrays as a run writes them"):
+        run.read_predictions()
 
 
 # ---------------------------------------------------------------------------------------------------------- settings

@@ -1,3 +1,4 @@
+import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,9 +11,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from processes import run_ranks
 from test_distributed import free_port, largest_error, stopped_and_resumed
 from torch import Tensor, nn
-from torch.multiprocessing import start_processes
 
 from gsda_fast.assemble import build_trainer, resolve
 from gsda_fast.config import parse_config
@@ -215,7 +216,6 @@ def cases_of(world_size: int) -> dict[str, Case]:
 
 
 def work(rank: int, world_size: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with join("cpu", timeout=60) as ranks:
@@ -228,13 +228,20 @@ def work(rank: int, world_size: int, port: int, folder: str) -> None:
         torch.save(found, Path(folder) / f"{rank}.pt")
 
 
+@functools.cache
+def expected_of(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What one process finds that owns all, along gradients, and the state that it begins with."""
+    case = replace(CASES[name], compiled=False, in_place=False)
+    return trained(case, divided=False), Setup(case, divided=False).state()
+
+
 @pytest.fixture(scope="module", params=[1, 2, 4])
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of 1, 2 or 4 processes found."""
     if request.param == 1:
         return [{name: trained(case) for name, case in CASES.items()}]
     folder = tmp_path_factory.mktemp("world")
-    start_processes(work, (request.param, free_port(), str(folder)), nprocs=request.param, start_method="spawn")
+    run_ranks(work, (request.param, free_port(), str(folder)), nprocs=request.param)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(request.param)]
 
 
@@ -249,11 +256,10 @@ def several(world: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_ten_steps_are_those_of_one_process_that_owns_all(world: list[dict[str, Any]], name: str) -> None:
     if name not in cases_of(len(world)):
         pytest.skip("tried with fewer processes")
-    case = replace(CASES[name], compiled=False, in_place=False)
-    expected = trained(case, divided=False)
+    expected, begun = expected_of(name)
     moved = {key: value for key, value in expected["state"].items() if " " not in key}
     for part in ("model", "discriminators"):
-        before = {key: value for key, value in Setup(case, divided=False).state().items() if " " not in key}
+        before = {key: value for key, value in begun.items() if " " not in key}
         assert largest_error(moved, before, part) > 1e-3
     # Adam divides by gradients' sizes, those of nearly none included.
     tolerance = 1e-12 if name != "Adam" else 1e-8

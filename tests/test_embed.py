@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 from dataclasses import replace
@@ -17,7 +18,8 @@ from gsda_fast.data.domains import open_folder
 from gsda_fast.data.embeddings import read_embeddings
 from gsda_fast.data.torch_loader import TorchLoader
 from gsda_fast.embed import EmbedSettings, embed
-from gsda_fast.errors import UsageError
+from gsda_fast.errors import FolderInUse, TrainingError, UsageError
+from gsda_fast.files import FolderLock
 from gsda_fast.model import ModelSettings, build_backbone
 
 
@@ -95,7 +97,83 @@ def test_an_interrupted_call_goes_on(settings: EmbedSettings, monkeypatch: pytes
     (path,) = embed(settings, lambda name, done, total: rest.append(done))
     assert (seen, rest) == ([2, 4], [4, 6])  # the second batch had not been noted
     assert path.read_bytes() == whole.read_bytes()
-    assert sorted(os.listdir(settings.output)) == ["photos.json", "photos.npy"]
+    assert sorted(os.listdir(settings.output)) == [".lock", "photos.json", "photos.npy"]
+
+
+def stopped(settings: EmbedSettings, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a call that was interrupted after two samples of six."""
+    monkeypatch.setattr(command, "_SAVED_EVERY", 1)
+    assert settings.output is not None
+
+    def stop(name: str, done: int, total: int) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embed(settings, stop)
+    return settings.output
+
+
+@pytest.mark.parametrize("done", [7, -1, 0, 10**40, 2.0, True, "2", None])
+def test_notes_of_an_interrupted_call_that_are_none_begin_it_again(
+    settings: EmbedSettings, monkeypatch: pytest.MonkeyPatch, done: object
+) -> None:
+    (whole,) = embed(replace(settings, output=Path(settings.what).parent / "whole"))
+    journal = stopped(settings, monkeypatch) / ".photos.npy.done"
+    journal.write_text(json.dumps(json.loads(journal.read_text()) | {"done": done}))
+    seen: list[int] = []
+    (path,) = embed(settings, lambda name, done, total: seen.append(done))
+    assert seen == [2, 4, 6]
+    assert path.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["cut", "another shape", "a link"])
+def test_rows_that_are_not_those_of_the_interrupted_call_are_not_gone_on_with(
+    settings: EmbedSettings, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    (whole,) = embed(replace(settings, output=Path(settings.what).parent / "whole"))
+    partial = stopped(settings, monkeypatch) / ".photos.npy.partial"
+    precious = Path(settings.what).parent / "precious"
+    content = b"" if kind == "another shape" else partial.read_bytes()
+    precious.write_bytes(content)
+    if kind == "cut":
+        os.truncate(partial, len(content) - 4)
+    elif kind == "another shape":
+        np.save(partial.with_suffix(".npy"), np.zeros((1, 5, 6), np.float32))
+        partial.with_suffix(".npy").replace(partial)
+    else:
+        partial.unlink()
+        partial.symlink_to(precious)
+    (path,) = embed(settings)
+    assert path.read_bytes() == whole.read_bytes()
+    assert precious.read_bytes() == content
+
+
+def test_a_folder_is_held_while_rows_are_written(settings: EmbedSettings) -> None:
+    refused = []
+
+    def second(name: str, done: int, total: int) -> None:
+        with pytest.raises(FolderInUse, match=r"--output: found .*out, in use by process"):
+            embed(settings)
+        refused.append(done)
+
+    (path,) = embed(settings, second)
+    assert refused == [2, 4, 6]
+    with FolderLock(path.parent):  # what is there can be used all the same
+        assert embed(settings) == [path]
+
+
+def test_a_disk_that_is_full_is_one_line_and_the_same_call_goes_on(
+    settings: EmbedSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "posix_fallocate", refuse)
+        with pytest.raises(TrainingError, match=r"out cannot be written \(No space left on device\); free some space"):
+            embed(settings)
+    assert len(read_embeddings(embed(settings)[0])) == 6
 
 
 def test_a_folder_without_classes_is_unlabelled(settings: EmbedSettings) -> None:

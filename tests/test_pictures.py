@@ -155,6 +155,29 @@ def test_a_damaged_manifest(tiny: Tiny, content: str) -> None:
         tiny.build()
 
 
+@pytest.mark.parametrize("reach", ["../private/cat/a.png", "/etc/cat/a.png", "photo/../../a.png", "photo/a.png"])
+def test_a_manifest_reaches_nothing_outside(tiny: Tiny, reach: str) -> None:
+    tiny.build()
+    table = json.loads((tiny.root / MANIFEST).read_text())
+    table["pictures"][0]["file"] = reach
+    (tiny.root / MANIFEST).write_text(json.dumps(table))
+    for read in (lambda: verify(tiny.root), tiny.build):
+        with pytest.raises(UsageError, match=r"manifest\.json: found .*which is not DOMAIN/CLASS/NAME"):
+            read()
+
+
+def test_an_entry_in_a_pictures_place_is_named_at_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.build()
+    pipe, program = tiny.root / "photo/cat/s--cat.png", tiny.root / "photo/dog/s--dog.png"
+    pipe.unlink()
+    os.mkfifo(pipe)
+    program.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 224 224\n%%EndComments\nshowpage\n%%EOF\n")
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("a program was started"))
+    named, read = verify(tiny.root)
+    assert named == "photo/cat/s--cat.png: a named pipe"
+    assert read.startswith("photo/dog/s--dog.png: 80 bytes that are no image of a known format")
+
+
 def test_without_a_client_the_message_names_what_can_be_built(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None if name == "apt-get" else f"/usr/bin/{name}")
     arguments = {"cache": tiny.root.parent / "cache", "pictures": tiny.pictures, "sources": tiny.packages}

@@ -26,7 +26,7 @@ def test_what_an_earlier_version_lacked_has_its_default_and_what_a_later_one_add
     assert (found.label_free_by, found.test_crops, found.label_free_criterion) == ({}, 1, "mutual_information")
     assert found.unreadable_files == 0
     del stored["accuracy"]
-    with pytest.raises(KeyError, match="accuracy"):
+    with pytest.raises(ValueError, match="accuracy"):
         RunResult.from_json(stored)
 
 

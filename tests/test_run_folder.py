@@ -238,9 +238,16 @@ def test_torn_last_line_is_dropped(run: RunFolder, torn: bytes) -> None:
     assert resumed.read_metrics() == [{"step": 10, "a": 1}, {"step": 20, "a": 2}]
 
 
-def test_broken_line_in_the_middle_is_a_usage_error(run: RunFolder) -> None:
-    run.metrics_path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(UsageError, match=r"metrics\.jsonl, line 2: found nonsense"):
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("nonsense", "[1]", '{"accuracy": 1}', '{"step": "2"}', '{"step": true}', '{"step": 1}', '{"step": -1}'),
+        *('{"step": 2, "accuracy": "high"}', '{"step": 2, "accuracy": [1]}', "[" * 100_000),
+    ],
+)
+def test_broken_line_in_the_middle_is_a_usage_error(run: RunFolder, line: str) -> None:
+    run.metrics_path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+    with pytest.raises(UsageError, match=r"metrics\.jsonl, line 2: found .*; expected a JSON object of numbers"):
         run.read_metrics()
 
 

@@ -12,12 +12,13 @@ texts; or an ``.npy`` file with features alone. Nothing is ever unpickled.
 from __future__ import annotations
 
 import json
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from gsda_fast.commands import program
@@ -145,10 +146,10 @@ def write_table(path: Path, digest: str, names: list[str], labels: NDArray[np.in
 def digest_of_table(path: Path) -> str | None:
     """Return what finished rows were computed from; None where there are none."""
     try:
-        table = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        return str(table["digest"]) if table["format"] == FORMAT and path.is_file() else None
-    except (OSError, ValueError, KeyError, TypeError):
+        table = _read_table(path.with_suffix(".json"))
+    except (OSError, ValueError):
         return None
+    return table.digest if path.is_file() else None
 
 
 def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
@@ -160,7 +161,7 @@ def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
             return {name: stored[name] for name in ("features", "labels") if name in stored}
     except UsageError:
         raise
-    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zlib, zipfile and NumPy have no common ancestor for what damage makes them raise
         raise _unreadable(path, error) from error
 
 
@@ -172,7 +173,7 @@ def _read_npy(path: Path) -> NDArray[Any]:
         if not isinstance(array, np.ndarray):
             raise ValueError("an archive of arrays under the name of a single one")
         return array
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
+    except Exception as error:
         raise _unreadable(path, error) from error
 
 
@@ -225,17 +226,40 @@ def _labels(path: Path, labels: NDArray[Any] | None, count: int) -> tuple[NDArra
 
 def _with_table(path: Path, rows: Rows, table_path: Path) -> Embeddings:
     try:
-        table = json.loads(table_path.read_text(encoding="utf-8"))
-        labels = np.asarray(table["labels"], dtype=np.int64)
-        classes, names = tuple(map(str, table["classes"])), list(map(str, table["names"]))
-        fits = table["format"] == FORMAT and len(names) == len(labels) == rows.values.shape[1]
-        if not fits or labels.min() < UNLABELLED or labels.max() >= len(classes):
-            raise ValueError(f"{len(names)} names, {len(labels)} labels, {rows.values.shape[1]} rows")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        table = _read_table(table_path)
+        labels, count = np.asarray(table.labels, dtype=np.int64), rows.values.shape[1]
+        if not len(table.names) == len(labels) == count:
+            raise ValueError(f"{len(table.names)} names, {len(labels)} labels, {count} rows")
+        if labels.max() >= len(table.classes):
+            raise ValueError(f"the label {labels.max()}, {len(table.classes)} classes")
+    except (OSError, ValueError) as error:
         raise UsageError(
             str(table_path),
             found=f"{type(error).__name__}: {error}",
             expected=f"the table of {path.name}, format {FORMAT}",
             remedy=f"remove both and run `{program('embed')}` again",
         ) from error
-    return Embeddings(rows, labels, classes, names)
+    return Embeddings(rows, labels, table.classes, table.names)
+
+
+class _Table(msgspec.Struct):
+    """What stands beside the rows."""
+
+    format: Literal[1]
+    digest: str
+    names: list[str]
+    labels: list[Annotated[int, Meta(ge=UNLABELLED, lt=2**31)]]
+    classes: tuple[str, ...]
+
+
+def _read_table(path: Path) -> _Table:
+    """Return a table whose every entry has been looked at.
+
+    Raises:
+        OSError: it cannot be read. ValueError: it is none.
+    """
+    try:
+        # Not msgspec's own decoder: names that are no UTF-8 stand there as lone surrogates.
+        return msgspec.convert(json.loads(path.read_text(encoding="utf-8")), _Table)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise ValueError(str(error)) from error

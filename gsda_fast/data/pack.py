@@ -10,14 +10,12 @@ A pack that is being made has its table in ``pack.partial.json``: a first line w
 for each domain and each shard as it is finished, so that its cost does not grow with the number of shards.
 """
 
-import errno
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -42,12 +40,20 @@ from gsda_fast.data.packed_images import (
 )
 from gsda_fast.data.torch_loader import image_threads, read_resized
 from gsda_fast.data.verify import require_readable
-from gsda_fast.errors import TrainingError, UsageError
-from gsda_fast.files import FolderLock, atomic_file, file_state, is_plain_name, new_file, sync_folder
+from gsda_fast.errors import UsageError
+from gsda_fast.files import (
+    FolderLock,
+    atomic_file,
+    file_state,
+    is_plain_name,
+    naming_what_cannot_be_written,
+    new_file,
+    sync_folder,
+    write_at,
+)
 
 _UNFINISHED = "pack.partial.json"
 _REPLACED = "replaced"  # in an unfinished table: files to remove at the end, where the pack uses them no more
-_CANNOT_BE_MENDED = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.ESTALE)
 
 
 def pack(
@@ -87,7 +93,7 @@ def pack(
     for domain in domains:
         if domain.packed is not None:
             raise UsageError("--data-root", found=f"{domain.root}, a pack", expected="images to pack")
-    with _naming_what_cannot_be_written(output):
+    with naming_what_cannot_be_written(output):
         # Held before minutes of checking, where it is there already.
         lock = FolderLock(output) if output.is_dir() else None
         try:
@@ -134,24 +140,6 @@ def _pack(
     with atomic_file(output / TABLE) as file:
         file.write(json.dumps(table).encode())
     (output / _UNFINISHED).unlink()
-
-
-@contextmanager
-def _naming_what_cannot_be_written(output: Path) -> Iterator[None]:
-    """Report in one line a folder without permission or on a disk that is full.
-
-    Raises:
-        UsageError, TrainingError: in place of an `OSError`.
-    """
-    try:
-        yield
-    except OSError as error:
-        reason, place = error.strerror or str(error), error.filename or output
-        if error.errno in _CANNOT_BE_MENDED:
-            message = f"{place} cannot be written ({reason}); free some space, then the same command goes on from there"
-            raise TrainingError(message) from error
-        found = f"{output} ({reason})"
-        raise UsageError("--output", found=found, expected="a folder that can be made and written") from error
 
 
 def _open_domains(
@@ -241,9 +229,7 @@ def _write_shard(
 
             def decode(sample: int) -> None:
                 image = read_resized(domain, sample, preprocessing).permute(1, 2, 0).contiguous().numpy()
-                place = start + (sample - samples.start) * each
-                if os.pwrite(descriptor, image.data, place) != each:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(temporary))
+                write_at(descriptor, image.data, start + (sample - samples.start) * each)
 
             for done, _ in enumerate(pool.map(decode, samples), start=samples.start + 1):
                 if progress is not None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 
 LABEL_FREE_CRITERION = "mutual_information"
@@ -104,15 +104,15 @@ class RunResult:
         Keys that a later version added are ignored.
 
         Raises:
-            KeyError, TypeError: a key is missing or of another kind.
+            ValueError: a key is missing or of another kind.
         """
-        optional = {"label_free_criterion", "test_crops", "label_free_by", "unreadable_files"} - stored.keys()
-        values = {each.name: stored[each.name] for each in dataclasses.fields(cls) if each.name not in optional}
-        for name in ("accuracy", "mean_per_class"):
-            values[name] = Selection(**values[name])
-        for name in ("per_class", "classes"):
-            values[name] = tuple(values[name])
-        return cls(**values)
+        try:
+            result = msgspec.convert(stored, cls)
+        except msgspec.ValidationError as error:
+            raise ValueError(str(error)) from error
+        if len(result.per_class) != len(result.classes):
+            raise ValueError(f"{len(result.per_class)} accuracies of {len(result.classes)} classes")
+        return result
 
     @property
     def transfer_task(self) -> tuple[str, str]:

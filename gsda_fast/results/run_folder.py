@@ -21,10 +21,12 @@ import tempfile
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 import tomli_w
+from msgspec import Meta
 
 from gsda_fast.errors import FolderInUse, UsageError
 from gsda_fast.files import FolderLock, atomic_file
@@ -43,6 +45,14 @@ PLOTS = (
 
 EXPORTED = ("model.safetensors", "model.pt2")
 """The files of an export: the parameters, and the network as a program."""
+
+_A_RUNS_ARRAYS = "arrays as a run writes them"
+_FEATURES = {
+    **{"source_labels": "i1", "target_labels": "i1", "source_warmup": "f2?", "target_warmup": "f2?"},
+    **{"source_final": "f2?", "target_final": "f2?"},
+}
+_Step = Annotated[int, Meta(ge=0, le=2**53)]
+_Metric = Annotated[int, Meta(ge=-(2**53), le=2**53)] | float | None
 
 
 class RunFolder:
@@ -309,18 +319,20 @@ class RunFolder:
             return []
         # What follows the last newline was cut off by a kill; a complete file leaves nothing there.
         *lines, _ = self.metrics_path.read_bytes().split(b"\n")
-        records = []
+        records: list[tuple[bytes, dict[str, Any]]] = []
         for number, line in enumerate(lines, start=1):
             try:
-                record = json.loads(line)
-                record["step"]
-            except (ValueError, TypeError, KeyError) as error:
+                record: dict[str, Any] = msgspec.convert(json.loads(line), dict[str, _Metric])
+                msgspec.convert(record.get("step"), _Step)
+                if records and record["step"] <= records[-1][1]["step"]:
+                    raise ValueError(f"step {record['step']} after {records[-1][1]['step']}")
+            except (ValueError, RecursionError, msgspec.ValidationError) as error:
                 if number == len(lines):
                     break
                 raise UsageError(
                     f"{self.metrics_path}, line {number}",
                     found=line[:40].decode(errors="replace") or "an empty line",
-                    expected="a JSON object with a step",
+                    expected="a JSON object of numbers, with a larger step than the line before",
                     remedy="remove the line",
                 ) from error
             records.append((line, record))
@@ -343,9 +355,9 @@ class RunFolder:
             return None
         try:
             return RunResult.from_json(stored)
-        except (KeyError, TypeError) as error:
+        except ValueError as error:
             raise UsageError(
-                str(self.result_path), found=f"no complete result ({error!r})", expected="a run's result"
+                str(self.result_path), found=f"no complete result ({error})", expected="a run's result"
             ) from error
 
     # predictions.npz, features.npz
@@ -356,10 +368,19 @@ class RunFolder:
             np.savez(file, labels=labels.astype(np.int64), probabilities=probabilities.astype(np.float32))
 
     def read_predictions(self) -> Predictions | None:
-        if not self.predictions_path.is_file():
+        """Return the stored predictions, None before there are any.
+
+        Raises:
+            UsageError: the file is damaged, or holds something else.
+        """
+        arrays = _read_arrays(self.predictions_path, {"labels": "i1", "probabilities": "f2"})
+        if arrays is None:
             return None
-        with np.load(self.predictions_path, allow_pickle=False) as arrays:
-            return Predictions(labels=arrays["labels"], probabilities=arrays["probabilities"])
+        labels, probabilities = arrays["labels"], arrays["probabilities"]
+        if len(labels) != len(probabilities) or labels.max(initial=-1) >= probabilities.shape[1]:
+            found = f"{len(labels)} labels up to {labels.max(initial=-1)}, probabilities of shape {probabilities.shape}"
+            raise UsageError(str(self.predictions_path), found=found, expected=_A_RUNS_ARRAYS)
+        return Predictions(labels, probabilities)
 
     def write_features(
         self,
@@ -377,10 +398,7 @@ class RunFolder:
             source, target: (n_s, D) and (n_t, D).
             source_labels, target_labels: (n_s,) and (n_t,), -1 where unknown; the same samples at both moments.
         """
-        arrays: dict[str, Any] = {}
-        if self.features_path.is_file():
-            with np.load(self.features_path, allow_pickle=False) as stored:
-                arrays.update(stored)
+        arrays: dict[str, Any] = _read_arrays(self.features_path, _FEATURES) or {}
         arrays[f"source_{moment}"] = source.astype(np.float32)
         arrays[f"target_{moment}"] = target.astype(np.float32)
         arrays["source_labels"] = source_labels.astype(np.int64)
@@ -389,10 +407,18 @@ class RunFolder:
             np.savez(file, **arrays)
 
     def read_features(self) -> Features | None:
-        if not self.features_path.is_file():
+        """Return the stored features, None before there are any.
+
+        Raises:
+            UsageError: the file is damaged, or holds something else.
+        """
+        arrays = _read_arrays(self.features_path, _FEATURES)
+        if arrays is None:
             return None
-        with np.load(self.features_path, allow_pickle=False) as arrays:
-            return Features(**dict(arrays))
+        lengths = {name: len(array) for name, array in arrays.items()}
+        if any(lengths[f"{name.partition('_')[0]}_labels"] != length for name, length in lengths.items()):
+            raise UsageError(str(self.features_path), found=f"rows {lengths}", expected=_A_RUNS_ARRAYS)
+        return Features(**arrays)
 
     def _write_json(self, path: Path, value: Any) -> None:
         with atomic_file(path) as file:
@@ -403,11 +429,38 @@ class RunFolder:
             return None
         try:
             stored = json.loads(path.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(str(path), found=f"no JSON ({error})", expected="a JSON object") from error
         if not isinstance(stored, dict):
             raise UsageError(str(path), found=type(stored).__name__, expected="a JSON object")
         return stored
+
+
+def _read_arrays(path: Path, kinds: Mapping[str, str]) -> dict[str, np.ndarray] | None:
+    """Return the arrays of a file by name, None where there is no file.
+
+    Args:
+        kinds: by name the kind and the number of dimensions; those for which there is a `?` may be missing.
+
+    Raises:
+        UsageError: the file is damaged, or an array is missing, or of another kind.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in kinds if name in stored}
+    except Exception as error:  # zlib, zipfile and NumPy have no common ancestor for what damage makes them raise
+        found = f"a damaged file ({type(error).__name__}: {error})"
+        raise UsageError(str(path), found=found, expected=_A_RUNS_ARRAYS) from error
+    for name, kind in kinds.items():
+        array = arrays.get(name)
+        if array is None and "?" not in kind:
+            raise UsageError(str(path), found=f"no array {name}", expected=_A_RUNS_ARRAYS)
+        if array is not None and f"{array.dtype.kind}{array.ndim}" != kind[:2]:
+            found = f"{name} of type {array.dtype} and shape {array.shape}"
+            raise UsageError(str(path), found=found, expected=_A_RUNS_ARRAYS)
+    return arrays
 
 
 def file_name(text: str) -> str:

@@ -26,10 +26,11 @@ from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 
+import msgspec
 from filelock import FileLock, Timeout
-from PIL import Image
 
 from gsda_fast.commands import program
+from gsda_fast.data.decoding import read_image
 from gsda_fast.data.pictures.archives import read_members
 from gsda_fast.data.pictures.drawing import SIDE, draw, require_renderer
 from gsda_fast.data.pictures.packages import (
@@ -42,7 +43,7 @@ from gsda_fast.data.pictures.packages import (
     require_room,
 )
 from gsda_fast.errors import UsageError
-from gsda_fast.files import atomic_file
+from gsda_fast.files import atomic_file, is_path_below
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -192,7 +193,9 @@ def verify(root: Path, progress: BytesDone | None = None) -> list[str]:
         try:
             if pixel_digest(root / entry.file) != entry.sha256:
                 problems.append(f"{entry.file}: other pixels than were built")
-        except (OSError, ValueError, SyntaxError) as error:
+        except UsageError as error:
+            problems.append(f"{entry.file}: {error.found}")
+        except ValueError as error:
             problems.append(f"{entry.file}: {error}")
         if progress is not None:
             progress("manifest", done, len(manifest.pictures))
@@ -212,9 +215,12 @@ def read_manifest(root: Path) -> Manifest:
         table = json.loads(path.read_text(encoding="utf-8"))
         if table["format"] != FORMAT:
             raise ValueError(f"format {table['format']}")
-        entries = tuple(Entry(**entry) for entry in table["pictures"])
-        return Manifest(table["digest"], table["made_with"], entries)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        manifest = msgspec.convert(table, Manifest)
+        outside = next((entry.file for entry in manifest.pictures if not _is_picture_name(entry.file)), None)
+        if outside is not None:
+            raise ValueError(f"the picture {outside!r}, which is not DOMAIN/CLASS/NAME")
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, msgspec.ValidationError) as error:
         found = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise UsageError(
             str(path),
@@ -222,6 +228,10 @@ def read_manifest(root: Path) -> Manifest:
             expected=f"the manifest of a build, format {FORMAT}",
             remedy=f"remove the folder and run `{program('data')} build pictures`",
         ) from error
+
+
+def _is_picture_name(file: str) -> bool:
+    return is_path_below(file) and file.count("/") == 2
 
 
 def write_manifest(root: Path, entries: Iterable[Entry]) -> Manifest:
@@ -249,12 +259,12 @@ def pixel_digest(path: Path) -> str:
     """SHA-256, hexadecimal, of the pixels of a picture, row by row, as RGB bytes.
 
     Raises:
-        OSError, ValueError, SyntaxError: it cannot be read, or is no picture of this benchmark's size.
+        UsageError: it cannot be read. ValueError: it is no picture of this benchmark's size.
     """
-    with Image.open(path) as image:
-        if image.size != (SIDE, SIDE) or image.mode != "RGB":
-            raise ValueError(f"{image.mode} {image.size[0]}x{image.size[1]}, not RGB {SIDE}x{SIDE}")
-        return hashlib.sha256(image.tobytes()).hexdigest()
+    pixels = read_image(str(path), 3)
+    if pixels.shape[1:] != (SIDE, SIDE):
+        raise ValueError(f"{pixels.shape[2]}x{pixels.shape[1]} pixels, not {SIDE}x{SIDE}")
+    return hashlib.sha256(pixels.permute(1, 2, 0).contiguous().numpy().tobytes()).hexdigest()
 
 
 def _draw_missing(
@@ -293,7 +303,7 @@ def _drawn(path: Path) -> str | None:
     """Return the digest of a picture that is there already; None where it is not, or is damaged."""
     try:
         return pixel_digest(path)
-    except (OSError, ValueError, SyntaxError):
+    except ValueError:
         return None
 
 
