@@ -261,7 +261,7 @@ def pixel_digest(path: Path) -> str:
     Raises:
         UsageError: it cannot be read. ValueError: it is no picture of this benchmark's size.
     """
-    pixels = read_image(str(path), 3)
+    pixels = read_image(str(path), 3, "stored")
     if pixels.shape[1:] != (SIDE, SIDE):
         raise ValueError(f"{pixels.shape[2]}x{pixels.shape[1]} pixels, not {SIDE}x{SIDE}")
     return hashlib.sha256(pixels.permute(1, 2, 0).contiguous().numpy().tobytes()).hexdigest()
