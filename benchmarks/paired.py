@@ -46,6 +46,7 @@ def _of_folder(suite: Path) -> pd.DataFrame:
                 "task": f"{result.source}->{result.target}",
                 "seed": result.seed,
                 "last": result.accuracy.last,
+                "mean_per_class": result.mean_per_class.last,
                 "label_free": result.accuracy.label_free,
                 "best": result.accuracy.best,
                 "revision": folder.read_environment().get("git_revision", "unknown"),
@@ -86,15 +87,17 @@ def difference(runs: pd.DataFrame, first: str, second: str) -> dict[str, float]:
 
 
 def page(runs: pd.DataFrame, differences: Sequence[tuple[str, str]], title: str, command: str, note: str = "") -> str:
-    """Return averages and differences in Markdown."""
+    """Return averages and differences in Markdown; the standard deviation over seeds where there are several."""
     tasks = list(dict.fromkeys(runs["task"]))
     by_task = runs.pivot_table(index="method", columns="task", values="last", aggfunc="mean")[tasks]
     by_seed = runs.groupby(["method", "seed"])["last"].mean().groupby("method")
     by_task["average"] = by_task.mean(axis=1)
     by_task["± over seeds"] = by_seed.std()
-    chosen = runs.groupby("method")[["label_free", "best"]].mean()
-    table = by_task.join(chosen.rename(columns={"label_free": "chosen without labels", "best": "best (upper bound)"}))
-    table = table.sort_values("average", ascending=False)
+    # Earlier tables lack the mean over classes.
+    names = {"mean_per_class": "mean per class", "label_free": "chosen without labels", "best": "best (upper bound)"}
+    others = runs.reindex(columns=["method", *names]).groupby("method").mean().dropna(axis=1, how="all")
+    table = by_task.join(others.rename(columns=names))
+    table = table.sort_values("average", ascending=False).dropna(axis=1, how="all")
     counts, revisions = runs.groupby("method").size(), ", ".join(sorted({each[:12] for each in runs["revision"]}))
     rows = []
     for first, second in differences:

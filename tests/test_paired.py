@@ -40,4 +40,5 @@ def test_the_page_holds_averages_and_differences(tmp_path: Path) -> None:
     page = (tmp_path / "page.md").read_text()
     assert "+10.00 \u00b1 0.00" in page
     assert "2 of 2" in page
+    assert "mean per class" not in page
     assert len(pd.read_csv(tmp_path / "page.csv")) == 4
