@@ -772,11 +772,11 @@ def test_a_mistake_is_told_once() -> None:
 
 
 # A process that fails in the middle of a step: one method of training is replaced.
-def with_failure(failure: Callable[[], None]) -> None:
+def with_failure(failure: Callable[[], None], rank: int) -> None:
     step = Trainer._train_step
 
     def failing(self: Trainer, number: int, batch: Batch) -> Any:
-        if number == 3 and self.ranks.rank == 1:
+        if number == 3 and self.ranks.rank == rank:
             failure()
         return step(self, number, batch)
 
@@ -787,24 +787,33 @@ def is_killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def is_stopped() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+# The first holds the store in which processes find each other: nobody may ask it for anything then.
 @pytest.mark.parametrize(
-    ("failure", "code"), [(is_killed, -signal.SIGKILL), (signal.pause, None)], ids=["killed", "hanging"]
+    ("lost", "failure", "code"),
+    [(1, is_killed, -signal.SIGKILL), (1, signal.pause, None), (0, is_stopped, None)],
+    ids=["killed", "hanging", "the first stopped"],
 )
-def test_a_lost_process_ends_the_others(tmp_path: Path, failure: Callable[[], None], code: int | None) -> None:
+def test_a_lost_process_ends_the_others(
+    tmp_path: Path, lost: int, failure: Callable[[], None], code: int | None
+) -> None:
     # Of the two, one never ends by itself: the other's end is what is tested, not how soon a busy machine gets there.
     arguments = ("digits", *STEPS, "--output", str(tmp_path / "run"), "--timeout", "20")
-    started = processes(tmp_path, *arguments, count=2, before=partial(with_failure, failure))
+    started = processes(tmp_path, *arguments, count=2, before=partial(with_failure, failure, lost))
     try:
-        done = started[0].wait()
+        done = started[1 - lost].wait()
         assert done.returncode == 1
         lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1
-        assert "process 0 of 2 lost another one, which ended or did not answer for 20 s" in lines[0]
+        assert f"process {1 - lost} of 2 lost another one, which ended or did not answer for 20 s" in lines[0]
         assert "Traceback" not in done.stderr
         if code is None:
-            assert started[1].process.is_alive()
+            assert started[lost].process.is_alive()
         else:
-            assert started[1].wait().returncode == code
+            assert started[lost].wait().returncode == code
     finally:
         for each in started:
             each.process.kill()

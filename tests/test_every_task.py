@@ -155,6 +155,24 @@ def test_resuming_with_another_loader_or_other_data_is_refused(run: Callable[...
         run("folder", "auto", output="run", root=packed)
 
 
+def test_a_run_whose_images_lie_at_another_place_goes_on(run: Callable[..., SampleIds], tmp_path: Path) -> None:
+    TASKS["folder"][0](tmp_path / "folder")
+    whole = run("folder", "torch", output="whole", threshold="0")
+    with pytest.raises(KeyboardInterrupt):
+        run("folder", "torch", output="broken", stop_at=3, threshold="0")
+    moved = tmp_path / "of the next job"
+    (tmp_path / "folder").rename(moved)
+    image = next(path for path in sorted((moved / "photos").rglob("*")) if path.is_file())
+    content = image.read_bytes()
+    image.write_bytes(content + b"\0")
+    with pytest.raises(UsageError, match=r"with other settings \(data.data_root = .*folder there and .*next job here"):
+        run("folder", "torch", output="broken", threshold="0", root=moved)
+    image.write_bytes(content)
+    assert run("folder", "torch", output="broken", threshold="0", root=moved) == whole[2:]
+    np.testing.assert_array_equal(predictions(tmp_path / "whole"), predictions(tmp_path / "broken"))
+    assert RunFolder(tmp_path / "broken").setting("data_root") == str(moved)
+
+
 def test_pack_behind_the_environment_variable_is_other_data_too(
     run: Callable[..., SampleIds], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
-recorded = pytest.importorskip("races").recorded
+races = pytest.importorskip("races")
+recorded = races.recorded
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
     pytest.skip("loops over loaded bounds need Triton 3.8 or NumPy < 2.4 in the interpreter", allow_module_level=True)
 
@@ -166,13 +167,17 @@ def test_a_planted_fault_is_found(size: int, share: int, ahead: int, in_place: b
         assert any(finding in each for each in recorder.findings), recorder.findings
 
 
-def test_unwritten_memory_and_a_grid_too_large_are_found() -> None:
+def test_unwritten_memory_and_a_grid_too_large_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     with recorded() as recorder:
         planted_kernel[(1,)](torch.empty(16), torch.zeros(16), 16, SHARE=1, AHEAD=0)
     assert recorder.findings == ["planted_kernel: 16 unwritten values loaded"]
-    with recorded() as recorder:
-        planted_kernel[(1, 65536)](torch.ones(16), torch.zeros(16), 0, SHARE=1, AHEAD=0)
-    assert recorder.findings == ["planted_kernel: a grid of (1, 65536, 1)"]
+    # Of the largest grid every program would run, for half a minute.
+    assert races._MOST_IN_A_GRID == 2**16 - 1
+    monkeypatch.setattr(races, "_MOST_IN_A_GRID", 7)
+    for rows, found in ((7, []), (8, ["planted_kernel: a grid of (1, 8, 1)"])):
+        with recorded() as recorder:
+            planted_kernel[(1, rows)](torch.ones(16), torch.zeros(16), 0, SHARE=1, AHEAD=0)
+        assert recorder.findings == found
 
 
 def test_a_sum_that_depends_on_the_order_is_found() -> None:
