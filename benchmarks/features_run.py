@@ -259,20 +259,18 @@ def config_of(shape: HeadShape, folder: Path, steps: int, **options: Any) -> Con
     return configure("features", "gsda", steps=steps, **files, **{**given, **options})
 
 
-def seconds_in_turns(config: Config, rounds: int) -> Iterator[dict[str, float]]:
-    """Yield each round's seconds of a whole run, by contender."""
+def seconds_in_turns(config: Config) -> dict[str, float]:
+    """Return seconds of a whole run by each contender, one after the other."""
     # On one thread the processor's own time, which others on the machine do not add to.
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     short = replace(config, run=replace(config.run, steps=2, warmup=1))
-    for contender in CONTENDERS.values():
-        contender(short)
-    for _ in range(rounds):
-        found = {}
-        for name, contender in CONTENDERS.items():
-            start = clock()
-            contender(config)
-            found[name] = clock() - start
-        yield found
+    found = {}
+    for name, contender in CONTENDERS.items():
+        contender(short)  # what a process does once, and memory that is taken for the first time
+        start = clock()
+        contender(config)
+        found[name] = clock() - start
+    return found
 
 
 def table(found: dict[str, list[dict[str, float]]], steps: dict[str, int], made_on: str, command: str) -> str:
@@ -323,15 +321,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = f"OMP_NUM_THREADS=1 {command}"
     found: dict[str, list[dict[str, float]]] = {}
     page = ""
-    for name in options.shapes:
-        with tempfile.TemporaryDirectory() as folder:
-            write_domains(Path(folder), SHAPES[name].num_classes, ROWS, DIM)
-            config = config_of(SHAPES[name], Path(folder), steps[name])
-            for of_round in seconds_in_turns(config, options.rounds):
+    with tempfile.TemporaryDirectory() as temporary:
+        for _ in range(options.rounds):
+            for name in options.shapes:
+                folder = Path(temporary) / name
+                if not folder.exists():
+                    folder.mkdir()
+                    write_domains(folder, SHAPES[name].num_classes, ROWS, DIM)
+                of_round = seconds_in_turns(config_of(SHAPES[name], folder, steps[name]))
                 found.setdefault(name, []).append(of_round)
                 page = table(found, steps, machine(), command)
                 if options.output is not None:
-                    # After every round, so that what was measured survives a run that is cut off.
+                    # After every shape of a round, so that what was measured survives a run that is cut off.
                     options.output.write_text(page)
     print(page)
     return 0
