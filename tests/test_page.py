@@ -521,6 +521,19 @@ def test_the_page_shows_the_settings_and_where_they_differ(tmp_path: Path) -> No
     assert "device -; another device" in page.text
 
 
+def test_what_is_a_methods_own_may_differ_between_methods(tmp_path: Path) -> None:
+    def trained(method: str, seed: int, own: dict[str, float]) -> None:
+        run = fabricated_run(tmp_path, method, seed=seed)
+        run.write_config({**run.read_config(), "method": own})
+
+    trained("gsda", 0, {"beta": 1.0})
+    trained("adda", 0, {"encoder_rate": 0.001})
+    trained("dann", 0, {})
+    assert "do not share their settings" not in written(tmp_path).text
+    trained("gsda", 1, {"beta": 2.0})
+    assert "are not of one protocol: method.beta is 1.0 or 2.0." in written(tmp_path).text
+
+
 def test_what_depends_on_the_target_may_differ_between_transfer_tasks(tmp_path: Path) -> None:
     def trained(target: str, seed: int, refresh_every: int, workers: int) -> None:
         run = fabricated_run(tmp_path, "gsda", pair=("mnist", target), seed=seed)

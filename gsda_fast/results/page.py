@@ -366,6 +366,9 @@ def _mixed(settings: pd.DataFrame, suite: SuiteFolder) -> list[str]:
             continue
         if name in _OF_A_TRANSFER_TASK:
             different = values.groupby([settings["data.source"], settings["data.target"]]).nunique().max()
+        elif str(name).startswith("method."):  # a method's own: others have no such entry
+            values = values[values != "-"]
+            different = values.groupby(settings["run.method"]).nunique().max()
         else:
             different = values.nunique()
         if different > 1:
