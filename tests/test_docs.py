@@ -83,6 +83,8 @@ def test_the_site_builds_with_every_link_and_every_public_name(tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     losses = (tmp_path / "losses" / "index.html").read_text()
     assert 'id="gsda_fast.losses.minimum_class_confusion"' in losses
+    assert 'alt="\\frac{1}{N r} \\sum_i \\sum_c |p^a_{ic} - p^b_{ic}|"' in losses  # drawn
+    assert "math:" not in losses
     kernels = (tmp_path / "kernels_api" / "index.html").read_text()
     assert 'id="gsda_kernels.adversarial_terms"' in kernels
 
