@@ -286,7 +286,8 @@ def test_a_run_from_before_a_setting_was_added_had_its_default(task: str, quick:
     folder = tmp_path / "run"
     folder.mkdir()
     added = [name for name in flat_settings(preset(task).to_dict()) if name not in NAMES_THE_DATA]
-    added = [name for name in added if name != "data.data_root" or task == "digits"]
+    # A folder was given, and photos were used as they are stored: the default would turn them.
+    added = [name for name in added if name not in ("data.data_root", "data.orientation") or task == "digits"]
     assert len(added) > 35
     config = parse_config([task, *data, "--output", str(folder)], "train")
     resolved, *_ = resolve(config)
