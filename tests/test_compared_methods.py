@@ -276,7 +276,7 @@ def test_without_gathering_two_ranks_are_not_one(name: str) -> None:
         return next(iter(copy.deepcopy(method).updates(of, step()))).loss.detach()
 
     apart = (loss(half(whole, 0)) + loss(half(whole, 1))) / 2
-    assert abs(float(apart - loss(whole))) > 1e-6
+    assert abs(float(apart - loss(whole))) > 1e-8  # a hundred times what that test lets pass
 
 
 # ------------------------------------------------------------------------------------------------------ tiny inputs
