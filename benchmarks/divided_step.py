@@ -21,20 +21,19 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 
 from benchmarks.adversarial_part import ratio
+from benchmarks.features_run import DIM, ROWS, config_of, machine, write_domains
 from benchmarks.shapes import SHAPES, HeadShape
 from gsda_fast.assemble import build_trainer, resolve
-from gsda_fast.config import configure
 from gsda_fast.training.distributed import Ranks, join
 
 Found = tuple[dict[str, list[float]], dict[str, int]]
 """Seconds of every visit and bytes of a step, by contender."""
 
 CONTENDERS = {"all-reduced": "off", "divided": "on"}
-DIM, ROWS, NEVER = 1280, 500, 10**6
+NEVER = 10**6
 _BYTES: dict[str, Callable[..., int]] = {
     "all_gather": lambda parts, tensor, *_, **__: sum(part.nbytes for part in parts),
     "reduce_scatter": lambda total, parts, *_, **__: sum(part.nbytes for part in parts),
@@ -42,23 +41,12 @@ _BYTES: dict[str, Callable[..., int]] = {
 }
 
 
-def write_features(folder: Path, num_classes: int) -> None:
-    """Write a.npz and b.npz, clusters with a class each."""
-    generator = np.random.default_rng(0)
-    centres = generator.standard_normal((num_classes, DIM))
-    labels = np.arange(ROWS) % num_classes
-    for name in ("a", "b"):
-        features = (centres[labels] + generator.standard_normal((ROWS, DIM))).astype(np.float32)
-        np.savez(folder / f"{name}.npz", features=features, labels=labels)
-
-
 def steps_of(shape: HeadShape, divide: str, folder: Path, ranks: Ranks) -> Callable[[], None]:
     """Return what takes the next step of a training run with that head."""
-    config = configure(
-        "features", "gsda", source=folder / "a.npz", target=folder / "b.npz", divide_discriminators=divide,
-        groups=shape.num_groups, hidden_dim=shape.hidden_dim, bottleneck_dim=shape.feature_dim,
-        batch_size=shape.num_source // ranks.world_size, warmup=0, steps=NEVER, refresh_every=NEVER, log_every=NEVER,
-        device="cpu", threads=torch.get_num_threads(), output=folder / "run",
+    config = config_of(
+        shape, folder, NEVER, divide_discriminators=divide, hidden_dim=shape.hidden_dim,
+        bottleneck_dim=shape.feature_dim, batch_size=shape.num_source // ranks.world_size, warmup=0,
+        refresh_every=NEVER, log_every=NEVER, output=folder / "run",
     )  # fmt: skip
     trainer = build_trainer(*resolve(config, ranks.world_size), ranks)
     trainer.method.train()
@@ -112,12 +100,12 @@ def measured(
     return times, sizes
 
 
-def table(found: dict[str, Found], machine: str) -> str:
+def table(found: dict[str, Found], made_on: str) -> str:
     """Return a Markdown page: shape by contender."""
     lines = [
         "# A step on embeddings over several processes",
         "",
-        f"{machine}. gsda, one global batch of 36 + 36 rows; median of the visits, ratios are medians of those within",
+        f"{made_on}. gsda, one global batch of 36 + 36 rows; median of the visits, ratios are medians of those within",
         "visits. Bytes: of the tensors that the collectives make or reduce in a step, on one process.",
         "",
         "| shape | contender | ms a step | times as fast | MB a step |",
@@ -140,16 +128,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = {}
     with join("cpu", timeout=600) as ranks, tempfile.TemporaryDirectory() as own:
         folder = Path(ranks.gather_objects(own)[0])
-        cpu = torch.backends.cpu.get_cpu_capability()
-        machine = f"{ranks.world_size} processes of {torch.get_num_threads()} thread(s) each, gloo, {cpu}"
-        machine += f", PyTorch {torch.__version__}"
+        made_on = f"{ranks.world_size} processes over gloo, each on {machine()}"
         for shape in options.shapes:
             if ranks.rank == 0:
-                write_features(folder, SHAPES[shape].num_classes)
+                write_domains(folder, SHAPES[shape].num_classes, ROWS, DIM)
             torch.distributed.barrier()
             found[shape] = measured(SHAPES[shape], ranks, folder, options.visits)
         if ranks.rank == 0:
-            text = table(found, machine)
+            text = table(found, made_on)
             if options.output is not None:
                 options.output.write_text(text)
             print(text)
