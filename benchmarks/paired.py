@@ -116,8 +116,8 @@ def page(runs: pd.DataFrame, differences: Sequence[tuple[str, str]], title: str,
         [
             f"# {title}",
             "",
-            f"Overall accuracy on the target after the last step, percent; {counts.min()} to {counts.max()} runs each, "
-            f"seeds {runs['seed'].min()} to {runs['seed'].max()}, revision {revisions}.",
+            f"Overall accuracy on the target after the last step, percent; {_range(counts)} runs each, "
+            f"seeds {_range(runs['seed'])}, revision {revisions}.",
             "",
             table.round(1).to_markdown(floatfmt=".1f"),
             "",
@@ -128,6 +128,11 @@ def page(runs: pd.DataFrame, differences: Sequence[tuple[str, str]], title: str,
             "",
         ]
     )
+
+
+def _range(numbers: pd.Series) -> str:
+    least, most = numbers.min(), numbers.max()
+    return f"{least}" if least == most else f"{least} to {most}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

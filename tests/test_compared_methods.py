@@ -807,6 +807,12 @@ def test_gfk_needs_twice_its_dimension_before_anything_is_trained() -> None:
         build("gfk", dim=DIM // 2 + 1)
 
 
+def test_gfk_needs_as_many_rows_as_its_dimension() -> None:
+    rows = random(40, DIM).numpy()
+    with pytest.raises(UsageError, match="dim: found 4; expected 1 to 3, half of the features' width and no more than"):
+        gfk(rows, rows[:3], 4)
+
+
 def test_gfk_chooses_its_dimension() -> None:
     method, scores = build("gfk", dim=0).float().eval(), Known(DIM)
     method.on_evaluation(scores)
