@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import features_step
-from benchmarks.features_step import BATCHES, CASES, main, table, timed_kernels
+from benchmarks.features_step import BATCHES, CASES, Visit, main, table, timed_kernels
 from benchmarks.shapes import HeadShape
 from gsda_kernels import backends
 
@@ -30,8 +30,9 @@ def test_only_a_backends_work_is_timed() -> None:
 
 def test_shares_are_those_of_a_visit() -> None:
     """Whatever the machine was doing at a visit, it was doing to the whole step."""
-    lines = table({("r 11", 36): [(0.02, 0.015), (0.2, 0.15), (0.04, 0.03)]}, "a CPU", "the command").splitlines()
-    assert lines[-1] == "| r 11 | 36 + 36 | 40.0 | 10.0 | 25.0% |"
+    visits = [Visit(0.02, 0.015, 0.005), Visit(0.2, 0.15, 0.05), Visit(0.04, 0.03, 0.01)]
+    lines = table({("r 11", 36): visits}, "a CPU", "the command").splitlines()
+    assert lines[-1] == "| r 11 | 36 + 36 | 40.0 | 10.0 | 25.0% | 10.0 | 25.0% |"
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
