@@ -66,10 +66,17 @@ def preprocessing_of(config: Config) -> Preprocessing:
     """Return how an image file becomes an image of a run: as the task has it, in the format of the backbone.
 
     Raises:
-        UsageError: a backbone of timm that is not there.
+        UsageError: a backbone of timm that is not there; a crop for a network of one size.
     """
-    preprocessing, wanted = find_benchmark(config.task).preprocessing, input_format(config.model.backbone)
-    return preprocessing if wanted is None else preprocessing.for_backbone(*wanted)
+    backbone, crop = config.model.backbone, config.data.crop
+    preprocessing, wanted = find_benchmark(config.task).preprocessing, input_format(backbone)
+    if wanted is not None:
+        preprocessing = preprocessing.for_backbone(wanted.side, wanted.mean, wanted.std)
+    if crop in (0, preprocessing.crop):
+        return preprocessing
+    if backbone in (LENET, FEATURES) or (wanted is not None and wanted.fixed):
+        raise UsageError("--crop", found=f"{crop}, for {backbone}", expected="0: it takes inputs of one size")
+    return preprocessing.with_crop(crop)
 
 
 def with_choices(config: Config, source: ImageDomain, target: ImageDomain, world_size: int) -> Config:

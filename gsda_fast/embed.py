@@ -105,7 +105,7 @@ def embed(settings: EmbedSettings, progress: FilesDone | None = None) -> list[Pa
     wanted = input_format(settings.backbone)
     backbone, dim = build_backbone(model)
     if wanted is not None:
-        preprocessing = preprocessing.for_backbone(*wanted)
+        preprocessing = preprocessing.for_backbone(wanted.side, wanted.mean, wanted.std)
     on_gpu = settings.device != "cpu" and torch.cuda.is_available()
     network = _Network(backbone, dim, torch.device("cuda" if on_gpu else "cpu"))
     output = settings.output or _default_output(settings)

@@ -134,6 +134,8 @@ class InputFormat(NamedTuple):
     """subtracted from each channel, on the scale 0..1"""
     std: tuple[float, float, float]
     """what that is then divided by"""
+    fixed: bool = False
+    """whether the network takes images of no other side"""
 
 
 def input_format(backbone: str) -> InputFormat | None:
@@ -147,7 +149,7 @@ def input_format(backbone: str) -> InputFormat | None:
         return InputFormat(efficientnet_lite.SIDE, (mean, mean, mean), (std, std, std))
     if backbone.startswith(TIMM):
         known = _timm(backbone).get_pretrained_cfg(backbone.removeprefix(TIMM))
-        return InputFormat(known.input_size[-1], tuple(known.mean), tuple(known.std))
+        return InputFormat(known.input_size[-1], tuple(known.mean), tuple(known.std), known.fixed_input_size)
     return None
 
 

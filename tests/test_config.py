@@ -38,6 +38,7 @@ OPTIONS = """
 --loader {auto,dali,torch}
 --workers INT
 --cache-on-device, --no-cache-on-device
+--crop INT
 --test-crops {1,10}
 --synthetic, --no-synthetic
 --backbone STR

@@ -14,7 +14,7 @@ from rich.console import Console
 from same_state import differences
 
 from gsda_fast import assemble
-from gsda_fast.config import parse_config
+from gsda_fast.config import parse_config, preset
 from gsda_fast.data.batches import Batch, Loader
 from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.data.loaders import open_loader
@@ -24,6 +24,7 @@ from gsda_fast.errors import FileWarning, UsageError, UsageWarning
 from gsda_fast.evaluate import EvaluateSettings, evaluate
 from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.train import train
+from gsda_fast.trained import load_trained
 from gsda_fast.training.checkpoint import CheckpointFolder
 from gsda_fast.training.update import StepOutcome
 
@@ -219,6 +220,35 @@ def test_ten_crops_change_the_figures_and_nothing_that_trains(
         _, figures, _ = evaluate(EvaluateSettings(folder.path, test_crops=crops))
         assert expected is not None
         assert (figures.accuracy, figures.per_class) == (expected.accuracy.last, expected.per_class)
+
+
+@pytest.mark.parametrize("loader", ["dali", "torch"])
+def test_smaller_images_are_those_of_training_and_of_testing(
+    run: Callable[..., SampleIds], tmp_path: Path, loader: str
+) -> None:
+    TASKS["folder"][0](tmp_path / "folder")
+    run("folder", loader, "--crop", "16")
+    folder = RunFolder(tmp_path / f"run-{loader}")
+    trained = load_trained(folder.path)
+    assert (trained.preprocessing.crop, trained.preprocessing.resize) == (16, 20)  # of 32 and 40
+    trainer = assemble.build_trainer(*assemble.resolve(trained.config))
+    batch = next(trainer.loader.train(trainer.plan, range(1)))
+    assert batch.source_images.shape == batch.target_images.shape == (6, 3, 16, 16)
+    trainer.loader.close()
+    _, figures, _ = evaluate(EvaluateSettings(folder.path))
+    result = folder.read_result()
+    assert result is not None
+    assert figures.accuracy == result.accuracy.last
+
+
+@pytest.mark.parametrize(
+    ("task", "found"), [("digits", "24, for lenet"), ("features", "24, for features"), ("digits", "8, for lenet")]
+)
+def test_a_network_of_one_size_refuses_another(task: str, found: str) -> None:
+    config = preset(task)
+    crop = int(found.split(",")[0])
+    with pytest.raises(UsageError, match=f"--crop: found {found}; expected 0: it takes inputs of one size"):
+        assemble.preprocessing_of(replace(config, data=replace(config.data, crop=crop)))
 
 
 @pytest.mark.parametrize("loader", ["dali", "torch"])

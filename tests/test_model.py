@@ -1,5 +1,6 @@
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import torchvision
 from torch import nn
 from torch.testing import assert_close
 
+from gsda_fast.assemble import preprocessing_of
+from gsda_fast.config import configure
 from gsda_fast.errors import UsageError, UsageWarning
 from gsda_fast.model import AdaptationModel, ModelSettings, build_model, fetch_weights, input_format
 
@@ -222,12 +225,18 @@ def test_a_backbone_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     timm = types.ModuleType("timm")
     timm.is_model = lambda name: name == "tiny"  # type: ignore[attr-defined]
     timm.create_model = create_model  # type: ignore[attr-defined]
-    card = types.SimpleNamespace(input_size=(3, 96, 96), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    card = types.SimpleNamespace(
+        input_size=(3, 96, 96), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), fixed_input_size=True
+    )
     timm.get_pretrained_cfg = lambda name: card  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "timm", timm)
     assert build_model(ModelSettings("timm:tiny", "pretrained"), 5)(torch.zeros(1, 3, 2, 2)).logits.shape == (1, 5)
     assert made == [("tiny", True, 0)]
-    assert input_format("timm:tiny") == (96, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    assert input_format("timm:tiny") == (96, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), True)
+    config = configure("office31", "source-only", backbone="timm:tiny")
+    assert preprocessing_of(config).crop == 96
+    with pytest.raises(UsageError, match="--crop: found 64, for timm:tiny; expected 0: it takes inputs of one size"):
+        preprocessing_of(replace(config, data=replace(config.data, crop=64)))
     with pytest.raises(UsageError, match=r"--backbone: found timm:huge; expected timm: and a name"):
         input_format("timm:huge")
     with pytest.raises(UsageError, match="IMAGENET1K_V1; expected none, an existing file, or pretrained"):

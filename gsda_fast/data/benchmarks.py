@@ -41,9 +41,13 @@ class Preprocessing:
     std: tuple[float, ...]
     """one value a channel, on the scale 0..1"""
 
+    def with_crop(self, side: int) -> "Preprocessing":
+        """Return the same with a crop of `side` x `side` pixels; the resized image grows or shrinks with it."""
+        return replace(self, resize=round(self.resize * side / self.crop), crop=side)
+
     def for_backbone(self, side: int, mean: tuple[float, ...], std: tuple[float, ...]) -> "Preprocessing":
-        """Return the same with a backbone's crop and normalisation; the resized image grows with the crop."""
-        return replace(self, resize=round(self.resize * side / self.crop), crop=side, mean=mean, std=std)
+        """Return the same with a backbone's crop and normalisation."""
+        return replace(self.with_crop(side), mean=mean, std=std)
 
 
 @dataclass(frozen=True)

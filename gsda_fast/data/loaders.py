@@ -47,6 +47,8 @@ class DataSettings:
     """Threads that decode images, in each process; 0: the usable cores, shared by the processes of a machine."""
     cache_on_device: bool = False
     """Decode every image once and keep all of them as 8-bit pixels on the training device."""
+    crop: Annotated[int, Meta(ge=0)] = 0
+    """Side of the square images that the network sees, in pixels; 0: that of the task or the backbone."""
     test_crops: Crops = 1
     """Test the centre of each resized image, or four corners, centre and their mirror images, as older papers do."""
     synthetic: bool = False
