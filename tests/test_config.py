@@ -427,6 +427,28 @@ def test_terms_are_a_table_of_weights() -> None:
     assert config.run.steps == 500
 
 
+@pytest.mark.parametrize(
+    ("added", "expected"),
+    [
+        ({}, {"bsp": 1e-4}),
+        ({"mcc": 1.0}, {"bsp": 1e-4, "mcc": 1.0}),
+        ({"bsp": 0.5}, {"bsp": 0.5}),
+        ({"mcc": 1.0, "bsp": 0.0}, {"mcc": 1.0}),
+    ],
+)
+def test_what_is_added_stands_beside_a_methods_own_terms(
+    added: dict[str, float], expected: dict[str, float], tmp_path: Path
+) -> None:
+    given = {"add": added} if added else {}
+    words = ["--add", *(f"{name}={weight}" for name, weight in added.items())] if added else []
+    config = parse("digits", "--method", "bsp-cdan", *words)
+    assert config.adaptation.add == configure("digits", "bsp-cdan", **given).adaptation.add == expected
+    # A stored run says all of them, and they are not joined with the preset's again.
+    folder = RunFolder(tmp_path)
+    folder.write_config(config.to_dict())
+    assert parse("--config", str(folder.config_path)).adaptation.add == expected
+
+
 def test_an_earlier_name_is_the_same_method() -> None:
     assert parse("digits", "--method", "group") == parse("digits", "--method", "glb-cls-grp")
 

@@ -34,7 +34,7 @@ class AdaptationSettings:
     """What can be added to every method."""
 
     add: Mapping[str, float] = field(default_factory=dict)
-    """Terms added to the encoder's objective, with their weights."""
+    """Terms added to the encoder's objective, beside those that the method has; a weight of 0 drops one of these."""
     class_weights: Literal["none", "pada"] = "none"
     """Weigh source samples by how much of their class the target seems to hold, for partial adaptation."""
     batchnorm: Literal["auto", "joint", "apart"] = "auto"
