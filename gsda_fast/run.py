@@ -80,7 +80,10 @@ class Run:
             UsageError: settings, data or a folder that do not fit.
         """
         own_console = console if ranks.first else Console(quiet=True)
-        run = cls(*ranks.on_all_ranks(lambda: resolve(config, ranks.world_size)), ranks, stop, own_console)
+        # Digits are drawn when they are first used, and a large data set has many folders to list.
+        with own_console.status("opening the data"):
+            opened = ranks.on_all_ranks(lambda: resolve(config, ranks.world_size))
+        run = cls(*opened, ranks, stop, own_console)
         try:
             run.result = ranks.on_rank_zero(run._earlier_result)
             if run.result is None:

@@ -106,3 +106,10 @@ def test_a_run_says_how_large_its_network_and_its_checkpoints_are(hidden: int, e
     assert float(told[1]) == round((6 * 512 + 512 + 512 * 2 + 2) / 1e6, 2)
     file = max((tmp_path / "run" / "checkpoints").iterdir(), key=lambda each: each.stat().st_size)
     assert float(told[3]) == pytest.approx(file.stat().st_size / 2**20, rel=0.1, abs=0.05)
+
+
+def test_a_terminal_is_told_that_the_data_is_being_opened(tmp_path: Path) -> None:
+    written = io.StringIO()
+    config = configure("digits", synthetic=True, steps=1, warmup=0, batch_size=4, output=tmp_path / "run")
+    train(config, Console(file=written, force_terminal=True))
+    assert written.getvalue().index("opening the data") < written.getvalue().index("checkpoint takes")
