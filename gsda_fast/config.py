@@ -30,6 +30,12 @@ from gsda_fast.training.optim import OptimizerSettings
 from gsda_fast.training.precision import PrecisionSettings
 from gsda_fast.training.pseudo_labels import PseudoLabelSettings
 
+COMMON_OPTIONS = (
+    *("--source", "--target", "--data-root", "--method", "--add"),
+    *("--steps", "--batch-size", "--seed", "--device", "--output"),
+)
+"""What most command lines need: `--help` names these before the groups of all options."""
+
 _LARGEST_SEED = 2**63 - 1  # what TOML's integers hold
 
 Recipe = Literal["common", "paper"]
@@ -320,6 +326,7 @@ def parse_config(arguments: list[str], program: str) -> Config:
     """
     default, rest = _default_config(_with_values(arguments), program)
     what = f"Options of the task {default.task} and the method {default.run.method}, with the defaults of their preset."
+    what += f" Most often used: {' '.join(COMMON_OPTIONS)}."
     config: Config = parse_command_line(
         lambda: tyro.cli(
             Annotated[Config, tyro.conf.OmitArgPrefixes],

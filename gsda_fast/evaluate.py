@@ -12,7 +12,7 @@ import tyro
 from rich.table import Table
 
 from gsda_fast.commands import UNSAID, parse_command_line, program, run_command
-from gsda_fast.console import plain_console
+from gsda_fast.console import FilesDone, plain_console, progress_bars
 from gsda_fast.data.benchmarks import Crops
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.errors import UsageError, UsageWarning
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSettings(EvaluationOptions):
-    """What to evaluate."""
+    """Print the accuracy of a run's checkpoint on its target, over all samples, by class, and the mean of these."""
 
     test_crops: Annotated[Crops | None, UNSAID] = None
     """Crops of each image over which to average; as many as in the run if not given."""
@@ -33,8 +33,13 @@ class EvaluateSettings(EvaluationOptions):
     """Folder of the data set or of a pack; that of the run if not given."""
 
 
-def evaluate(settings: EvaluateSettings) -> tuple[int, EvaluationMetrics, tuple[str, ...]]:
+def evaluate(
+    settings: EvaluateSettings, progress: FilesDone | None = None
+) -> tuple[int, EvaluationMetrics, tuple[str, ...]]:
     """Score the target with a checkpoint of a run.
+
+    Args:
+        settings: which checkpoint, and how. progress: called after each batch.
 
     Returns:
         The checkpoint's step, the metrics, and the names of the classes.
@@ -61,7 +66,7 @@ def evaluate(settings: EvaluateSettings) -> tuple[int, EvaluationMetrics, tuple[
     _require_classes(source, state["classes"], folder)
     trainer = build_trainer(config, source, target)
     load_parameters(trainer.method, state["method"], f"{folder.path}, step {step}")
-    probabilities = trainer.predict("target", trainer.test_crops)
+    probabilities = trainer.predict("target", trainer.test_crops, progress=progress)
     metrics = evaluation_metrics(torch.from_numpy(target.labels), probabilities)
     if trainer.loader.failed:
         # Each of them was named when it failed.
@@ -95,9 +100,10 @@ def _metric(value: float | None) -> str:
 
 def main() -> None:
     settings = parse_command_line(lambda: tyro.cli(EvaluateSettings, args=sys.argv[1:], prog=program("evaluate")))
-    step, metrics, classes = evaluate(settings)
-    crops = settings.test_crops or RunFolder(settings.run).setting("test_crops")
     console = plain_console()
+    with progress_bars(console) as progress:
+        step, metrics, classes = evaluate(settings, progress)
+    crops = settings.test_crops or RunFolder(settings.run).setting("test_crops")
     message = f"{settings.run}, after step {step}{', ten-crop test' if crops == 10 else ''}"
     console.print(message, highlight=False, soft_wrap=True)
     table = Table()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from gsda_fast.commands import UNSAID, parse_command_line, program, run_command
-from gsda_fast.console import echo
+from gsda_fast.console import echo, plain_console
 from gsda_fast.errors import UsageError
 from gsda_fast.files import atomic_file
 from gsda_fast.options import CheckpointOptions
@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings(CheckpointOptions):
-    """What to export."""
+    """Write the network of a run, encoder and classifier, in two files that load without this project.
+
+    model.safetensors has its parameters, model.pt2 a program of torch.export; both say what the network was made for.
+    """
 
     output: Annotated[Path | None, UNSAID] = None
     """Folder for model.safetensors and model.pt2; `export` in the run's folder if not given."""
@@ -136,7 +139,9 @@ def _program(network: nn.Module, trained: TrainedModel) -> ExportedProgram:
 
 def main() -> None:
     settings = parse_command_line(lambda: tyro.cli(ExportSettings, args=sys.argv[1:], prog=program("export")))
-    for path in export(settings):
+    with plain_console().status("exporting"):
+        files = export(settings)
+    for path in files:
         echo(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
 
 

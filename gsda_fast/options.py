@@ -17,7 +17,7 @@ Device = Literal["auto", "cpu", "cuda"]
 class CheckpointOptions:
     """What every command on a trained run asks for."""
 
-    run: tyro.conf.Positional[Path]
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Folder of a finished or interrupted run."""
     _: KW_ONLY
     checkpoint: Annotated[int | None, UNSAID] = None

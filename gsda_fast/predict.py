@@ -32,9 +32,12 @@ COLUMNS = ("file", "predicted_class", "confidence")
 
 @dataclass(frozen=True)
 class PredictSettings(EvaluationOptions):
-    """What to classify, and with what."""
+    """Write class probabilities of images, or of rows of features, as CSV: a line for each, by its path or row.
 
-    folder: tyro.conf.Positional[Path]
+    They need no labels, and not the data that the run was trained on.
+    """
+
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER|FILE")]
     """Folder of images, which may lie anywhere below it, or one image; a file of features for a run on features."""
     _: KW_ONLY
     output: Annotated[Path | None, UNSAID] = None

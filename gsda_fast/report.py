@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from gsda_fast.commands import UNSAID, parse_command_line, program, run_command
+from gsda_fast.console import plain_console
 from gsda_fast.data.benchmarks import Benchmark, find_benchmark
 from gsda_fast.errors import UsageError
 from gsda_fast.results.run_folder import RunFolder
@@ -103,10 +104,12 @@ def main() -> None:
             raise UsageError("--output", found=found, expected="none: its page is in its folder")
     elif len(options.runs) > _MOST_RUNS:
         suite = SuiteFolder(options.folder, [RunFolder.existing(path) for path in options.runs])
-    if suite is not None:
-        page = report_on_suite(suite, points=options.points)
-    else:
-        page = write_page([RunFolder.existing(path) for path in options.runs], options.folder, points=options.points)
+    with plain_console().status("drawing the page"):
+        if suite is not None:
+            page = report_on_suite(suite, points=options.points)
+        else:
+            runs = [RunFolder.existing(path) for path in options.runs]
+            page = write_page(runs, options.folder, points=options.points)
     print(f"report: {page}")
 
 

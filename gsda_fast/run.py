@@ -80,7 +80,10 @@ class Run:
             UsageError: settings, data or a folder that do not fit.
         """
         own_console = console if ranks.first else Console(quiet=True)
-        run = cls(*ranks.on_all_ranks(lambda: resolve(config, ranks.world_size)), ranks, stop, own_console)
+        # Digits are drawn when they are first used, and a large data set has many folders to list.
+        with own_console.status("opening the data"):
+            opened = ranks.on_all_ranks(lambda: resolve(config, ranks.world_size))
+        run = cls(*opened, ranks, stop, own_console)
         try:
             run.result = ranks.on_rank_zero(run._earlier_result)
             if run.result is None:
@@ -394,10 +397,12 @@ def _sizes_line(config: Config, trainer: Trainer) -> str:
     stored = sum(each.numel() * each.element_size() for each in method.state_dict().values()) + whole - share
     stored += buffers * sum(whole_numel(each) * each.element_size() for group in groups for each in group["params"])
     divided = f", {share / 2**20:.1f} MiB of it in this process" if share < whole else ""
+    # With many classes the discriminators are what fills memory and disk.
+    mostly_own = sum(map(whole_numel, own)) > network and hasattr(config.method, "hidden_dim")
     return (
         f"network {network / 1e6:.2f} M parameters, "
         f"{config.run.method} {sum(map(whole_numel, own)) / 1e6:.2f} M beside it ({whole / 2**20:.1f} MiB{divided}); "
-        f"a checkpoint takes about {stored / 2**20:.1f} MiB"
+        f"a checkpoint takes about {stored / 2**20:.1f} MiB{', less with a smaller --hidden-dim' if mostly_own else ''}"
     )
 
 

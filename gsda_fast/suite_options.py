@@ -21,18 +21,19 @@ OF_ONE_RUN = {"--method": "--methods", "--seed": "--seeds", "--source": "--tasks
 
 @dataclass(frozen=True)
 class SuiteSettings:
-    """Which runs make up the suite.
+    """Run every transfer task of a benchmark with every method and seed, and put the results into one table.
 
-    Every option of `python -m gsda_fast.train TASK` (--help there) applies as well, to all runs. The same command again
-    keeps the runs that have finished and goes on with those that were interrupted.
+    Every option of the command `train TASK` (--help there) applies as well, to all runs. The same command again keeps
+    the runs that have finished and goes on with those that were interrupted.
     """
 
-    task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="|".join(BENCHMARKS))]
-    """Benchmark."""
+    task: Annotated[
+        tyro.conf.Positional[str],
+        tyro.conf.arg(metavar="TASK", help=f"The benchmark: {', '.join(BENCHMARKS)}."),
+    ]
     methods: Annotated[tuple[str, ...], UNSAID] = ()
     """Methods to run; all: every one; baselines: source-only and those that others published. If none is given: those
-    of --ablation and dann; with --sweep gsda alone; with --paired those of
-    --ablation."""
+    of --ablation and dann; with --sweep gsda alone; with --paired those of --ablation."""
     ablation: bool = False
     """Run the rows of the paper's Table 1, glb, glb-cls, glb-cls-grp and gsda, after source-only and entropy."""
     paired: bool = False
@@ -50,7 +51,7 @@ class SuiteSettings:
     output: Annotated[Path | None, UNSAID] = None
     """Folder of the suite; runs/suite-TASK if not given."""
     report: bool = False
-    """Draw the page of plots, as gsda_fast.report does for the suite's folder."""
+    """Draw the page of plots, as the command `report` does for the suite's folder."""
     slurm: Annotated[str | None, UNSAID] = None
     """Submit the suite to this partition of Slurm, with the extra `slurm`, as jobs that share its runs."""
     gpus: int = 1

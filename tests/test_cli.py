@@ -11,7 +11,7 @@ import pytest
 import gsda_fast
 from gsda_fast import cli
 from gsda_fast.commands import program, run_command
-from gsda_fast.config import TASKS
+from gsda_fast.config import COMMON_OPTIONS, TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -63,6 +63,26 @@ def test_help_has_no_python_in_it(
     called = Called(capsys, monkeypatch, *command, "--help")
     assert called.code == 0
     assert not re.search(r"None|\(default: \)|Literal", called.out)
+
+
+def test_the_help_of_training_begins_with_what_people_use(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = Called(capsys, monkeypatch, "train", "digits", "--help").out
+    assert told.index("Most often used:") < told.index("run options")
+    assert {option for option in COMMON_OPTIONS if not re.search(rf"^\W+{option} ", told, re.M)} == set()
+
+
+def test_positional_arguments_have_names(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for command, shown in {
+        "suite": "TASK",
+        "evaluate": "RUN",
+        "predict": r"RUN FOLDER\|FILE",
+        "export": "RUN",
+        "embed": r"TASK\|FOLDER",
+    }.items():
+        usage = Called(capsys, monkeypatch, command, "--help").out.partition("\n")[0]
+        assert re.match(rf"usage: gsda {command} \[-h\] .*{shown}", usage)
 
 
 def test_what_may_be_left_out_is_still_checked(

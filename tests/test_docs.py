@@ -1,5 +1,5 @@
-"""The documentation: the site builds without a warning, links of README and pages lead somewhere, Python and commands
-parse.
+"""The documentation: the site builds without a warning, links of README and pages lead somewhere, commands parse, and
+the Python that no other test runs is run here.
 """
 
 import ast
@@ -7,28 +7,42 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from itertools import pairwise, product
 from pathlib import Path
-from typing import Any
+from textwrap import dedent
+from typing import Annotated, Any
 
+import numpy as np
 import pytest
+import torch
 import tyro
+from clouds import clouds
+from equivalence import make_problem
+from msgspec import Meta
 
+import gsda_fast
+from gsda_fast import ClassGroups, Discriminators, discriminator_objective, encoder_objective
 from gsda_fast.commands import parse_command_line
-from gsda_fast.config import parse_config
+from gsda_fast.config import Config, parse_config
 from gsda_fast.data.__main__ import BuildSettings, PackSettings, VerifySettings
 from gsda_fast.data.benchmarks import EMBEDDED
 from gsda_fast.embed import EmbedSettings
 from gsda_fast.errors import UsageError
 from gsda_fast.evaluate import EvaluateSettings
 from gsda_fast.export import ExportSettings
+from gsda_fast.methods import METHODS, Entry, Method, MethodSettings
+from gsda_fast.methods.objective import class_probabilities
 from gsda_fast.predict import PredictSettings
 from gsda_fast.report import ReportOptions
 from gsda_fast.suite_runs import parse_suite
+from gsda_kernels import DiscriminatorWeights, adversarial_update_
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 
 
 def options(kind: type[Any]) -> Callable[[list[str]], Any]:
@@ -73,8 +87,14 @@ def commands_in(text: str) -> list[list[str]]:
 
 
 def parsed(words: list[str]) -> Any:
+    """What a command line stands for; those of the pages are looked at more than once."""
+    return _parsed(tuple(words))
+
+
+@cache
+def _parsed(words: tuple[str, ...]) -> Any:
     length = 2 if words[0] == "data" else 1
-    return PARSERS[" ".join(words[:length])](words[length:])
+    return PARSERS[" ".join(words[:length])](list(words[length:]))
 
 
 def test_the_site_builds_with_every_link_and_every_public_name(tmp_path: Path) -> None:
@@ -129,6 +149,116 @@ OMP_NUM_THREADS=1 python -m gsda_fast.suite digits \\
     assert {words[0] for (words,) in (each.values for each in COMMANDS)} >= {"train", "suite", "predict", "data"}
     with pytest.raises((UsageError, SystemExit)):
         parsed(wrong)
+
+
+def test_suites_that_share_a_folder_have_the_same_settings() -> None:
+    """Given one after the other, the second command would be refused if it had others for a run of the first."""
+    first: dict[tuple[Path, str, int], Config] = {}
+    differing: set[tuple[Path, str, int]] = set()
+    for (words,) in (each.values for each in COMMANDS):
+        if words[0] != "suite":
+            continue
+        settings, variants = parsed(words)
+        for name, of_methods in variants.items():
+            for method, seed in product(settings.chosen_methods, settings.seeds):
+                data = replace(of_methods[method].data, data_root=None)  # each page has a place of its own
+                run, config = (settings.folder / name, method, seed), replace(of_methods[method], data=data)
+                if first.setdefault(run, config) != config:
+                    differing.add(run)
+    assert len(first) > 200
+    assert differing == set()
+
+
+def test_what_else_is_called_is_there() -> None:
+    """Targets of make, benchmarks with their options, extras."""
+    text = "\n".join(page.read_text() for page in PAGES).replace("\\\n", " ")
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^ {4}(?:git .*&& )?make ([\w-]+)|`make ([\w-]+)`", text, re.M))
+    assert {name for each in targets for name in each if name and f"\n{name}:" not in makefile} == set()
+    calls = re.findall(r"(?:-m pytest |-m |python )(benchmarks[\w./]+)(.*)", text)
+    assert len(calls) > 15
+    conftest = (ROOT / "benchmarks" / "conftest.py").read_text()
+    for called, rest in calls:
+        file = ROOT / (called if called.endswith(".py") else f"{called.replace('.', '/')}.py")
+        options = re.findall(r" (--[\w-]+)", re.split(r"#|`", rest)[0])
+        known = file.read_text() + conftest
+        assert [each for each in options if f'"{each}"' not in known and each != "--benchmark-json"] == [], called
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {name for found in re.findall(r"pip install [^\n`]*\[([\w,]+)\]", text) for name in found.split(",")}
+    assert named <= set(extras)
+    assert named >= {"dali", "pictures", "slurm"}
+
+
+def python_in(page: str, begins: str) -> str:
+    """Return the one block of Python of a page, in a fence or indented, that begins so."""
+    text = (ROOT / page).read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    blocks += map(dedent, re.findall(r"(?:^    .*\n)+", text, flags=re.MULTILINE))
+    (block,) = [block for block in blocks if block.startswith(begins)]
+    return block
+
+
+def test_the_readmes_embeddings_are_adapted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gsda_fast, "adapt", partial(gsda_fast.adapt, steps=20, warmup=5))
+    source, (target, _) = clouds(60, 0, 0, ["cat", "dog"]), clouds(40, 0.3, 1, ["cat", "dog"])
+    named = {"source_features": source[0], "source_labels": source[1], "target_features": target}
+    known = named | {"new_features": target[:7]}
+    exec(python_in("README.md", "import gsda_fast"), known)
+    assert len(known["predictions"]) == 7
+    assert set(known["predictions"]) <= {"cat", "dog"}
+    assert (tmp_path / "run" / "result.json").is_file()
+
+
+def test_the_readmes_loop_gives_gradients_to_both_players() -> None:
+    torch.manual_seed(0)
+    groups = ClassGroups.random(num_classes=4, num_groups=2, seed=0)
+    discriminators = Discriminators(feature_dim=6, groups=groups, hidden_dim=5)
+    features, logits = (torch.randn(8, size, requires_grad=True) for size in (6, 4))
+    labels = torch.tensor([0, 1, 2, 3, 0])
+    known = {"discriminators": discriminators, "groups": groups, "features": features, "logits": logits, "n": 5}
+    known |= {"labels": labels, "p": class_probabilities(logits, labels), "ramp": 0.5}
+    known |= {"domain": torch.tensor([1.0] * 5 + [0.0] * 3)}
+    known |= {"discriminator_objective": discriminator_objective, "encoder_objective": encoder_objective}
+    exec(python_in("README.md", "terms = discriminators"), known)
+    trained = [features, logits, *discriminators.parameters()]
+    assert all(each.grad is not None and each.grad.abs().sum() > 0 for each in trained)
+
+
+def test_the_update_of_the_kernels_page_moves_parameters() -> None:
+    problem = make_problem(num_source=6, num_target=6, dim=5, hidden=4)
+    disc = DiscriminatorWeights(*(tensor.clone().requires_grad_() for tensor in problem.disc))
+    known = {"torch": torch, "adversarial_update_": adversarial_update_, "disc": disc, "features": problem.features}
+    known |= {"momentum_buffers": DiscriminatorWeights(*map(torch.zeros_like, disc)), "domain": problem.domain}
+    known |= {"sample_weight": problem.sample_weight, "rate": 0.1, "flag": torch.zeros(())}
+    known |= {"objective": lambda loss, gradient_norm: loss.sum() + gradient_norm.sum()}
+    for begins in ("def upstream", "step = adversarial_update_"):
+        exec(python_in("docs/kernels.md", begins), known)
+    assert known["step"].found_inf == 0
+    assert not any(torch.equal(new, old) for new, old in zip(disc, problem.disc))
+
+
+def test_the_method_of_the_architecture_page_trains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(METHODS, "coral", METHODS["source-only"])
+    known: dict[str, Any] = {"__name__": __name__, "dataclass": dataclass, "Annotated": Annotated}
+    known |= {"Meta": Meta, "Method": Method, "MethodSettings": MethodSettings, "METHODS": METHODS, "Entry": Entry}
+    for begins in ("@dataclass(frozen=True)\nclass Coral", 'METHODS["coral"]'):
+        exec(python_in("docs/architecture.md", begins), known)
+    labels = ["cat", "dog"]
+    adapted = gsda_fast.adapt(
+        clouds(60, 0, 0, labels), clouds(40, 0.3, 1, labels)[0], "coral", trade_off=0.5, steps=6, warmup=2,
+        log_every=1, output=tmp_path / "run", progress=False,
+    )  # fmt: skip
+    assert '"coral"' in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert adapted.result.method == "coral"
+
+
+def test_the_embeddings_pages_files_are_ones_that_train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    features, labels = clouds(60, 0, 0, ["cat", "dog"])
+    exec(python_in("docs/embeddings.md", "np.savez"), {"np": np, "features": features, "labels": labels})
+    adapted = gsda_fast.adapt("a.npz", "b.npz", "mcc", steps=6, warmup=2, output="run", progress=False)
+    assert list(adapted.classes) == ["cat", "dog"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -34,10 +34,18 @@ def result(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return folder, train(parse_config(arguments, "train"), Console(file=io.StringIO()))
 
 
+def expected_size(folder: Path) -> int:
+    stored = RunFolder(folder).read_predictions()
+    assert stored is not None
+    return len(stored.labels)
+
+
 def test_the_newest_checkpoint_has_the_accuracy_of_the_result(result: tuple[Path, RunResult]) -> None:
     folder, expected = result
-    step, figures, classes = evaluate(EvaluateSettings(folder))
+    scored: list[tuple[str, int, int]] = []
+    step, figures, classes = evaluate(EvaluateSettings(folder), lambda *done: scored.append(done))
     assert step == 9
+    assert scored[-1] == ("target", expected_size(folder), expected_size(folder))
     assert figures.accuracy == expected.accuracy.last
     assert figures.mean_per_class == expected.mean_per_class.last
     assert figures.per_class == expected.per_class

@@ -1,3 +1,4 @@
+import io
 import json
 import re
 import subprocess
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from image_trees import natural_image, save_turned
+from rich.console import Console
 from safetensors import safe_open
 from saved_run import saved_run
 
@@ -123,10 +125,13 @@ def test_lenet_and_a_run_in_half_precision(
 ) -> None:
     """The program is float32 whatever the products of training were; an activation of the bottleneck is part of it."""
     run = saved_run(tmp_path / "run", "digits", "--synthetic", "--precision", "bf16")
+    terminal = io.StringIO()
+    monkeypatch.setattr(command, "plain_console", lambda: Console(file=terminal, force_terminal=True))
     monkeypatch.setattr(sys, "argv", ["export", str(run), "--checkpoint", "0", "--output", str(tmp_path / "there")])
     with pytest.raises(SystemExit) as end:
         run_command(command.main)
     assert (end.value.code, capsys.readouterr().err) == (0, "")
+    assert "exporting" in terminal.getvalue()
     program = torch.export.load(tmp_path / "there" / "model.pt2").module()
     images = torch.randn(5, 1, 16, 16)
     with torch.no_grad():

@@ -1,10 +1,13 @@
+import io
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from fabricated_runs import fabricated_run
+from rich.console import Console
 
+from gsda_fast import report
 from gsda_fast.commands import run_command
 from gsda_fast.errors import UsageError
 from gsda_fast.report import ReportOptions, main
@@ -26,6 +29,14 @@ def test_command_writes_the_page_and_names_it(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"report: {run.report_path}\n"
     assert "<h1>digits: mnist → fonts</h1>" in run.report_path.read_text(encoding="utf-8")
+
+
+def test_a_terminal_is_told_that_the_page_is_being_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(report, "plain_console", lambda: Console(file=terminal, force_terminal=True))
+    monkeypatch.setattr(sys, "argv", ["report", str(make_run(tmp_path / "gsda").path)])
+    main()
+    assert "drawing the page" in terminal.getvalue()
 
 
 def test_folder_that_is_no_run(

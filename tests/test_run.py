@@ -88,15 +88,28 @@ def test_after_a_failure_the_next_attempt_waits_as_long(tmp_path: Path, monkeypa
     assert asked == [SCORED[1], SCORED[3], SCORED[4]]
 
 
-def test_a_run_says_how_large_its_network_and_its_checkpoints_are(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("hidden", "ends"), [(256, ", less with a smaller --hidden-dim"), (1, "")])
+def test_a_run_says_how_large_its_network_and_its_checkpoints_are(hidden: int, ends: str, tmp_path: Path) -> None:
     rows, labels = clouds(40, 0, 0, [0, 1])
     np.savez(tmp_path / "s.npz", features=rows, labels=labels)
     places = {"source": "s.npz", "target": "s.npz", "data_root": tmp_path, "output": tmp_path / "run"}
-    config = configure("features", **places, steps=4, warmup=1, refresh_every=1, batch_size=4, bottleneck_dim=512)
+    config = configure(
+        "features", **places, steps=4, warmup=1, refresh_every=1, batch_size=4, bottleneck_dim=512, hidden_dim=hidden
+    )
     written = io.StringIO()
     train(config, Console(file=written, width=200))
-    told = re.search(r"network ([\d.]+) M parameters, gsda ([\d.]+) M .* takes about ([\d.]+) MiB", written.getvalue())
+    told = re.search(
+        r"network ([\d.]+) M parameters, gsda ([\d.]+) M .* takes about ([\d.]+) MiB(.*)", written.getvalue()
+    )
     assert told is not None
+    assert told[4] == ends
     assert float(told[1]) == round((6 * 512 + 512 + 512 * 2 + 2) / 1e6, 2)
     file = max((tmp_path / "run" / "checkpoints").iterdir(), key=lambda each: each.stat().st_size)
-    assert float(told[3]) == pytest.approx(file.stat().st_size / 2**20, rel=0.1)
+    assert float(told[3]) == pytest.approx(file.stat().st_size / 2**20, rel=0.1, abs=0.05)
+
+
+def test_a_terminal_is_told_that_the_data_is_being_opened(tmp_path: Path) -> None:
+    written = io.StringIO()
+    config = configure("digits", synthetic=True, steps=1, warmup=0, batch_size=4, output=tmp_path / "run")
+    train(config, Console(file=written, force_terminal=True))
+    assert written.getvalue().index("opening the data") < written.getvalue().index("checkpoint takes")

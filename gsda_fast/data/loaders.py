@@ -36,7 +36,7 @@ class DataSettings:
     data_root: Annotated[Path | None, UNSAID] = None
     """Folder of the data set or of a pack; the environment variable GSDA_DATA if not given. Digits need none."""
     quarantine: Annotated[Path | None, UNSAID] = None
-    """List of files to leave out, as `python -m gsda_fast.data verify --quarantine LIST` writes it."""
+    """List of files to leave out, as the command `data verify --quarantine LIST` writes it."""
     verify: bool = True
     """Look for unreadable files before the training; what was found is remembered until files change."""
     orientation: Orientation = "exif"

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gsda_fast.console import FilesDone
 from gsda_fast.data.batches import Batch, Crops, Loader, Role
 from gsda_fast.data.domains import ImageDomain
 from gsda_fast.data.sampling import SamplingPlan
@@ -243,8 +244,14 @@ class Trainer:
             self.plan = self.plan.with_target(confident_labels(of_centre, self.confidence_threshold))
         return metrics
 
-    def predict(self, domain: Role, crops: Crops = 1, *, stoppable: bool = False) -> Tensor:
+    def predict(
+        self, domain: Role, crops: Crops = 1, *, stoppable: bool = False, progress: FilesDone | None = None
+    ) -> Tensor:
         """Return (n, r) float32 class probabilities of a domain, means over the crops, in its order, on the CPU.
+
+        Args:
+            domain, crops: what is scored, and how. stoppable: leave where a rank has been asked to stop.
+            progress: called after each batch with what this rank has scored.
 
         Raises:
             Stopped: a rank has been asked to stop, and this is `stoppable`.
@@ -253,7 +260,7 @@ class Trainer:
         def probabilities(output: ModelOutput) -> Tensor:
             return output.logits.float().softmax(1).unflatten(0, (-1, crops)).mean(1)
 
-        return self._evaluate(domain, None, probabilities, crops, stoppable=stoppable)
+        return self._evaluate(domain, None, probabilities, crops, stoppable=stoppable, progress=progress)
 
     def features(self, domain: Role, index: np.ndarray) -> np.ndarray:
         """Return (len(index), D) float32 features of the samples `index` of a domain."""
@@ -272,6 +279,7 @@ class Trainer:
         crops: Crops = 1,
         *,
         stoppable: bool = False,
+        progress: FilesDone | None = None,
     ) -> Tensor:
         """Return rows for the samples `index`, or for all of a domain, each rank computing its share, on the CPU."""
         self.ranks.mean_buffers(self.method)
@@ -279,12 +287,15 @@ class Trainer:
         count = len(self.plan.source_labels) if domain == "source" else self.plan.num_target
         samples = np.arange(count) if index is None else index
         share = samples[self.ranks.shard(len(samples))]
-        rows = []
-        for images, _ in self.loader.evaluate(domain, share, crops):
+        rows, done = [], 0
+        for images, batch in self.loader.evaluate(domain, share, crops):
             if stoppable and self.ranks.max(self._stop(), self.device):
                 raise Stopped
             # Not the compiled network: it would be compiled anew for the shapes of evaluation.
             rows.append(of(self.method.model.forward(images)))
+            done += len(batch)
+            if progress is not None:
+                progress(domain, done, len(share))
         return self.ranks.gather(torch.cat(rows), len(samples)).cpu()
 
     def state_dict(self) -> dict[str, Any]:
