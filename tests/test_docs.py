@@ -121,6 +121,15 @@ def test_python_in_fences_parses(page: Path) -> None:
         ast.parse(code)
 
 
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
+def test_a_heading_every_fifteen_lines(page: Path) -> None:
+    """Tables, blocks and empty lines do not count."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    sections = re.split(r"^(?=#+ )", text, flags=re.MULTILINE)
+    prose = {each.split("\n")[0]: len(re.findall(r"^(?!\||    |#)\S", each, flags=re.MULTILINE)) for each in sections}
+    assert {title: lines for title, lines in prose.items() if lines > 15} == {}
+
+
 COMMANDS = [
     pytest.param(words, id=f"{page.name}: {' '.join(words)[:60]}")
     for page in PAGES
