@@ -288,12 +288,12 @@ class Trainer:
         samples = np.arange(count) if index is None else index
         share = samples[self.ranks.shard(len(samples))]
         rows, done = [], 0
-        for images, batch in self.loader.evaluate(domain, share, crops):
+        for images, scored in self.loader.evaluate(domain, share, crops):
             if stoppable and self.ranks.max(self._stop(), self.device):
                 raise Stopped
             # Not the compiled network: it would be compiled anew for the shapes of evaluation.
             rows.append(of(self.method.model.forward(images)))
-            done += len(batch)
+            done += len(scored)
             if progress is not None:
                 progress(domain, done, len(share))
         return self.ranks.gather(torch.cat(rows), len(samples)).cpu()
