@@ -3,9 +3,9 @@
     python -m benchmarks.static_report --kinds mixed --shapes visda visda-128
     python -m benchmarks.static_report --rows 128 --shapes visda-128        # with other tiles over pairs
 
-Prints a Markdown table; of mixed operands with half-precision copies of the weights, too. Occupancy is that of an
-H100: how many programs a multiprocessor holds at once by registers,
-shared memory and threads; waves are the grid's programs over what the whole chip holds. The loop is the one with the
+Prints a Markdown table; of mixed operands with half-precision copies of the weights, too. Occupancy is how many
+programs a multiprocessor of the chip (an A100, H100 or B200) holds at once by registers, shared memory and threads;
+waves are the grid's programs over what the whole chip holds. The loop is the one with the
 matrix instructions (HGMMA, HMMA; FFMA without tensor cores) and is given by its most frequent instructions.
 """
 
@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 from benchmarks.cross_compile import PRODUCT_OF, Launch, compile_launch, head_launches, update_launches
@@ -30,8 +30,16 @@ from benchmarks.tune_triton import OPERANDS, precision_of, row, with_product
 from gsda_kernels.triton import configs
 from gsda_kernels.triton.configs import ANY_CHIP, Key, look_up, shape_class
 
-# Of a multiprocessor of an H100, and how many the chip has.
-REGISTERS, SHARED_MEMORY, THREADS, PROGRAMS, MULTIPROCESSORS = 65536, 233472, 2048, 32, 132
+
+class Chip(NamedTuple):
+    """How many multiprocessors, and the bytes of shared memory of each."""
+
+    multiprocessors: int
+    shared_memory: int
+
+
+CHIPS = {80: Chip(108, 167936), 90: Chip(132, 233472), 100: Chip(148, 233472)}  # A100, H100, B200
+REGISTERS, THREADS, PROGRAMS = 65536, 2048, 32  # of a multiprocessor
 _RESERVED_SHARED = 1024  # of each program
 _MULTIPLIES = ("HGMMA", "HMMA", "FFMA")
 _OPERATION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)")
@@ -56,11 +64,11 @@ class Report:
     loop: Counter[str]
 
 
-def occupancy(registers: int, shared: int, warps: int) -> int:
+def occupancy(registers: int, shared: int, warps: int, chip: Chip = CHIPS[90]) -> int:
     """Return programs that a multiprocessor holds at once."""
     a_warp = math.ceil(registers * 32 / 256) * 256  # registers are handed out in these portions
     by_registers, by_threads = REGISTERS // (a_warp * warps), THREADS // (32 * warps)
-    return min(by_registers, SHARED_MEMORY // (shared + _RESERVED_SHARED), by_threads, PROGRAMS)
+    return min(by_registers, chip.shared_memory // (shared + _RESERVED_SHARED), by_threads, PROGRAMS)
 
 
 def loops(sass: str) -> list[list[str]]:
@@ -96,8 +104,8 @@ def report(name: str, launch: Launch, capability: int, folder: Path) -> Report:
     made = compile_launch(launch, capability, folder)
     bodies = [body for body in map(instructions, loops(made.sass)) if any(body[name] for name in _MULTIPLIES)]
     options, programs = launch.options, math.prod(launch.grid)
-    warps = options.get("num_warps", 4)
-    held = occupancy(made.registers, made.shared, warps)
+    warps, chip = options.get("num_warps", 4), CHIPS[capability]
+    held = occupancy(made.registers, made.shared, warps, chip)
     tile = "x".join(
         str(options[f"BLOCK_{side}"]) for side in ("ROWS", "COLUMNS", "INNER") if f"BLOCK_{side}" in options
     )
@@ -111,7 +119,7 @@ def report(name: str, launch: Launch, capability: int, folder: Path) -> Report:
         made.local_accesses,
         held,
         programs,
-        programs / (held * MULTIPROCESSORS),
+        programs / (held * chip.multiprocessors),
         # The bias's sums are a loop of multiply-adds too: matrix instructions go first.
         max(bodies, key=lambda body: (body["HGMMA"] + body["HMMA"], body["FFMA"]), default=Counter()),
     )
@@ -137,10 +145,11 @@ def tiles_of(key: Key, rows: int | None) -> Iterator[None]:
         yield
 
 
-def reports(
-    shape: HeadShape, kind: str, capability: int, rows: int | None, folder: Path, kernels: Sequence[str]
-) -> list[Report]:
-    """Return the reports of the kernels of forward, backward and update, those of the kernels that are asked for."""
+def launches_of(shape: HeadShape, kind: str, capability: int, rows: int | None) -> dict[str, Launch]:
+    """Return the launches of forward, backward and update by their names in the tables.
+
+    Those that read half-precision copies of the weights come after the same ones that do not.
+    """
     dtype, parameter_dtype, _ = OPERANDS[kind]
     arguments: dict[str, Any] = {
         "num_samples": shape.num_samples,
@@ -162,11 +171,7 @@ def reports(
             launches |= {f"{launch.name}, copies": launch for launch in reading}
         moving = update_launches(**arguments, half_weights=copies)
         launches |= {launch.name + _variant(launch) + ", copies" * copies: launch for launch in moving}
-        return [
-            report(name.replace("_kernel", ""), launch, capability, folder)
-            for name, launch in launches.items()
-            if launch.name in kernels
-        ]
+    return {name.replace("_kernel", ""): launch for name, launch in launches.items() if launch.name in PRODUCT_OF}
 
 
 def table(found: Sequence[Report]) -> str:
@@ -189,12 +194,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["visda", "visda-128"])
     parser.add_argument("--kernels", nargs="+", choices=list(PRODUCT_OF), default=list(PRODUCT_OF))
     parser.add_argument("--rows", type=int, help="pairs to a tile (default: the table's)")
-    parser.add_argument("--capability", type=int, default=90, help="what to compile for (default: 90, an H100)")
+    parser.add_argument("--capability", type=int, choices=CHIPS, default=90, help="what to compile for (default: 90)")
     options = parser.parse_args(arguments)
     for kind in options.kinds:
         for name in options.shapes:
+            launches = launches_of(SHAPES[name], kind, options.capability, options.rows)
             with tempfile.TemporaryDirectory() as folder:
-                found = reports(SHAPES[name], kind, options.capability, options.rows, Path(folder), options.kernels)
+                found = [
+                    report(each, launch, options.capability, Path(folder))
+                    for each, launch in launches.items()
+                    if launch.name in options.kernels
+                ]
             print(f"\n{kind}, {name}\n\n{table(found)}", flush=True)
     return 0
 

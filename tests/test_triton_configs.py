@@ -40,6 +40,15 @@ def test_no_tile_wider_than_its_matrix() -> None:
     assert (tiny.layer.block_columns, tiny.jacobian.block_inner, tiny.weight.block_inner) == (16, 16, 16)
 
 
+@pytest.mark.parametrize(
+    ("num_samples", "rows"), [(72, 64), (96, 64), (97, 128), (128, 128), (256, 128), (512, 128), (1024, 128)]
+)
+@pytest.mark.parametrize("parameter_dtype", [torch.bfloat16, torch.float32], ids=["half", "mixed"])
+def test_tiles_are_as_high_as_a_class_has_pairs(num_samples: int, rows: int, parameter_dtype: torch.dtype) -> None:
+    config = configure(num_samples, 256, 1024, torch.bfloat16, parameter_dtype, "ieee")
+    assert config.block_pairs == rows
+
+
 def test_shape_classes_differ() -> None:
     classes = {configure(n, 256, 1024, torch.bfloat16, torch.bfloat16, "ieee") for n in (72, 256, 1024)}
     assert len(classes) == 3

@@ -26,6 +26,7 @@ from gsda_fast import ClassGroups, Discriminators
 from gsda_fast.methods.objective import discriminator_objective
 from gsda_fast.methods.step import Descent
 from gsda_kernels import backends, ops
+from gsda_kernels.triton.configs import configure
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1, in a process of its own", allow_module_level=True)
@@ -63,6 +64,27 @@ def test_float32_parameters_beside_half_precision_features(num_samples: int) -> 
         parameter_dtype=torch.float32,
     )
     assert_equivalent(problem, "triton")
+
+
+@pytest.mark.parametrize("pairs", [65, 127, 129, 200, 257])
+def test_tiles_of_128_rows(pairs: int) -> None:
+    """A last tile that is nearly empty, half full or all but full; the next discriminator's pairs follow at once."""
+    problem = make_problem(
+        num_source=30,
+        num_target=230,
+        num_discriminators=2,
+        dim=16,
+        hidden=16,
+        zero_weights=0.0,
+        dtype=torch.float16,
+        parameter_dtype=torch.float32,
+    )
+    features, w1, weight = problem.features, problem.disc.w1, problem.sample_weight
+    weight[pairs:, 0] = 0.0
+    weight[: 260 - 3, 1] = 0.0
+    config = configure(*features.shape, w1.shape[1], features.dtype, w1.dtype, "ieee")
+    assert config.block_pairs == 128
+    assert_equivalent(problem, "triton", max_pairs=pairs + 3)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
     "half precision, aligned": {"shape": (40, 2, 32, 80), "dtype": HALF, "parameters": HALF},
     "encoder's step": {"shape": (20, 2, 32, 48), "needs_grad": ENCODER},
     "mixed, first and last empty": {"shape": (20, 4, 16, 32), "dtype": HALF, "empty": (0, 3)},
-    "three tiles of pairs": {"shape": (150, 1, 16, 32), "dtype": HALF, "zeros": 0.0},
+    "three tiles of pairs": {"shape": (260, 1, 16, 32), "dtype": HALF, "zeros": 0.0},
     "no pair": {"shape": (9, 3, 16, 16), "empty": (0, 1, 2), "bound": 27},
     "one pair": {"shape": (1, 1, 1, 1), "zeros": 0.0},
     "a loose bound": {"shape": (12, 3, 20, 16), "bound": 36},

@@ -125,8 +125,10 @@ def operand_kind(dtype: torch.dtype, parameter_dtype: torch.dtype, precision: st
 def shape_class(num_samples: int, dim: int, hidden: int) -> str:
     """Return what decides which tiles are fast.
 
-    Few samples make one or two tiles to a discriminator: reading the weights is the cost then, so many programs keep
-    loads in flight. Rows that start anywhere (``unaligned``) are loaded one element at a time, an address each.
+    A class has a pair with every target sample and with its own few of the source's. In a ``small`` batch that fits a
+    tile of 64 rows: reading the weights is the cost then, so many programs keep loads in flight. Beyond, a second or
+    third tile of 64 rows would be nearly empty and read all weights again: half-precision tiles have 128 rows there.
+    Rows that start anywhere (``unaligned``) are loaded one element at a time, an address each.
     """
     if dim % 16 != 0 or hidden % 16 != 0:
         return "unaligned"

@@ -211,7 +211,7 @@ def _parameter_gradients(
     if want_w1 or want_b1:
         column_blocks = triton.cdiv(dim, config.weight.block_columns) if want_w1 else 1
         weight_gradient_kernel[(column_blocks, row_blocks, num_discriminators)](
-            u1, first_operand, grad_logit, routing.offsets, w2, b2, w3, grad_w1, grad_b1, grad_logit,
+            u1, first_operand, grad_logit, routing.offsets, w1, b2, w3, grad_w1, grad_b1, grad_logit,
             *_without_update(grad_logit), hidden, dim, SECOND_LAYER=False, WANT_WEIGHT=want_w1, WANT_W3=False, **sums,
         )  # fmt: skip
     if want_w2 or want_b2 or want_w3:
@@ -290,7 +290,7 @@ def update(
             rate, found_inf, decay, weight_decay, hidden, hidden, SECOND_LAYER=True, WANT_W3=True, **sums,
         )  # fmt: skip
         weight_gradient_kernel[(columns_1, row_blocks, num_discriminators)](
-            u1, first_operand, grad_logit, offsets, w2, b2, w3, w1, grad_b1, grad_logit, momentum[0], half_w1,
+            u1, first_operand, grad_logit, offsets, w1, b2, w3, w1, grad_b1, grad_logit, momentum[0], half_w1,
             rate, found_inf, decay, weight_decay, hidden, dim, SECOND_LAYER=False, WANT_W3=False, **sums,
         )  # fmt: skip
         small_update_kernel[(small, num_discriminators)](

@@ -292,7 +292,7 @@ def weight_gradient_kernel(
     right: tl.tensor,
     grad_logit: tl.tensor,
     offsets: tl.tensor,
-    w2: tl.tensor,
+    weight: tl.tensor,
     b2: tl.tensor,
     w3: tl.tensor,
     target: tl.tensor,
@@ -327,12 +327,13 @@ def weight_gradient_kernel(
 
     Grid (C / BLOCK_COLUMNS, H / BLOCK_ROWS, K); the programs of the first column store what has no columns.
     left: (max_pairs, H), right: (max_pairs, C = num_columns), one dtype. grad_logit (dz): (max_pairs,) float32.
-    w2: (K, H, H), b2, w3: (K, H), read if SECOND_LAYER. target: (K, H, C), where dW is stored if WANT_WEIGHT.
+    weight: (K, H, C), the layer's own, read if WANT_W3 or UPDATE. b2, w3: (K, H), read if SECOND_LAYER. target: (K, H,
+    C), where dW is stored if WANT_WEIGHT.
     grad_bias: (K, H). w3_part: (K, H, C / BLOCK_COLUMNS) float32, stored if WANT_W3, to be summed.
 
-    If UPDATE, dW is not stored: target is the layer's weight itself, and it and its momentum (K, H, C) move, where
-    found_inf (0-d float32) is 0. learning_rate: 0-d float32; see `moved`. A cell of W2 is read before it moves, by
-    the one program that reads it. half_weight: (K, H, C), the weight in the dtype of left, stored if STORE_HALF.
+    If UPDATE, dW is not stored: target is the weight itself, and it and its momentum (K, H, C) move, where found_inf
+    (0-d float32) is 0. learning_rate: 0-d float32; see `moved`. A cell of the weight is read before it moves, by the
+    one program that reads it. half_weight: (K, H, C), the weight in the dtype of left, stored if STORE_HALF.
     """
     if UPDATE:  # noqa: SIM102  the compiler decides the outer one, the device the inner
         if tl.load(found_inf) != 0:
@@ -363,9 +364,9 @@ def weight_gradient_kernel(
         column_mask = columns < num_columns
         cell = row[:, None].to(tl.int64) * num_columns + columns[None, :]
         mask = unit_mask[:, None] & column_mask[None, :]
-        if WANT_W3:
+        if WANT_W3 or UPDATE:
             # Before the product: on its way while that is made.
-            before = tl.load(w2 + cell, mask=mask, other=0.0).to(tl.float32)
+            before = tl.load(weight + cell, mask=mask, other=0.0).to(tl.float32)
         total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
         for first in range(begin, end, BLOCK_INNER):
             pairs = (first + inner)[:, None].to(tl.int64)
@@ -378,8 +379,6 @@ def weight_gradient_kernel(
             last = tl.sum(total * before, 1)
             tl.store(w3_part + row * tl.num_programs(0) + tl.program_id(0), last + first_part, mask=unit_mask)
         if UPDATE:
-            if not SECOND_LAYER:
-                before = tl.load(target + cell, mask=mask, other=0.0).to(tl.float32)
             velocity = tl.load(momentum + cell, mask=mask, other=0.0).to(tl.float32)
             after, velocity = moved(
                 total * scale[:, None], before, velocity, tl.load(learning_rate), decay, weight_decay, NESTEROV

@@ -11,8 +11,8 @@ TABLE: dict[tuple[str, str, str], dict[str, tuple[int, int, int, int, int]]] = {
         "weight": (64, 128, 64, 4, 2),
     },
     ("any", "half", "medium"): {
-        "layer": (64, 128, 64, 4, 3),
-        "jacobian": (64, 64, 64, 4, 4),
+        "layer": (128, 128, 64, 8, 3),
+        "jacobian": (128, 64, 64, 8, 3),
         "weight": (64, 128, 64, 4, 2),
     },
     ("any", "half", "large"): {
@@ -31,12 +31,12 @@ TABLE: dict[tuple[str, str, str], dict[str, tuple[int, int, int, int, int]]] = {
         "weight": (64, 128, 32, 8, 2),
     },
     ("any", "mixed", "medium"): {
-        "layer": (64, 128, 32, 8, 3),
-        "jacobian": (64, 64, 32, 4, 4),
+        "layer": (128, 128, 32, 8, 3),
+        "jacobian": (128, 64, 32, 8, 3),
         "weight": (64, 128, 32, 8, 2),
     },
     ("any", "mixed", "large"): {
-        "layer": (128, 64, 32, 8, 3),
+        "layer": (128, 128, 32, 8, 3),
         "jacobian": (128, 64, 32, 8, 3),
         "weight": (64, 128, 32, 8, 2),
     },
