@@ -68,6 +68,12 @@ inline void stream(double *to, Vector<double> value) {
 #endif
 }
 
+// A number in every lane. Not `Vector<T>{} + number`, which would add: of -0 it makes +0.
+template <class T>
+inline Vector<T> broadcast(T number) {
+  return number - Vector<T>{};
+}
+
 inline float exp_of(float x) { return __builtin_expf(x); }
 inline double exp_of(double x) { return __builtin_exp(x); }
 inline float log1p_of(float x) { return __builtin_log1pf(x); }
@@ -148,7 +154,7 @@ inline void outer_tile(Vector<T> (&sums)[M][N], const T *a, int64_t a_row, int64
     for (int n = 0; n < N; ++n) row[n] = load(b + k * b_stride + n * kLanes<T>);
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m) {
-      const Vector<T> factor = Vector<T>{} + a[m * a_row + k * a_depth];
+      const Vector<T> factor = broadcast(a[m * a_row + k * a_depth]);
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) sums[m][n] += factor * row[n];
     }
@@ -330,7 +336,9 @@ inline void inner_tile(const T *a, int64_t a_stride, const T *b, int64_t b_strid
     for (int m = 0; m < M; ++m) row[m] = load(a + m * a_stride + k);
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
-      const Vector<T> unit = load(b + n * b_stride + k);
+      Vector<T> unit = load(b + n * b_stride + k);
+      // Kept in a register: else the compiler loads it again for every row, and loads are the limit.
+      asm("" : "+v"(unit));
 #pragma GCC unroll 6
       for (int m = 0; m < M; ++m) sums[m][n] += row[m] * unit;
     }
@@ -641,7 +649,7 @@ bool beyond(int64_t rows, int64_t columns, const T *x, int64_t stride, T largest
     for (int64_t c = 0; c < columns; c += kLanes<T>) {
       const Vector<T> value = load(x + i * stride + c), size = value < T(0) ? -value : value;
       most = size <= most ? most : size; // a NaN stays: no comparison with it holds
-      most = size <= largest ? most : Vector<T>{} + __builtin_inff();
+      most = size <= largest ? most : broadcast(T(__builtin_inff()));
     }
   for (int64_t lane = 0; lane < kLanes<T>; ++lane)
     if (!(most[lane] <= largest)) return true;
