@@ -68,6 +68,12 @@ inline void stream(double *to, Vector<double> value) {
 #endif
 }
 
+// A number in every lane. Not `Vector<T>{} + number`, which would add: of -0 it makes +0.
+template <class T>
+inline Vector<T> broadcast(T number) {
+  return number - Vector<T>{};
+}
+
 inline float exp_of(float x) { return __builtin_expf(x); }
 inline double exp_of(double x) { return __builtin_exp(x); }
 inline float log1p_of(float x) { return __builtin_log1pf(x); }
@@ -137,18 +143,18 @@ inline void for_tile(Each each) {
 }
 
 // sums[m, :] += sum_k a[m * a_row + k * a_depth] * b[k, :] for M rows and N vectors of columns. Beside its own work it
-// fetches the cache lines `soon(k)`: the hardware's own fetching stops at the end of a page.
-template <int M, int N, class T, class Soon>
+// calls `fetch(k)` for what comes next: the hardware's own fetching stops at the end of a page.
+template <int M, int N, class T, class Fetch>
 inline void outer_tile(Vector<T> (&sums)[M][N], const T *a, int64_t a_row, int64_t a_depth, const T *b,
-                       int64_t b_stride, int64_t depth, Soon soon) {
+                       int64_t b_stride, int64_t depth, Fetch fetch) {
   for (int64_t k = 0; k < depth; ++k) {
-    __builtin_prefetch(soon(k), 0, 2);
+    fetch(k);
     Vector<T> row[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) row[n] = load(b + k * b_stride + n * kLanes<T>);
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m) {
-      const Vector<T> factor = Vector<T>{} + a[m * a_row + k * a_depth];
+      const Vector<T> factor = broadcast(a[m * a_row + k * a_depth]);
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) sums[m][n] += factor * row[n];
     }
@@ -168,7 +174,7 @@ void product_block(int64_t rows, int64_t columns, int64_t depth, const T *a, int
       Vector<T> sums[M][N] = {};
       if (accumulate) for_tile<M, N>([&](int m, int n) { sums[m][n] = load(to + m * c_stride + n * kLanes<T>); });
       outer_tile<M, N, T>(sums, a + row * a_stride, a_stride, 1, strip, b_stride, depth,
-                          [=](int64_t k) { return soon + k * b_stride; });
+                          [=](int64_t k) { __builtin_prefetch(soon + k * b_stride, 0, 2); });
       for_tile<M, N>([&](int m, int n) { store(to + m * c_stride + n * kLanes<T>, sums[m][n]); });
     });
   });
@@ -225,7 +231,7 @@ struct Sgd {
 
 // A weight's gradient, from A = a (depth, rows).T @ b (depth, columns): A itself for the first layer. For the second,
 // scale[:, None] * A, and row_sums = (weight * A).sum(1) with weight (rows, columns). Each vector of it goes to
-// `sink(cell, vector)` once, after the weight's own cell has been read.
+// `sink(cell, vector)` once, after the weight's own cell has been read; `sink.fetch(cell, weight)` comes a strip earlier.
 template <bool SecondLayer, class T, class Sink>
 void gradient_product(int64_t rows, int64_t columns, int64_t depth, const T *a, int64_t a_stride, const T *b,
                       int64_t b_stride, Sink sink, const T *weight, const T *scale = nullptr, T *row_sums = nullptr) {
@@ -236,27 +242,26 @@ void gradient_product(int64_t rows, int64_t columns, int64_t depth, const T *a, 
       constexpr int N = vectors.value;
       const int64_t cell = row * columns + column;
       Vector<T> sums[M][N] = {};
-      outer_tile<M, N, T>(sums, a + row, 1, a_stride, b + column, b_stride, depth,
-                          [=](int64_t k) { return sink.soon(b, b_stride, weight, columns, cell, column, k, N); });
+      const int64_t next = column + N * kLanes<T> < columns ? cell + N * kLanes<T> : (row + M) * columns;
+      outer_tile<M, N, T>(sums, a + row, 1, a_stride, b + column, b_stride, depth, [=](int64_t k) {
+        if (k < M * N) sink.fetch(next + k / N * columns + k % N * kLanes<T>, weight);
+      });
+      // Copies of its own, which no store can be suspected to change.
+      const Sink own_sink = sink;
+      const T *own_weight = weight, *own_scale = scale;
+      const int64_t stride = columns;
       for_tile<M, N>([&](int m, int n) {
-        const int64_t at = cell + m * columns + n * kLanes<T>;
+        const int64_t at = cell + m * stride + n * kLanes<T>;
         if constexpr (SecondLayer) {
-          parts[m] += load(weight + at) * sums[m][n];
-          sums[m][n] *= scale[row + m];
+          parts[m] += load(own_weight + at) * sums[m][n];
+          sums[m][n] *= own_scale[row + m];
         }
-        sink(at, sums[m][n]);
+        own_sink(at, sums[m][n]);
       });
     });
     if constexpr (SecondLayer)
       for (int m = 0; m < M; ++m) row_sums[row + m] = sum_of<T>(parts[m]);
   });
-}
-
-// What a tile of a gradient should fetch while it is summed up, at its k-th pair: of what comes from far (`weight`, and
-// what lies beside it), the next strip, down the tile's rows; else the next strip of the pairs' own rows.
-template <class T>
-inline const T *next_strip(const T *weight, int64_t columns, int64_t cell, int64_t k, int vectors) {
-  return weight + cell + k / vectors * columns + (k % vectors + vectors) * kLanes<T>;
 }
 
 // Writes the gradient, past the caches; nowhere if `to` is null.
@@ -267,10 +272,8 @@ struct Written {
   Written(T *to, int64_t columns)
       : to(to), aligned(reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0 && columns % kLanes<T> == 0) {}
 
-  const T *soon(const T *b, int64_t b_stride, const T *weight, int64_t columns, int64_t cell, int64_t column, int64_t k,
-                int vectors) const {
-    if constexpr (SecondLayer) return next_strip(weight, columns, cell, k, vectors);
-    else return b + column + vectors * kLanes<T> + k * b_stride;
+  void fetch(int64_t at, const T *weight) const {
+    if constexpr (SecondLayer) __builtin_prefetch(weight + at, 0, 2);
   }
   void operator()(int64_t at, Vector<T> gradient) const {
     if (!to) return;
@@ -285,8 +288,9 @@ struct Moved {
   Sgd<T> sgd;
   T *parameter, *momentum;
 
-  const T *soon(const T *, int64_t, const T *, int64_t columns, int64_t cell, int64_t, int64_t k, int vectors) const {
-    return next_strip<T>(k & 1 ? momentum : parameter, columns, cell, k >> 1, vectors);
+  void fetch(int64_t at, const T *) const {
+    __builtin_prefetch(parameter + at, 1, 2);
+    __builtin_prefetch(momentum + at, 1, 2);
   }
   void operator()(int64_t at, Vector<T> gradient) const { sgd(gradient, parameter + at, momentum + at); }
 };
@@ -330,7 +334,9 @@ inline void inner_tile(const T *a, int64_t a_stride, const T *b, int64_t b_strid
     for (int m = 0; m < M; ++m) row[m] = load(a + m * a_stride + k);
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
-      const Vector<T> unit = load(b + n * b_stride + k);
+      Vector<T> unit = load(b + n * b_stride + k);
+      // Kept in a register: else the compiler loads it again for every row, and loads are the limit.
+      asm("" : "+v"(unit));
 #pragma GCC unroll 6
       for (int m = 0; m < M; ++m) sums[m][n] += row[m] * unit;
     }
@@ -641,7 +647,7 @@ bool beyond(int64_t rows, int64_t columns, const T *x, int64_t stride, T largest
     for (int64_t c = 0; c < columns; c += kLanes<T>) {
       const Vector<T> value = load(x + i * stride + c), size = value < T(0) ? -value : value;
       most = size <= most ? most : size; // a NaN stays: no comparison with it holds
-      most = size <= largest ? most : Vector<T>{} + __builtin_inff();
+      most = size <= largest ? most : broadcast(T(__builtin_inff()));
     }
   for (int64_t lane = 0; lane < kLanes<T>; ++lane)
     if (!(most[lane] <= largest)) return true;
