@@ -398,11 +398,11 @@ def _sizes_line(config: Config, trainer: Trainer) -> str:
     stored += buffers * sum(whole_numel(each) * each.element_size() for group in groups for each in group["params"])
     divided = f", {share / 2**20:.1f} MiB of it in this process" if share < whole else ""
     # With many classes the discriminators are what fills memory and disk.
-    mostly_own = sum(map(whole_numel, own)) > network and hasattr(config.method, "hidden_dim")
+    smaller = config.method.size_option if sum(map(whole_numel, own)) > network else None
     return (
         f"network {network / 1e6:.2f} M parameters, "
         f"{config.run.method} {sum(map(whole_numel, own)) / 1e6:.2f} M beside it ({whole / 2**20:.1f} MiB{divided}); "
-        f"a checkpoint takes about {stored / 2**20:.1f} MiB{', less with a smaller --hidden-dim' if mostly_own else ''}"
+        f"a checkpoint takes about {stored / 2**20:.1f} MiB{f', less with a smaller {smaller}' if smaller else ''}"
     )
 
 

@@ -28,6 +28,11 @@ ENCODER = ("encoder", "classifier")
 class MethodSettings:
     """Base of every method's own settings. A method without any has this one."""
 
+    @property
+    def size_option(self) -> str | None:
+        """The option by which what the method trains beside the network becomes smaller; None where there is none."""
+        return "--hidden-dim" if hasattr(self, "hidden_dim") else None
+
 
 @dataclass(frozen=True)
 class AdaptationSettings:
