@@ -18,7 +18,7 @@ TABLE: dict[tuple[str, str, str], dict[str, tuple[int, int, int, int, int]]] = {
     ("any", "half", "large"): {
         "layer": (128, 128, 64, 8, 3),
         "jacobian": (128, 64, 64, 8, 3),
-        "weight": (128, 128, 64, 8, 3),
+        "weight": (128, 128, 32, 8, 3),
     },
     ("any", "half", "unaligned"): {
         "layer": (64, 32, 32, 8, 2),
