@@ -23,7 +23,7 @@ from PIL import Image
 from rich.console import Console
 
 from gsda_fast.config import configure
-from gsda_fast.console import plain_console
+from gsda_fast.console import plain_console, progress_bars
 from gsda_fast.data.domains import UNKNOWN, ImageDomain, open_images
 from gsda_fast.data.embeddings import SUFFIXES, rows_in_memory
 from gsda_fast.errors import UsageError
@@ -56,9 +56,9 @@ class Adapted:
             array of numbers, texts otherwise.
     """
 
-    def __init__(self, run: Path, result: RunResult, classes: NDArray[Any], target: _Samples) -> None:
+    def __init__(self, run: Path, result: RunResult, classes: NDArray[Any], target: _Samples, console: Console) -> None:
         self.run, self.result, self.classes = run, result, classes
-        self._target = target
+        self._target, self._console = target, console
 
     @property
     def accuracy(self) -> float | None:
@@ -92,12 +92,12 @@ class Adapted:
         if given.kind != kind:
             raise UsageError("samples", found=given.kind, expected=f"{kind}, as the run was trained on")
         if given.path is not None:
-            return _probabilities(self.trained, open_samples(self.trained, given.path))
+            return _probabilities(self.trained, open_samples(self.trained, given.path), self._console)
         if kind == "features":
-            return embedded_probabilities(self.trained, given.values)
+            return embedded_probabilities(self.trained, given.values, self._console)
         with tempfile.TemporaryDirectory() as folder:
             given.write_images(Path(folder))
-            return _probabilities(self.trained, open_images(Path(folder), self.trained.classes))
+            return _probabilities(self.trained, open_images(Path(folder), self.trained.classes), self._console)
 
     def predict(self, samples: Any) -> NDArray[Any]:
         """Return the most probable class of each sample, (n,), as `classes` has it. Arguments: `predict_proba`."""
@@ -122,11 +122,16 @@ class Adapted:
         return export(ExportSettings(self.run, output=None if output is None else Path(output)))
 
 
-def embedded_probabilities(trained: TrainedModel, features: NDArray[Any]) -> NDArray[np.float32]:
+def console_for(progress: bool) -> Console:
+    """Return standard error where progress is to be shown, and a silent console otherwise."""
+    return plain_console(stderr=True) if progress else Console(quiet=True)
+
+
+def embedded_probabilities(trained: TrainedModel, features: NDArray[Any], console: Console) -> NDArray[np.float32]:
     """Return class probabilities, (n, r), of rows in memory.
 
     Args:
-        trained: of a run on features. features: (n, D) floating point.
+        trained: of a run on features. features: (n, D) floating point. console: where a bar is shown.
 
     Raises:
         UsageError: rows of another size or type, or a number that is not finite.
@@ -135,11 +140,17 @@ def embedded_probabilities(trained: TrainedModel, features: NDArray[Any]) -> NDA
     require_row_size("samples", rows.dim, trained.config.model)
     names = [f"row {number}" for number in range(len(rows.index))]
     unknown = np.full(len(names), UNKNOWN, dtype=np.int64)
-    return _probabilities(trained, ImageDomain("samples", Path(), names, unknown, trained.classes, rows=rows))
+    domain = ImageDomain("samples", Path(), names, unknown, trained.classes, rows=rows)
+    return _probabilities(trained, domain, console)
 
 
-def _probabilities(trained: TrainedModel, samples: ImageDomain) -> NDArray[np.float32]:
-    return torch.stack([each for _, each in predict(trained, samples)]).numpy()
+def _probabilities(trained: TrainedModel, samples: ImageDomain, console: Console) -> NDArray[np.float32]:
+    rows = []
+    with progress_bars(console) as progress:
+        for _, row in predict(trained, samples):
+            rows.append(row)
+            progress("predict", len(rows), len(samples))
+    return torch.stack(rows).numpy()
 
 
 def adapt(
@@ -163,7 +174,7 @@ def adapt(
         method: see `gsda_fast.methods.METHODS`.
         output: the run's folder, which also keeps the arrays; the same call resumes an interrupted run there. None: a
             temporary one.
-        progress: show lines and bars on standard error.
+        progress: show lines and bars on standard error, now and in later predictions.
         options: those of the command line in snake_case, such as `steps=700, seed=1, backbone="resnet18"`.
 
     Raises:
@@ -180,6 +191,7 @@ def adapt(
         raise UsageError("source", found="an array without labels", expected="a pair (array, labels)")
     task = "features" if own.kind == "features" else "folder"
     configure(task, method, **options)  # a mistake is told before anything is written
+    console = console_for(progress)
     temporary = None if output is not None else Path(tempfile.mkdtemp(prefix="gsda-"))
     try:
         run = temporary if temporary is not None else Path(str(output))
@@ -188,12 +200,12 @@ def adapt(
         names = {role: str(place.relative_to(root)) for role, place in zip(("source", "target"), places)}
         config = configure(task, method, **names, data_root=root, output=run, **options)
         with _process_kept():
-            result = train(config, plain_console(stderr=True) if progress else Console(quiet=True))
+            result = train(config, console)
     except BaseException:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    adapted = Adapted(run, result, own.classes_as_given(result.classes), other)
+    adapted = Adapted(run, result, own.classes_as_given(result.classes), other, console)
     if temporary is not None:
         weakref.finalize(adapted, shutil.rmtree, temporary, ignore_errors=True)
     return adapted

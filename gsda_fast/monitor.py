@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 _SHORT = 60
 """Seconds: what takes less needs no announcement."""
 
-_BEFORE_PROFILE = 5
-"""Steps before a trace: compilation, the choice of algorithms and the first allocations belong to no trace."""
+_SETTLING = 5
+"""Steps before a trace or a measurement: compilation, the choice of algorithms and the first allocations."""
+
+_MEASURED = 10
+"""Steps from whose time the rest of the run's is foretold."""
 
 
 class TensorBoard:
@@ -62,16 +65,15 @@ class TensorBoard:
 class ProgressLines:
     """A console line for each report, and below them a progress bar where there is a terminal.
 
-    Of a run that takes longer than `_SHORT` seconds a line says how long, at the second report and at the second one
-    after warm-up, whose steps are others: before the first of each, kernels are compiled and algorithms chosen.
+    Of a run that takes longer than `_SHORT` seconds a line says how long, after its first few steps and after the first
+    few that adapt, which cost more than those of the warm-up.
     """
 
     def __init__(self, console: Console, trainer: Trainer) -> None:
         done = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[rate]} images/s"))
         times = (TimeElapsedColumn(), TimeRemainingColumn())
         self._console, self._trainer = console, trainer
-        self._last: dict[bool, tuple[int, float]] = {}
-        self._said: set[bool] = set()
+        self._first, self._settled_at = trainer.step, 0.0
         self._progress = Progress(*done, *times, console=console, transient=True, disable=not console.is_terminal)
         self._bar = self._progress.add_task("", total=trainer.schedule.steps, completed=trainer.step, rate="-")
 
@@ -79,30 +81,26 @@ class ProgressLines:
         """Print the report's line and move the bar."""
         self._progress.update(self._bar, completed=report.step, rate=f"{report.values['images_per_second']:.0f}")
         self._console.print(_report_line(report), highlight=False, soft_wrap=True)
-        line = self._time_left(report.step, self._trainer.seconds)
-        if line:
+
+    def _measure(self) -> None:
+        schedule, step = self._trainer.schedule, self._trainer.step
+        done = step - max(self._first, schedule.warmup if step > schedule.warmup else 0)
+        if done not in (_SETTLING, _SETTLING + _MEASURED):
+            return
+        if self._trainer.device.type == "cuda":
+            torch.cuda.synchronize(self._trainer.device)  # a step has only been launched
+        now = self._trainer.seconds
+        if done == _SETTLING:
+            self._settled_at = now
+            return
+        expected = (now - self._settled_at) / _MEASURED * (schedule.steps - step)
+        if expected >= _SHORT:
+            line = f"about {duration(expected)} to go at the rate of the first steps"
             self._console.print(line, highlight=False, soft_wrap=True)
-
-    def _time_left(self, step: int, seconds: float) -> str:
-        """Return what to expect where it is time to say so.
-
-        Args:
-            step: steps done. seconds: of the run so far.
-        """
-        schedule = self._trainer.schedule
-        adapting = step > schedule.warmup
-        if adapting in self._said:
-            return ""
-        if adapting not in self._last:
-            self._last[adapting] = step, seconds
-            return ""
-        before, then = self._last[adapting]
-        self._said.add(adapting)
-        expected = (seconds - then) / (step - before) * (schedule.steps - step)
-        return "" if expected < _SHORT else f"about {duration(expected)} to go at this rate"
 
     def __enter__(self) -> ProgressLines:
         self._progress.start()
+        self._trainer.on_step.append(self._measure)
         return self
 
     def __exit__(
@@ -121,7 +119,7 @@ def profile(steps: int, folder: RunFolder, trainer: Trainer, console: Console) -
     if trainer.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     left = trainer.schedule.steps - trainer.step
-    wait = max(0, min(_BEFORE_PROFILE, left - 1 - steps))
+    wait = max(0, min(_SETTLING, left - 1 - steps))
 
     def write(profiler: torch.profiler.profile) -> None:
         profiler.export_chrome_trace(str(folder.trace_path))
@@ -133,7 +131,7 @@ def profile(steps: int, folder: RunFolder, trainer: Trainer, console: Console) -
         on_trace_ready=write,
         acc_events=True,
     ) as profiler:
-        trainer.on_step = profiler.step
+        trainer.on_step.append(profiler.step)
         yield
 
 

@@ -13,7 +13,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from gsda_fast.api import adapt, embedded_probabilities
+from gsda_fast.api import adapt, console_for, embedded_probabilities
 from gsda_fast.config import configure
 from gsda_fast.errors import UsageError
 from gsda_fast.results.metrics import SCORES
@@ -27,6 +27,7 @@ class AdaptedClassifier(ClassifierMixin, BaseEstimator):
         method: see `gsda_fast.methods.METHODS`.
         steps, warmup, batch_size, learning_rate: as on the command line; None: the preset of the task `features`.
         random_state: the seed. device: auto, cpu or cuda.
+        verbose: show lines and bars on standard error.
         options: any others, by name in snake_case, such as `{"bottleneck_dim": 128}`.
 
     Attributes:
@@ -45,10 +46,12 @@ class AdaptedClassifier(ClassifierMixin, BaseEstimator):
         learning_rate: float | None = None,
         random_state: int = 0,
         device: Literal["auto", "cpu", "cuda"] = "auto",
+        verbose: bool = False,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self.method, self.steps, self.warmup, self.batch_size = method, steps, warmup, batch_size
-        self.learning_rate, self.random_state, self.device, self.options = learning_rate, random_state, device, options
+        self.learning_rate, self.random_state, self.device = learning_rate, random_state, device
+        self.verbose, self.options = verbose, options
 
     def fit(self, X: Any, y: Any, X_target: Any = None) -> Self:
         """Train, in a temporary folder.
@@ -79,7 +82,7 @@ class AdaptedClassifier(ClassifierMixin, BaseEstimator):
             config = configure("features", method, **options)
             own = {each.name for each in dataclasses.fields(config.method)}
             method, options = "source-only", {name: options[name] for name in options.keys() - own}
-        adapted = adapt((X, labels), target, method, progress=False, **options)
+        adapted = adapt((X, labels), target, method, progress=self.verbose, **options)
         probabilities = torch.from_numpy(adapted.probabilities)
         self.target_scores_ = {name: float(score.function(probabilities)) for name, score in SCORES.items()}
         self.trained_ = adapted.trained
@@ -89,7 +92,7 @@ class AdaptedClassifier(ClassifierMixin, BaseEstimator):
         """Return class probabilities, (n, r), of rows (n, D)."""
         check_is_fitted(self)
         X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
-        return embedded_probabilities(self.trained_, X)
+        return embedded_probabilities(self.trained_, X, console_for(self.verbose))
 
     def predict(self, X: Any) -> NDArray[Any]:
         """Return the most probable class, (n,), of rows (n, D)."""

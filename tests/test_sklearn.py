@@ -59,6 +59,20 @@ def test_a_target_makes_a_difference_and_no_target_is_source_only(fitted: Adapte
     assert not np.array_equal(alone.predict_proba(TARGET[0]), fitted.predict_proba(TARGET[0]))
 
 
+def test_it_is_silent_unless_it_is_verbose(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # a terminal, for rich
+    shown = []
+    for verbose in (False, True):
+        fitted = small(verbose=verbose).fit(*SOURCE)
+        shown.append(capfd.readouterr().err)
+        fitted.predict(TARGET[0])
+        shown.append(capfd.readouterr().err)
+    assert shown[:2] == ["", ""]
+    assert "no accuracy" in shown[2]
+    assert "predict" in shown[3]
+    assert "60/60" in shown[3]
+
+
 def test_scores_look_at_the_target_alone(fitted: AdaptedClassifier) -> None:
     for name, score in SCORES.items():
         value = label_free(name)(fitted, SOURCE[0][:3], SOURCE[1][:3])

@@ -61,9 +61,9 @@ class Trainer:
         stop: whether this process has been asked to stop, looked at in each step.
         cuda_graphs: whether compiled parts are replayed as CUDA graphs.
         floors: what the network costs at least here, for the rooflines; None where that is not known.
-        on_step: called after each step.
 
     Attributes:
+        on_step: what is called after each step.
         pending: the metrics of the last step, which wait for those of the evaluation that follows.
     """
 
@@ -85,13 +85,12 @@ class Trainer:
         stop: Callable[[], bool] = lambda: False,
         cuda_graphs: bool = False,
         floors: Floors | None = None,
-        on_step: Callable[[], None] = lambda: None,
     ) -> None:
         self.method, self.loader, self.plan, self.schedule = method, loader, plan, schedule
         self.target_labels, self.classes = torch.from_numpy(target.labels), target.classes
         self.confidence_threshold, self.device, self.log_every = confidence_threshold, device, log_every
         self.test_crops: Crops = test_crops
-        self.on_step = on_step
+        self.on_step: list[Callable[[], None]] = []
         players = method.players()
         self._divided = {
             id(parameter): player.division
@@ -172,7 +171,8 @@ class Trainer:
             clock.images += len(batch.source_images) + len(batch.target_images)
             clock.computed += outcome.images
             self.step = step + 1
-            self.on_step()
+            for call in self.on_step:
+                call()
             if self._is_logged(step):
                 self.updater.require_finite()
                 yield {**self._means({**outcome.terms, **outcome.metrics}), **self._rates(step, clock)}
