@@ -88,7 +88,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     Args:
         main: the command; returns its exit code, None for 0.
     """
-    warnings.showwarning = partial(_show_warning, warnings.showwarning)
+    show_warnings_as_lines()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -130,6 +130,11 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         print(": ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         code = 130
     sys.exit(code or 0)
+
+
+def show_warnings_as_lines() -> None:
+    """Show every `UsageWarning` of this process as `run_command` does."""
+    warnings.showwarning = partial(_show_warning, warnings.showwarning)
 
 
 def _show_warning(

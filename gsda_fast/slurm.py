@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from gsda_fast.config import Config
 from gsda_fast.console import plain_console
 from gsda_fast.errors import UsageError
 from gsda_fast.suite_options import SuiteSettings
-from gsda_fast.suite_runs import parse_suite, run_suite
+from gsda_fast.suite_runs import parse_suite, run_suite, runs_of
 
 
 class SuiteJob:
@@ -36,19 +37,23 @@ class SuiteJob:
 
 
 def submit(
-    settings: SuiteSettings, arguments: Sequence[str], cluster: Literal["slurm", "local"] = "slurm"
+    settings: SuiteSettings,
+    variants: Mapping[str, Mapping[str, Config]],
+    arguments: Sequence[str],
+    cluster: Literal["slurm", "local"] = "slurm",
 ) -> tuple[list[Any], Path]:
     """Submit the suite as an array of `settings.gpus` jobs with a GPU each.
 
     Args:
-        settings: parsed from `arguments`. cluster: local: processes of this machine, for trying it.
+        settings, variants: parsed from `arguments`. cluster: local: processes of this machine, for trying it.
 
     Returns:
         The jobs, as submitit has them, and the folder of their output.
 
     Raises:
-        UsageError: submitit is not installed, or this machine has no Slurm.
+        UsageError: runs that cannot be; submitit is not installed, or this machine has no Slurm.
     """
+    runs_of(settings, variants)  # a mistake is told here, and not by each job
     try:
         import submitit
     except ImportError as error:

@@ -26,7 +26,7 @@ def main() -> None:
         return
     from gsda_fast.slurm import submit
 
-    jobs, logs = submit(settings, arguments)
+    jobs, logs = submit(settings, variants, arguments)
     console.print(f"submitted: {', '.join(job.job_id for job in jobs)}; their output is in {logs}", soft_wrap=True)
 
 

@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from gsda_fast.commands import program
+from gsda_fast.commands import program, show_warnings_as_lines
 from gsda_fast.config import Config, method_options, parse_config
 from gsda_fast.console import duration
 from gsda_fast.data.benchmarks import Benchmark, find_benchmark
@@ -95,32 +95,13 @@ def run_suite(settings: SuiteSettings, variants: Mapping[str, Mapping[str, Confi
         console: where progress and tables are shown.
 
     Raises:
-        UsageError: a transfer task that the benchmark lacks, or what `gsda_fast.train.train` raises.
+        UsageError: see `runs_of`, or what `gsda_fast.train.train` raises.
         TrainingError: after all other runs and without the failed ones in the tables: some runs cannot go on.
         KeyboardInterrupt: the runs were stopped; everything is kept and the same call goes on.
     """
-    benchmark = find_benchmark(settings.task)
-    pairs = tuple(_transfer_task(benchmark, text) for text in settings.tasks) or benchmark.transfer_tasks
-    if not pairs:
-        raise UsageError("--tasks", found="none", expected=f"one or more SOURCE->TARGET for the task {settings.task}")
-    folder = settings.folder
-    configs = {
-        name: [
-            _config_of_run(base[method], pair, seed, folder / name)
-            for seed in settings.seeds
-            for pair in pairs
-            for method in settings.chosen_methods
-        ]
-        for name, base in variants.items()
-    }
+    benchmark, folder = find_benchmark(settings.task), settings.folder
+    pairs, configs = runs_of(settings, variants)
     everything = [config for of_variant in configs.values() for config in of_variant]
-    for config in everything:
-        config.validate()
-    # A transfer task under its name and its alias is one folder, and two processes must not write into it.
-    repeated = [output for output, count in Counter(config.run.output for config in everything).items() if count > 1]
-    if repeated:
-        raise UsageError("--methods, --seeds, --tasks, --sweep", found=f"{repeated[0]} twice", expected="each run once")
-
     made_of = f"{len(variants)} settings x " if len(variants) > 1 else ""
     made_of += f"{len(pairs)} transfer tasks x {len(settings.chosen_methods)} methods x {len(settings.seeds)} seeds"
     console.print(f"{len(everything)} runs: {made_of}")
@@ -157,6 +138,37 @@ def run_suite(settings: SuiteSettings, variants: Mapping[str, Mapping[str, Confi
         message = f"{len(failures)} of {len(everything)} runs failed and are in no table; the first: {failures[0]}"
         raise TrainingError(message)
     return folder
+
+
+def runs_of(
+    settings: SuiteSettings, variants: Mapping[str, Mapping[str, Config]]
+) -> tuple[tuple[tuple[str, str], ...], dict[str, list[Config]]]:
+    """Return the transfer tasks, and the runs of each variant, by its name. Arguments: `run_suite`.
+
+    Raises:
+        UsageError: a transfer task that the benchmark lacks, settings that do not fit, or a run that is there twice.
+    """
+    benchmark = find_benchmark(settings.task)
+    pairs = tuple(_transfer_task(benchmark, text) for text in settings.tasks) or benchmark.transfer_tasks
+    if not pairs:
+        raise UsageError("--tasks", found="none", expected=f"one or more SOURCE->TARGET for the task {settings.task}")
+    configs = {
+        name: [
+            _config_of_run(base[method], pair, seed, settings.folder / name)
+            for seed in settings.seeds
+            for pair in pairs
+            for method in settings.chosen_methods
+        ]
+        for name, base in variants.items()
+    }
+    everything = [config for of_variant in configs.values() for config in of_variant]
+    for config in everything:
+        config.validate()
+    # A transfer task under its name and its alias is one folder, and two processes must not write into it.
+    repeated = [output for output, count in Counter(config.run.output for config in everything).items() if count > 1]
+    if repeated:
+        raise UsageError("--methods, --seeds, --tasks, --sweep", found=f"{repeated[0]} twice", expected="each run once")
+    return pairs, configs
 
 
 def _config_of_run(base: Config, transfer_task: tuple[str, str], seed: int, folder: Path) -> Config:
@@ -353,6 +365,7 @@ def _prepare_worker(places: multiprocessing.Queue[str | None], command: list[str
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     # What environment.json is to name, and not how this worker was started.
     sys.orig_argv = command
+    show_warnings_as_lines()
     threading.Thread(target=_end_with_the_suite, daemon=True).start()
 
 

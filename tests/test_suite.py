@@ -3,6 +3,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -432,6 +433,16 @@ def test_a_run_that_another_process_gave_up_is_picked_up(
     assert (output / "table.md").is_file()
 
 
+def test_a_worker_says_a_warning_in_a_line(few_digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data = shutil.copytree(few_digits, tmp_path / "data")
+    (data / "fonts" / "0" / "photo.heic").write_bytes(b"picture")
+    settings = with_output(TWO_METHODS, tmp_path / "suite", methods=("source-only",))
+    run_suite(settings, {"": base(data)}, Console(file=io.StringIO()))
+    lines = [line for line in capfd.readouterr().err.splitlines() if "heic" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("warning: domain fonts: ")
+
+
 def test_jobs_share_the_runs_of_a_suite(few_digits: Path, tmp_path: Path) -> None:
     """Two at once, by submitit's local executor: each run is trained by one of them, and the tables are written."""
     pytest.importorskip("submitit")
@@ -443,8 +454,7 @@ def test_jobs_share_the_runs_of_a_suite(few_digits: Path, tmp_path: Path) -> Non
         "--data-root", str(few_digits), "--steps", "4", "--warmup", "2", "--batch-size", "8",
         "--output", str(output), "--slurm", "a partition", "--gpus", "2", "--hours", "1",
     ]  # fmt: skip
-    settings, _ = suite_runs.parse_suite(arguments)
-    jobs, logs = submit(settings, arguments, cluster="local")
+    jobs, logs = submit(*suite_runs.parse_suite(arguments), arguments, cluster="local")
     assert len(jobs) == 2
     for job in jobs:
         job.result()
@@ -462,7 +472,16 @@ def test_slurm_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UsageError, match="--slurm: found no submitit"):
-        submit(SuiteSettings("digits", slurm="gpu"), ["digits"])
+        submit(SuiteSettings("digits", slurm="gpu"), {}, ["digits"])
+
+
+def test_a_mistake_is_told_before_anything_is_submitted(few_digits: Path, tmp_path: Path) -> None:
+    from gsda_fast.slurm import submit
+
+    arguments = ["digits", "--tasks", "F->X", "--data-root", str(few_digits), "--output", str(tmp_path / "suite")]
+    with pytest.raises(UsageError, match="found 'X'; expected a domain of digits"):
+        submit(*suite_runs.parse_suite([*arguments, "--slurm", "gpu"]), arguments, cluster="local")
+    assert not (tmp_path / "suite").exists()
 
 
 def test_how_long_the_runs_will_take() -> None:
