@@ -277,7 +277,9 @@ def _timm_backbone(backbone: str, weights: str) -> tuple[nn.Module, int]:
     except (OSError, RuntimeError) as error:
         message = shorten(str(error), 160, placeholder=" ...")
         raise UsageError(
-            "--weights", found=f"weights that timm could not fetch ({message})", expected="a file"
+            "--weights",
+            found=f"weights that timm could not fetch ({message})",
+            expected="a connection, or PATH of a file that was fetched elsewhere",
         ) from error
     if path.is_file():
         classifier = network.default_cfg.get("classifier", "")

@@ -13,6 +13,9 @@ from gsda_fast.errors import UsageError
 from gsda_fast.suite_options import SuiteSettings
 from gsda_fast.suite_runs import parse_suite, run_suite, runs_of
 
+_MOST_REQUEUES = 100
+"""Of one job at its time limit. Each time its runs are further, so that this ends only one that never gets anywhere."""
+
 
 class SuiteJob:
     """What a job runs, as submitit calls it.
@@ -62,7 +65,7 @@ def submit(
         ) from error
     logs = settings.folder / "slurm"
     try:
-        executor = submitit.AutoExecutor(folder=logs, cluster=cluster)
+        executor = submitit.AutoExecutor(folder=logs, cluster=cluster, slurm_max_num_timeout=_MOST_REQUEUES)
     except RuntimeError as error:
         raise UsageError("--slurm", found=str(error), expected="a machine that submits jobs to Slurm") from error
     executor.update_parameters(
