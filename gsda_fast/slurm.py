@@ -14,7 +14,7 @@ from gsda_fast.suite_options import SuiteSettings
 from gsda_fast.suite_runs import parse_suite, run_suite, runs_of
 
 _MOST_REQUEUES = 100
-"""Of one job at its time limit. Each time its runs are further, so that this ends only one that never gets anywhere."""
+"""Of one job at its time limit: an end for one that gets nowhere, far behind that of one whose runs go on."""
 
 
 class SuiteJob:

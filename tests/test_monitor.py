@@ -18,7 +18,7 @@ def said_at(seconds_of: dict[int, float], *, steps: int, warmup: int, resumed_af
         device=torch.device("cpu"),
         on_step=[],
     )
-    console, said = Console(quiet=True, record=True), {}
+    console, said = Console(quiet=True), {}
     console.print = lambda line, **_: said.update({trainer.step: line})  # type: ignore[method-assign]
     with ProgressLines(console, trainer):
         for step in range(resumed_after + 1, steps + 1):
