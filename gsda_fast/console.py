@@ -50,6 +50,11 @@ def echo(text: str) -> None:
     print(visible(text))
 
 
+def counted(number: int, name: str) -> str:
+    """Return `1 run`, `2 runs`."""
+    return f"{number} {name}" if number == 1 else f"{number} {name}s"
+
+
 def duration(seconds: float) -> str:
     """Return a time in words, such as 3 h 20 min."""
     minutes, rest = divmod(round(seconds), 60)

@@ -24,7 +24,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeR
 
 from gsda_fast.commands import program, show_warnings_as_lines
 from gsda_fast.config import Config, method_options, parse_config
-from gsda_fast.console import duration
+from gsda_fast.console import counted, duration
 from gsda_fast.data.benchmarks import Benchmark, find_benchmark
 from gsda_fast.data.torch_loader import usable_cores
 from gsda_fast.errors import FolderInUse, Stopped, TrainingError, UsageError
@@ -42,7 +42,7 @@ from gsda_fast.results.suite_folder import (
     score_tables,
     suite_tables,
 )
-from gsda_fast.results.tables import Table, sweep_tables, to_terminal
+from gsda_fast.results.tables import Table, choices_side_by_side, sweep_tables, to_terminal
 from gsda_fast.suite_options import OF_ONE_RUN, SuiteSettings, parse_settings
 from gsda_fast.train import train
 
@@ -80,7 +80,7 @@ class Expectation:
         for run, seconds in self._seconds.items():
             known.setdefault(self._methods[run], []).append(seconds)
         total = sum(fmean(known.get(method, [mean])) for method in left) / min(self._workers, len(left))
-        return f"about {duration(total)} for {len(left)} runs, by the {len(self._seconds)} that have finished"
+        return f"about {duration(total)} left for {len(left)} of {counted(len(self._methods), 'run')}"
 
 
 def run_suite(settings: SuiteSettings, variants: Mapping[str, Mapping[str, Config]], console: Console) -> Path:
@@ -102,9 +102,11 @@ def run_suite(settings: SuiteSettings, variants: Mapping[str, Mapping[str, Confi
     benchmark, folder = find_benchmark(settings.task), settings.folder
     pairs, configs = runs_of(settings, variants)
     everything = [config for of_variant in configs.values() for config in of_variant]
-    made_of = f"{len(variants)} settings x " if len(variants) > 1 else ""
-    made_of += f"{len(pairs)} transfer tasks x {len(settings.chosen_methods)} methods x {len(settings.seeds)} seeds"
-    console.print(f"{len(everything)} runs: {made_of}")
+    factors = {"transfer task": pairs, "method": settings.chosen_methods, "seed": settings.seeds}
+    made_of = [counted(len(values), name) for name, values in factors.items()]
+    if len(variants) > 1:
+        made_of.insert(0, counted(len(variants), "setting"))
+    console.print(f"{counted(len(everything), 'run')}: {' x '.join(made_of)}")
     started = time.perf_counter()
     all_outcomes = _run_all(everything, settings.jobs, console)
     elsewhere = all_outcomes.count(None)
@@ -133,7 +135,8 @@ def run_suite(settings: SuiteSettings, variants: Mapping[str, Mapping[str, Confi
             with console.status("drawing the page"):
                 page = report_on_suite(SuiteFolder(folder / name))
             console.print(f"page of plots: {page.resolve()}", soft_wrap=True)
-    console.print(f"{len(everything) - len(failures) - elsewhere} runs in {time.perf_counter() - started:.0f} s")
+    done = counted(len(everything) - len(failures) - elsewhere, "run")
+    console.print(f"{done} in {time.perf_counter() - started:.0f} s")
     if failures:
         message = f"{len(failures)} of {len(everything)} runs failed and are in no table; the first: {failures[0]}"
         raise TrainingError(message)
@@ -396,10 +399,13 @@ def _write_tables(
     paired: bool,
     console: Console,
 ) -> None:
-    _write(suite, "table", suite_tables(results, layout), console)
+    made = suite_tables(results, layout)
+    one_column = len(layout.transfer_tasks) == 1 and not layout.by_class
+    _write(suite, "table", made, console, [choices_side_by_side(made)] if one_column else None)
     if paired:
         _write(suite, "paired", paired_tables(runs, layout), console)
-    _write(suite, "scores", score_tables(runs, layout), console)
+    # What the scores would have chosen is for looking up.
+    _write(suite, "scores", score_tables(runs, layout), console, ())
 
 
 def _write_sweep(
@@ -419,7 +425,7 @@ def _write(
     if made:
         suite.write_tables(name, made)
         for table in made if shown is None else shown:
-            console.print(to_terminal(table))
+            console.print(to_terminal(table, console))
         console.print(f"{name}: {suite.table_path(name, 'md')}, and as .csv and .json", soft_wrap=True)
 
 

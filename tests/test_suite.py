@@ -464,7 +464,7 @@ def test_jobs_share_the_runs_of_a_suite(few_digits: Path, tmp_path: Path) -> Non
     assert finished.finished
     assert finished.read_environment()["command_line"] == shlex.join(sys.orig_argv)
     assert (output / "table.md").is_file()
-    assert all("4 runs: 1 transfer tasks x 2 methods x 2 seeds" in text for text in written)
+    assert all("4 runs: 1 transfer task x 2 methods x 2 seeds" in text for text in written)
 
 
 def test_slurm_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -489,10 +489,10 @@ def test_how_long_the_runs_will_take() -> None:
     assert expected.line() == ""
     assert expected.add(0, 600.0)
     assert not expected.add(0, 600.0)
-    assert expected.line() == "about 20 min 0 s for 4 runs, by the 1 that have finished"
+    assert expected.line() == "about 20 min 0 s left for 4 of 5 runs"
     assert not expected.add(1, 1200.0)
     assert expected.add(4, 1200.0)  # of each method one
-    assert expected.line() == "about 15 min 0 s for 2 runs, by the 3 that have finished"
+    assert expected.line() == "about 15 min 0 s left for 2 of 5 runs"
     expected.add(2, 1.0)
     expected.add(3, 1.0)
     assert expected.line() == ""

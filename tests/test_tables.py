@@ -15,7 +15,10 @@ from gsda_fast.results.metrics import SCORES
 from gsda_fast.results.records import RunResult, Selection
 from gsda_fast.results.tables import (
     ALL,
+    CHOICE_NAMES,
     PairedTable,
+    Table,
+    choices_side_by_side,
     class_table,
     contrasts,
     paired_table,
@@ -158,7 +161,7 @@ def test_json() -> None:
 
 def test_terminal() -> None:
     console = Console(width=100, file=io.StringIO(), record=True)
-    console.print(to_terminal(transfer_table(results())))
+    console.print(to_terminal(transfer_table(results()), console))
     text = console.export_text()
     for expected in ("source-only", "87.0 ± 3.0", "a->b", "overall accuracy, last step"):
         assert expected in text
@@ -169,11 +172,11 @@ def test_a_narrow_terminal_cuts_nothing_off() -> None:
     table = transfer_table(
         [result("class-weights=pada,alpha=0.02", *pair, 0, 50.0) for pair in (("a", "b"), ("b", "a"))]
     )
-    console.print(to_terminal(table))
+    console.print(to_terminal(table, console))
     text = console.export_text()
     assert "…" not in text
-    cells = [line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│")]
-    assert "".join(cells) == "class-weights=pada,alpha=0.02"
+    _, _, *rows = text[text.index("method") :].splitlines()
+    assert "".join(row[:18].strip() for row in rows[:2]) == "class-weights=pada,alpha=0.02"
 
 
 def test_the_table_says_how_the_images_were_tested() -> None:
@@ -403,7 +406,7 @@ def test_names_from_data_are_shown_as_they_are() -> None:
     table = class_table([run], ("a", "b"))
     assert lines(table) == [("gsda", "1.0", "2.0", "3.0", "4.0", "70.0", "75.0")]
     console = Console(width=200, file=io.StringIO(), record=True)
-    console.print(to_terminal(table))
+    console.print(to_terminal(table, console))
     text = console.export_text()
     assert all(name in text for name in ("=1+1", "[red]x", "a|b\\n", "overall"))
     assert "| method | =1+1 | [red]x | a\\|b\\n | overall | mean per class | overall |" in squeezed(
@@ -421,11 +424,33 @@ def test_what_a_spreadsheet_would_run_is_text() -> None:
         assert line["mean"] == "-1.0"  # a number stays one
 
 
-def test_a_wide_table_shows_means_alone_on_a_terminal() -> None:
+def on_a_terminal(table: Table, width: int) -> str:
+    console = Console(width=width, file=io.StringIO(), record=True)
+    console.print(to_terminal(table, console))
+    return console.export_text()
+
+
+def test_spreads_are_left_out_where_a_terminal_is_too_narrow() -> None:
     targets = [f"target {number}" for number in range(12)]
     table = transfer_table([result("gsda", "a", target, seed, 50.0 + seed) for target in targets for seed in (0, 1)])
-    console = Console(width=250, file=io.StringIO(), record=True)
-    console.print(to_terminal(table))
-    row = next(line for line in console.export_text().splitlines() if "gsda" in line)
+    (row,) = (line for line in on_a_terminal(table, 150).splitlines() if "gsda" in line)
     assert row.split() == ["gsda", *["50.5"] * 13]
-    assert squeezed(to_markdown([table])).count("50.5 ± 0.7") == 13
+    assert "the files have more" in on_a_terminal(table, 150)
+    for whole in (on_a_terminal(table, 250), squeezed(to_markdown([table]))):
+        assert whole.count("50.5 ± 0.7") == 13
+        assert "the files have more" not in whole
+
+
+def test_a_narrow_terminal_shows_the_differences_over_all_pairs_with_their_errors() -> None:
+    table = differences(VALUES, ("group", "gsda"))
+    (row,) = (line for line in on_a_terminal(table, 50).splitlines() if "gsda" in line)
+    assert re.split(r"\s{2,}", row.strip()) == ["gsda - group", "+2.2 ± 1.2 (5)", "4 of 5"]
+    assert "M->O" in on_a_terminal(table, 120)
+
+
+def test_the_choices_of_one_transfer_task_side_by_side() -> None:
+    runs = [run for run in results() if run.source == "a"]
+    table = choices_side_by_side([transfer_table(runs, choice=choice) for choice in CHOICE_NAMES])
+    assert table.title == "digits a->b: overall accuracy"
+    assert table.columns == tuple(CHOICE_NAMES.values())
+    assert lines(table)[1] == ("gsda", "61.0 ± 1.7", "60.0 ± 1.7", "62.0 ± 1.7")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,7 +21,7 @@ import torch
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from gsda_fast.console import duration
+from gsda_fast.console import counted, duration
 from gsda_fast.errors import UsageError
 from gsda_fast.files import atomic_file
 from gsda_fast.results import alignment, plots, tables
@@ -230,7 +230,7 @@ def write_suite_page(suite: SuiteFolder, layout: Layout, *, points: int = 400, s
             notices.append(("These runs do not share their settings,", shared))
         _render(
             suite,
-            kicker=f"a suite of {len(finished)} run{'s' if len(finished) != 1 else ''}",
+            kicker=f"a suite of {counted(len(finished), 'run')}",
             title="; ".join(title for title, _ in parts),
             notices=notices,
             sections=[section for _, sections in parts for section in sections],
@@ -604,8 +604,8 @@ def _runs_part(suite: SuiteFolder, layout: Layout, points: int, samples: int) ->
     ends = [groups.groups[name] for name in dict.fromkeys((layout.methods[0], layout.methods[-1]))]
     detailed = [run for of in ends for run in of if (run.transfer_task, run.identity["seed"]) == (pair, seed)]
     title = (
-        f"{layout.task}: {_counted(layout.methods, 'method')}, "
-        f"{_counted(layout.transfer_tasks, 'transfer task')}, {_counted({r.seed for r in results}, 'seed')}"
+        f"{layout.task}: {counted(len(layout.methods), 'method')}, "
+        f"{counted(len(layout.transfer_tasks), 'transfer task')}, {counted(len({r.seed for r in results}), 'seed')}"
     )
     where = next(iter(facets)).replace("->", " → ")
     return title, [
@@ -622,11 +622,6 @@ def _runs_part(suite: SuiteFolder, layout: Layout, points: int, samples: int) ->
         _alignment_section(groups),
         _detail_section(detailed, f"In detail: {where}, seed {seed}", ("final",), points),
     ]
-
-
-def _counted(things: Iterable[object], name: str) -> str:
-    count = len(list(things))
-    return f"{count} {name}{'s' if count != 1 else ''}"
 
 
 def _bar_section(groups: _Groups, made: Sequence[ResultTable]) -> _Section:

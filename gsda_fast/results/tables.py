@@ -6,14 +6,15 @@ import dataclasses
 import itertools
 import json
 import math
-import re
 import statistics
+import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import pandas as pd
 from rich import box
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
@@ -98,6 +99,11 @@ class Table:
         return pd.DataFrame(lines, columns=[self.corner, *self.columns]).map(printable).rename(columns=printable)
 
     @property
+    def fewer_texts(self) -> pd.DataFrame:
+        """What of it a narrow terminal shows: the figures without their spreads."""
+        return self.texts.replace(r" ± [\d.]+", "", regex=True)
+
+    @property
     def about(self) -> dict[str, Any]:
         """The other fields, which hold for all cells."""
         return {each.name: getattr(self, each.name) for each in dataclasses.fields(self) if each.name != "cells"}
@@ -114,12 +120,13 @@ class ResultTable(Table):
     Attributes:
         subject: what the whole table is about, besides the task: a transfer task whose classes are the columns, or a
             method whose settings are the rows.
+        choice: None where the columns are the choices.
         notes: added to the caption. rows_are: heading of the first column.
     """
 
     task: str
     metric: Metric
-    choice: Choice
+    choice: Choice | None
     subject: str = ""
     notes: tuple[str, ...] = ()
     rows_are: str = "method"
@@ -128,7 +135,8 @@ class ResultTable(Table):
     @property
     def title(self) -> str:
         where = f"{self.task} {self.subject}".strip()
-        return f"{where}: {METRIC_NAMES[self.metric]}, {CHOICE_NAMES[self.choice]}"
+        choice = "" if self.choice is None else f", {CHOICE_NAMES[self.choice]}"
+        return f"{where}: {METRIC_NAMES[self.metric]}{choice}"
 
     @property
     def corner(self) -> str:
@@ -212,6 +220,11 @@ class PairedTable(Table):
     def texts(self) -> pd.DataFrame:
         over_all = [cells.iloc[-1] for _, cells in self.rows]
         return super().texts.assign(**{self.HIGHER: [f"{cell['higher']} of {cell['pairs']}" for cell in over_all]})
+
+    @property
+    def fewer_texts(self) -> pd.DataFrame:
+        """The differences over all pairs: without its error none says anything."""
+        return self.texts[[self.corner, ALL, self.HIGHER]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -374,6 +387,18 @@ def _spread(values: pd.Series) -> float:
     return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
+def choices_side_by_side(by_choice: Sequence[ResultTable]) -> ResultTable:
+    """Join tables of one transfer task, each under one choice, to one whose columns are the choices.
+
+    Args:
+        by_choice: one or more; each has one column.
+    """
+    first = by_choice[0]
+    cells = [table.cells.assign(column=CHOICE_NAMES[table.choice]) for table in by_choice if table.choice]
+    joined = pd.concat(cells, ignore_index=True)
+    return dataclasses.replace(first, cells=joined, choice=None, subject=first.columns[0])
+
+
 def sweep_tables(
     variants: Mapping[str, Sequence[RunResult]], *, methods: Sequence[str], **options: Any
 ) -> list[ResultTable]:
@@ -514,17 +539,25 @@ def _chosen_by(score: str, result: RunResult, metric: Metric) -> float | None:
 # ------------------------------------------------------------------------------------------------------------- output
 
 
-def to_terminal(table: Table) -> RichTable:
-    """Return the table for rich's `print`; a wide one without spreads, which its files have."""
-    texts = table.texts
-    wide = len(texts.columns) > 9
-    title, caption = (escape(printable(text)) for text in (table.title, table.caption))
-    drawn = RichTable(title=title, caption=caption, box=box.SIMPLE if wide else box.HEAVY_HEAD)
-    # Where the terminal is too narrow, texts break; rich would end them with an ellipsis.
+def to_terminal(table: Table, console: Console) -> RichTable:
+    """Return the table for rich's `print`, and less of it where the console is too narrow; its files have it whole."""
+    drawn = _drawn(table, table.texts, table.caption, box.HEAVY_HEAD)
+    without_limit = console.options.update(max_width=sys.maxsize)
+    if console.measure(drawn, options=without_limit).maximum <= console.width:
+        return drawn
+    fewer = table.fewer_texts
+    caption = table.caption if fewer.equals(table.texts) else f"{table.caption}; the files have more"
+    return _drawn(table, fewer, caption, box.SIMPLE)
+
+
+def _drawn(table: Table, texts: pd.DataFrame, caption: str, lines: box.Box) -> RichTable:
+    title, caption = (escape(printable(text)) for text in (table.title, caption))
+    drawn = RichTable(title=title, caption=caption, box=lines)
+    # Where the terminal is too narrow still, texts break; rich would end them with an ellipsis.
     for number, column in enumerate(texts.columns):
         drawn.add_column(escape(column), justify="right" if number else "left", overflow="fold")
     for line in texts.to_numpy().tolist():
-        drawn.add_row(*(escape(re.sub(r" ± [\d.]+", "", text) if wide else text) for text in line))
+        drawn.add_row(*map(escape, line))
     return drawn
 
 
