@@ -37,9 +37,11 @@ from gsda_fast.results.suite_folder import (
     Layout,
     SuiteFolder,
     TableName,
+    method_score_tables,
     paired_sweep_tables,
     paired_tables,
     score_tables,
+    setting_score_tables,
     suite_tables,
 )
 from gsda_fast.results.tables import Table, choices_side_by_side, sweep_tables, to_terminal
@@ -123,13 +125,13 @@ def run_suite(settings: SuiteSettings, variants: Mapping[str, Mapping[str, Confi
         for name, of_variant in outcomes.items()
         if (results := [result for result in of_variant if isinstance(result, RunResult)]) and not elsewhere
     }
+    runs = {name: [RunFolder(config.run.output or "") for config in configs[name]] for name in finished}
     for name, results in finished.items():
-        runs = [RunFolder(config.run.output or "") for config in configs[name]]
         # The tables of a sweep's settings are for looking up.
         shown = Console(quiet=True) if settings.sweep else console
-        _write_tables(SuiteFolder(folder / name), results, runs, layout, settings.paired, shown)
+        _write_tables(SuiteFolder(folder / name), results, runs[name], layout, settings.paired, shown)
     if settings.sweep and finished:
-        _write_sweep(SuiteFolder(folder), finished, layout, settings.paired, console)
+        _write_sweep(SuiteFolder(folder), finished, runs, layout, settings.paired, console)
     if settings.report and finished:
         for name in dict.fromkeys(["", *finished]):
             with console.status("drawing the page"):
@@ -399,23 +401,31 @@ def _write_tables(
     paired: bool,
     console: Console,
 ) -> None:
-    made = suite_tables(results, layout)
+    made, labelled = suite_tables(results, layout), any(layout.last(result) is not None for result in results)
     one_column = len(layout.transfer_tasks) == 1 and not layout.by_class
-    _write(suite, "table", made, console, [choices_side_by_side(made)] if one_column else None)
+    accuracies = [choices_side_by_side(made)] if one_column else made
+    _write(suite, "table", made, console, accuracies if labelled else ())
     if paired:
         _write(suite, "paired", paired_tables(runs, layout), console)
-    # What the scores would have chosen is for looking up.
-    _write(suite, "scores", score_tables(runs, layout), console, ())
+    # Without labels the scores are all there is to see; else they are for looking up.
+    of_methods = method_score_tables(runs, layout)
+    _write(suite, "scores", [*score_tables(runs, layout), *of_methods], console, () if labelled else of_methods)
 
 
 def _write_sweep(
-    suite: SuiteFolder, results: Mapping[str, Sequence[RunResult]], layout: Layout, paired: bool, console: Console
+    suite: SuiteFolder,
+    results: Mapping[str, Sequence[RunResult]],
+    runs: Mapping[str, Sequence[RunFolder]],
+    layout: Layout,
+    paired: bool,
+    console: Console,
 ) -> None:
     made = sweep_tables(results, **layout.table)
     # The choices beside the last step are for looking up.
     _write(suite, "sweep", made, console, [table for table in made if table.choice == "last"])
     if paired:
         _write(suite, "paired", paired_sweep_tables(results, layout), console)
+    _write(suite, "scores", setting_score_tables(runs, layout), console)
     sweep_section(suite, made)
 
 

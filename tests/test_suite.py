@@ -297,7 +297,7 @@ def test_a_sweep_trains_each_setting_and_draws_it(
     command.main()
     assert {path.name for path in tmp_path.iterdir()} == {
         "beta=0", "beta=10", "sweep.md", "sweep.csv", "sweep.json", "sweep_gsda.png", "report.html",
-        "paired.md", "paired.csv", "paired.json",
+        "paired.md", "paired.csv", "paired.json", "scores.md", "scores.csv", "scores.json",
     }  # fmt: skip
     for beta in (0.0, 10.0):
         of_setting = tmp_path / f"beta={beta:.0f}"

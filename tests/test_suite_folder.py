@@ -15,10 +15,12 @@ from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.results.suite_folder import (
     Layout,
     SuiteFolder,
+    method_score_tables,
     paired_sweep_tables,
     paired_tables,
     read_settings,
     score_tables,
+    setting_score_tables,
     suite_tables,
 )
 from gsda_fast.results.tables import ResultTable, sweep_tables
@@ -316,3 +318,38 @@ def test_runs_without_labels_or_predictions_have_no_scores(tmp_path: Path) -> No
     assert score_tables([fabricated_run(tmp_path, "gsda", accuracy=None)], DIGITS) == []
     (table,) = score_tables([fabricated_run(tmp_path, "dann")], DIGITS)
     assert "-" in lines(table)[0]
+
+
+def with_predictions(folder: Path, method: str, certain: float, seed: int = 0, accuracy: float | None = 70.0) -> None:
+    run = fabricated_run(folder, method, seed=seed, accuracy=accuracy)
+    labels = np.arange(40) % 10
+    run.write_predictions(labels, np.eye(10)[labels] * certain + (1 - certain) / 10)
+
+
+def test_settings_are_compared_by_their_scores_over_the_runs_that_all_of_them_have(tmp_path: Path) -> None:
+    with_predictions(tmp_path / "beta=0", "gsda", certain=0.5, accuracy=80.0)
+    with_predictions(tmp_path / "beta=1", "gsda", certain=1.0, accuracy=60.0)
+    with_predictions(tmp_path / "beta=1", "gsda", certain=0.1, seed=1)  # one setting alone has it
+    with_predictions(tmp_path / "beta=1", "dann", certain=1.0)  # one setting alone
+    variants = {name: suite.runs for name, suite in SuiteFolder(tmp_path).variants.items()}
+    (table,) = setting_score_tables(variants, replace(DIGITS, methods=("dann", "gsda")))
+    assert table.title == "digits gsda: label-free scores after the last step"
+    found = {line[0]: dict(zip(table.texts.columns[1:], line[1:])) for line in lines(table)}
+    assert found["beta=1"]["mutual information"] == "2.303 *"  # log 10
+    assert found["beta=1"]["entropy"] == "0.000 *"  # the smaller one
+    assert found["beta=0"]["entropy"] not in ("0.000", "-")
+    assert [found[name]["overall accuracy"] for name in ("beta=0", "beta=1")] == ["80.0", "60.0"]
+    assert table.runs == 1
+
+
+def test_methods_are_compared_by_their_scores_without_a_label(tmp_path: Path) -> None:
+    for method, certain in (("dann", 0.9), ("mcc", 0.5)):
+        with_predictions(tmp_path, method, certain, accuracy=None)
+    runs, layout = SuiteFolder(tmp_path).runs, replace(DIGITS, methods=("dann", "mcc", "gsda"))
+    assert score_tables(runs, layout) == []
+    (table,) = method_score_tables(runs, layout)
+    assert [line[0] for line in lines(table)] == ["dann", "mcc"]
+    assert lines(table)[0][1].endswith(" *")
+    assert "overall accuracy" not in table.columns
+    assert "accuracy" not in table.caption
+    assert method_score_tables(runs[:1], layout) == []

@@ -31,10 +31,12 @@ from gsda_fast.results.run_folder import FREE_TO_CHANGE, RunFolder, flat_setting
 from gsda_fast.results.suite_folder import (
     Layout,
     SuiteFolder,
+    method_score_tables,
     paired_sweep_tables,
     paired_tables,
     read_settings,
     score_tables,
+    setting_score_tables,
     suite_tables,
 )
 from gsda_fast.results.tables import AVERAGE, CHOICE_NAMES, MEAN_PER_CLASS, METRIC_NAMES, OVERALL, ResultTable, Table
@@ -614,7 +616,7 @@ def _runs_part(suite: SuiteFolder, layout: Layout, points: int, samples: int) ->
         _Section(
             "Choices without labels",
             "Each score takes one evaluation of a run by the unlabelled predictions alone.",
-            score_tables(suite.runs, layout),
+            [*score_tables(suite.runs, layout), *method_score_tables(suite.runs, layout)],
         ),
         _bar_section(groups, made),
         _accuracy_section(groups, facets, (layout.metric,)),
@@ -715,5 +717,10 @@ def _sweep_part(suite: SuiteFolder, layout: Layout) -> _Part | None:
         _Section("Accuracy on the target domain", tables=made),
         # Of several options, neighbours in the list differ now in one and now in another.
         _Section(*_PAIRED, paired_sweep_tables(variants, layout) if len(options) == 1 else []),
+        _Section(
+            "Settings chosen without labels",
+            "Each score takes a setting by the unlabelled predictions alone.",
+            setting_score_tables({name: suite.variants[name].runs for name in variants}, layout),
+        ),
         sweep_section(suite, made),
     ]

@@ -168,7 +168,7 @@ def paired_tables(runs: Sequence[RunFolder], layout: Layout) -> list[tables.Pair
         runs: those that have not finished are left out. layout: the order of methods, and names.
     """
     order = {pair: index for index, pair in enumerate(layout.transfer_tasks)}
-    finished = [(run, result) for run in runs if (result := run.read_result()) is not None]
+    finished = _finished(runs)
     finished.sort(key=lambda of: (order.get(of[1].transfer_task, len(order)), of[1].seed))
     results = [result for _, result in finished]
     folders = {id(result): run for run, result in finished}
@@ -217,12 +217,61 @@ def score_tables(runs: Sequence[RunFolder], layout: Layout) -> list[tables.Score
     Args:
         runs: those that have not finished are left out. layout: the metric that counts.
     """
-    finished = [(run, result) for run in runs if (result := run.read_result()) is not None]
-    finished = [(run, result) for run, result in finished if layout.last(result) is not None]
+    finished = [(run, result) for run, result in _finished(runs) if layout.last(result) is not None]
     if not finished:
         return []
     scores = pd.DataFrame([_final_scores(run) for run, _ in finished], columns=list(SCORES), dtype=float)
     return [tables.score_table([result for _, result in finished], scores, layout.metric)]
+
+
+def setting_score_tables(variants: Mapping[str, Sequence[RunFolder]], layout: Layout) -> list[tables.FinalScoreTable]:
+    """Return, for each method, the label-free scores of its settings after the last step.
+
+    Args:
+        variants: runs by setting, in order. layout: methods, and the metric that counts.
+    """
+    every = [(name, *of) for name, runs in variants.items() for of in _finished(runs)]
+    return [
+        table
+        for method in layout.methods
+        for table in _final_score_tables(
+            [(name, run, result) for name, run, result in every if result.method == method], layout, method, "setting"
+        )
+    ]
+
+
+def method_score_tables(runs: Sequence[RunFolder], layout: Layout) -> list[tables.FinalScoreTable]:
+    """Return the label-free scores of the methods after the last step."""
+    finished = _finished(runs)
+    by_method = [(method, *of) for method in layout.methods for of in finished if of[1].method == method]
+    return _final_score_tables(by_method, layout, "", "method")
+
+
+def _final_score_tables(
+    runs: Sequence[tuple[str, RunFolder, RunResult]], layout: Layout, subject: str, rows_are: str
+) -> list[tables.FinalScoreTable]:
+    pairs: dict[str, set[Any]] = {}
+    for label, _, result in runs:
+        pairs.setdefault(label, set()).add((result.transfer_task, result.seed))
+    common = set.intersection(*pairs.values()) if len(pairs) > 1 else set()
+    lines = [
+        {
+            "label": label,
+            "accuracy": layout.last(result),
+            **dict.fromkeys(SCORES),
+            **_final_scores(run),
+        }
+        for label, run, result in runs
+        if (result.transfer_task, result.seed) in common
+    ]
+    if not lines:
+        return []
+    values = pd.DataFrame(lines).astype(dict.fromkeys([*SCORES, "accuracy"], float))
+    return [tables.final_score_table(layout.task, values, layout.metric, subject=subject, rows_are=rows_are)]
+
+
+def _finished(runs: Sequence[RunFolder]) -> list[tuple[RunFolder, RunResult]]:
+    return [(run, result) for run in runs if (result := run.read_result()) is not None]
 
 
 def _final_scores(run: RunFolder) -> dict[str, float]:

@@ -20,7 +20,7 @@ from rich.table import Table as RichTable
 
 from gsda_fast.data.benchmarks import find_benchmark
 from gsda_fast.errors import UsageError
-from gsda_fast.results.metrics import SCORES
+from gsda_fast.results.metrics import LABEL_FREE_CRITERION, SCORES
 from gsda_fast.results.records import RunResult
 
 Metric = Literal["accuracy", "mean_per_class", "per_class"]
@@ -47,6 +47,10 @@ BASELINES = ("source-only", "dann")
 def printable(text: object) -> str:
     """Return the text with control characters escaped: a name comes from a file, and may hold any of them."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(text))
+
+
+def _score_name(name: str) -> str:
+    return name.replace("_", " ")
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,10 +262,61 @@ class ScoreTable(Table):
         return "score"
 
     def heading(self, row: tuple[str, ...]) -> str:
-        return row[0].replace("_", " ")
+        return _score_name(row[0])
 
     def text(self, cell: Any) -> str:
         return "-" if math.isnan(cell.value) else self.FORMATS[cell.column].format(cell.value)
+
+
+@dataclass(frozen=True, eq=False)
+class FinalScoreTable(Table):
+    """The label-free scores after the last step, of methods or settings: what there is to choose by without labels.
+
+    `cells` has `label`; by `column`, a score or, where it is known, the accuracy, `mean` over the runs, NaN where one
+    lacks it; `chosen`, whether the score prefers that row.
+
+    Attributes:
+        subject, rows_are: as of `ResultTable`. runs: of each row.
+    """
+
+    task: str
+    metric: Metric
+    subject: str
+    runs: int
+    rows_are: str
+    ROW = ("label",)
+
+    @property
+    def title(self) -> str:
+        return f"{self.task} {self.subject}".strip() + ": label-free scores after the last step"
+
+    @property
+    def caption(self) -> str:
+        needs_labels = "; the accuracy needs the target's labels" if METRIC_NAMES[self.metric] in self.columns else ""
+        return (
+            f"means over {self.runs} pairs of transfer task and seed, which all rows have; *: what the score chooses; "
+            f"it says little of a method that trains on that score{needs_labels}"
+        )
+
+    @property
+    def corner(self) -> str:
+        return self.rows_are
+
+    def heading(self, row: tuple[str, ...]) -> str:
+        return row[0]
+
+    def text(self, cell: Any) -> str:
+        if math.isnan(cell.mean):
+            return "-"
+        if cell.column == METRIC_NAMES[self.metric]:
+            return f"{cell.mean:.1f}"
+        return f"{cell.mean:.3f}{' *' if cell.chosen else ''}"
+
+    @property
+    def fewer_texts(self) -> pd.DataFrame:
+        """The score that chooses evaluations, and the accuracy."""
+        kept = (self.corner, _score_name(LABEL_FREE_CRITERION), METRIC_NAMES[self.metric])
+        return self.texts.filter(kept)
 
 
 # ------------------------------------------------------------------------------------------------------------ results
@@ -527,6 +582,29 @@ def score_table(results: Sequence[RunResult], final_scores: pd.DataFrame, metric
     wide = pd.DataFrame(lines).set_index("score").astype(float)
     cells = wide.stack().rename_axis(["score", "column"]).rename("value").reset_index()
     return ScoreTable(cells, task, metric, int(last.notna().sum()))
+
+
+def final_score_table(
+    task: str, values: pd.DataFrame, metric: Metric, *, subject: str, rows_are: str
+) -> FinalScoreTable:
+    """Tabulate the label-free scores of methods or settings.
+
+    Args:
+        task, metric, subject, rows_are: see `FinalScoreTable`.
+        values: a line for each run, as many for each label: `label`, `accuracy` and each of `SCORES`, NaN where it is
+            not known.
+    """
+    of_row = values.groupby("label", sort=False)
+    means = of_row[[*SCORES, "accuracy"]].agg(lambda of: of.mean(skipna=False))
+    if means["accuracy"].isna().all():
+        means = means.drop(columns="accuracy")
+    merits = pd.DataFrame({name: score.merit(1.0) * means[name] for name, score in SCORES.items()})
+    chosen = merits.eq(merits.max()).reindex(columns=means.columns, fill_value=False)
+    wide = pd.concat({"mean": means, "chosen": chosen}, axis=1).rename_axis(columns=[None, "column"])
+    cells = wide.stack("column").reset_index()
+    names = {**{name: _score_name(name) for name in SCORES}, "accuracy": METRIC_NAMES[metric]}
+    cells = cells.assign(column=cells["column"].map(names))
+    return FinalScoreTable(cells, task, metric, subject, int(of_row.size().iloc[0]), rows_are)
 
 
 def _chosen_by(score: str, result: RunResult, metric: Metric) -> float | None:
