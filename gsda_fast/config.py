@@ -279,7 +279,7 @@ def configure(task: str, method: str = "gsda", *, recipe: str = "common", **opti
     for table, values in changes.items():
         config = replace(config, **{table: replace(getattr(config, table), **values)})
     if "add" in options:
-        config = _with_own_terms(config, preset(task, method, recipe).adaptation.add)
+        config = with_terms(config, {**preset(task, method, recipe).adaptation.add, **config.adaptation.add})
     if "warmup" not in options:
         config = _with_warmup_for(config, preset(task, method, recipe).run)
     config.validate()
@@ -339,17 +339,17 @@ def parse_config(arguments: list[str], program: str) -> Config:
     )
     config = replace(config, run=replace(config.run, method=default.run.method))
     if _value("--add", rest) is not None:
-        config = _with_own_terms(config, default.adaptation.add)
+        config = with_terms(config, {**default.adaptation.add, **config.adaptation.add})
     if _value("--warmup", rest) is None:
         config = _with_warmup_for(config, default.run)
     config.validate()
     return config
 
 
-def _with_own_terms(config: Config, own: Mapping[str, float]) -> Config:
-    """Return the same with the method's own terms beside those that are added; a weight of 0 drops one."""
-    terms = {name: weight for name, weight in {**own, **config.adaptation.add}.items() if weight != 0}
-    return replace(config, adaptation=replace(config.adaptation, add=terms))
+def with_terms(config: Config, terms: Mapping[str, float]) -> Config:
+    """Return the same with these terms, by weight, in place of those that it has; a weight of 0 drops one."""
+    kept = {name: weight for name, weight in terms.items() if weight != 0}
+    return replace(config, adaptation=replace(config.adaptation, add=kept))
 
 
 def _with_warmup_for(config: Config, default: RunSettings) -> Config:

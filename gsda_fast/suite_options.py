@@ -41,7 +41,8 @@ class SuiteSettings:
     one transfer task and seed share initial weights, groups, samples and so the whole warm-up. With --sweep also those
     between the settings."""
     sweep: Annotated[tuple[str, ...], UNSAID] = ()
-    """Options with several values each, such as alpha=0.02,0.1 beta=0,1: all runs with each combination."""
+    """Options with several values each, such as alpha=0.02,0.1 beta=0,1: all runs with each combination. The name of a
+    term, such as mcc=0.3,1, is its weight."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds to run each method with."""
     tasks: Annotated[tuple[str, ...], UNSAID] = ()

@@ -23,12 +23,12 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from gsda_fast.commands import program, show_warnings_as_lines
-from gsda_fast.config import Config, method_options, parse_config
+from gsda_fast.config import Config, method_options, parse_config, with_terms
 from gsda_fast.console import counted, duration
 from gsda_fast.data.benchmarks import Benchmark, find_benchmark
 from gsda_fast.data.torch_loader import usable_cores
 from gsda_fast.errors import FolderInUse, Stopped, TrainingError, UsageError
-from gsda_fast.methods import METHODS
+from gsda_fast.methods import METHODS, TERMS
 from gsda_fast.report import report_on_suite, suite_layout
 from gsda_fast.results.page import sweep_section
 from gsda_fast.results.records import RunResult
@@ -199,7 +199,8 @@ def sweep_variants(sweep: Sequence[str], arguments: list[str], methods: Sequence
     """Return each method's configuration for each combination of the swept values, by its name: `alpha=0.02,beta=1`.
 
     Args:
-        sweep: NAME=VALUE,VALUE for each swept option; none: one combination with an empty name.
+        sweep: NAME=VALUE,VALUE for each swept option, or term whose weight is swept; none: one combination with an
+            empty name.
         arguments: the command line of the runs, the task first. An option of some method's own goes to those that
             have it.
         methods: to be run.
@@ -210,10 +211,12 @@ def sweep_variants(sweep: Sequence[str], arguments: list[str], methods: Sequence
     axes = _sweep_axes(sweep)
     variants: dict[str, dict[str, Config]] = {}
     for combination in itertools.product(*([(name, value) for value in values] for name, values in axes.items())):
-        options = [word for name, value in combination for word in (f"--{name}", value)]
+        terms = {name: _weight(name, value) for name, value in combination if name in TERMS}
+        options = [word for name, value in combination if name not in TERMS for word in (f"--{name}", value)]
         # It names a folder, and a value may be a path.
         label = ",".join(f"{name}={file_name(value)}" for name, value in combination)
-        configs = {method: _config_of_method(method, [*arguments, *options], methods) for method in methods}
+        parsed = {method: _config_of_method(method, [*arguments, *options], methods) for method in methods}
+        configs = {method: with_terms(config, {**config.adaptation.add, **terms}) for method, config in parsed.items()}
         if label in variants or configs in variants.values():
             raise UsageError("--sweep", found=f"{label} twice", expected="each value once")
         variants[label] = configs
@@ -235,6 +238,13 @@ def _config_of_method(method: str, arguments: Sequence[str], methods: Sequence[s
         if keep:
             kept.append(argument)
     return parse_config([*kept, "--method", method], program("suite"))
+
+
+def _weight(name: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise UsageError("--sweep", found=f"{name}={value}", expected="a weight of the term") from None
 
 
 def _sweep_axes(sweep: Sequence[str]) -> dict[str, list[str]]:

@@ -263,6 +263,17 @@ def test_all_and_baselines_stand_for_methods() -> None:
         SuiteSettings("digits", methods=("all", "gsda"))
 
 
+def test_the_weight_of_a_term_is_swept_beside_the_other_terms() -> None:
+    variants = sweep_variants(("mcc=0,0.5", "alpha=0.1"), ["digits", "--add", "mcc=2", "bsp=1"], ("gsda", "mcc"))
+    added = {name: {method: config.adaptation.add for method, config in of.items()} for name, of in variants.items()}
+    assert added == {
+        "mcc=0,alpha=0.1": {"gsda": {"bsp": 1.0}, "mcc": {"bsp": 1.0}},
+        "mcc=0.5,alpha=0.1": {"gsda": {"mcc": 0.5, "bsp": 1.0}, "mcc": {"mcc": 0.5, "bsp": 1.0}},
+    }
+    with pytest.raises(UsageError, match="found mcc=much; expected a weight"):
+        sweep_variants(("mcc=much",), ["digits"], ("gsda",))
+
+
 def test_a_sweep_can_be_written_as_one_word() -> None:
     assert sweep_variants(("alpha=0.02,0.1,beta=0,1,groups=2",), ["digits"], ("gsda",)) == sweep_variants(
         ("alpha=0.02,0.1", "beta=0,1", "groups=2"), ["digits"], ("gsda",)
