@@ -38,6 +38,7 @@ from gsda_fast.results.suite_folder import (
     SuiteFolder,
     TableName,
     method_score_tables,
+    over_transfer_tasks,
     paired_sweep_tables,
     paired_tables,
     score_tables,
@@ -412,8 +413,10 @@ def _write_tables(
     console: Console,
 ) -> None:
     made, labelled = suite_tables(results, layout), any(layout.last(result) is not None for result in results)
-    one_column = len(layout.transfer_tasks) == 1 and not layout.by_class
-    accuracies = [choices_side_by_side(made)] if one_column else made
+    # By class they are for looking up, where several transfer tasks have averages.
+    accuracies = over_transfer_tasks(made) or made
+    if len(layout.transfer_tasks) == 1 and not layout.by_class:
+        accuracies = [choices_side_by_side(made)]
     _write(suite, "table", made, console, accuracies if labelled else ())
     if paired:
         _write(suite, "paired", paired_tables(runs, layout), console)

@@ -356,7 +356,7 @@ def test_plots_of_the_suite_are_named_for_what_they_show(suite: tuple[Path, Page
 def test_one_run_is_a_suite_too(tmp_path: Path) -> None:
     fabricated_run(tmp_path, "dann", features=True)
     page = written(tmp_path)
-    assert "1 method, 1 transfer task, 1 seed" in page.text
+    assert "1 method, M → F, 1 seed" in page.text
     assert "Paired differences" not in page.text
     # The only method is shown in detail, whichever it is.
     assert "Confusion matrix of dann" in page.images
@@ -534,6 +534,42 @@ def test_what_is_a_methods_own_may_differ_between_methods(tmp_path: Path) -> Non
     assert "are not of one protocol: method.beta is 1.0 or 2.0." in written(tmp_path).text
 
 
+def test_a_method_may_be_a_term_and_two_runs_of_it_may_not_differ_in_terms(tmp_path: Path) -> None:
+    def trained(method: str, seed: int, **terms: float) -> None:
+        run = fabricated_run(tmp_path, method, seed=seed)
+        run.write_config({**run.read_config(), "adaptation": {"add": terms}})
+
+    trained("mcc", 0, mcc=1.0)
+    trained("dann", 0)
+    assert "do not share their settings" not in written(tmp_path).text
+    trained("dann", 1, mcc=1.0)
+    assert "are not of one protocol: adaptation.add.mcc is - or 1.0." in written(tmp_path).text
+
+
+def test_without_labels_the_page_shows_what_there_is(tmp_path: Path) -> None:
+    for method in ("dann", "mcc"):
+        run = fabricated_run(tmp_path, method, accuracy=None, features=True)
+        run.append_metrics(50, {"mutual_information": 1.5})
+    page = written(tmp_path)
+    assert "digits: label-free scores after the last step" in page.text
+    assert "Accuracy on the target domain" not in page.text
+    assert not any("overall accuracy" in name or "Accuracy of each method" in name for name in page.images)
+    assert "M->F: mutual information of the predictions over the steps" in page.images
+
+
+def test_transfer_tasks_with_reported_classes_have_averages_before_the_classes(tmp_path: Path) -> None:
+    layout = suite_layout(BENCHMARKS["pictures"])
+    for pair in (("photo", "icon"), ("icon", "photo")):
+        for method in ("dann", "gsda"):
+            fabricated_run(tmp_path, method, task="pictures", pair=pair, accuracy=80.0)
+    page = written(tmp_path, layout)
+    first, *_ = re.findall(r"pictures[^:]*: (?:overall|mean|accuracy of)[^,]*, last step", page.text)
+    assert first == "pictures: mean accuracy per class, last step"
+    assert "pictures: overall accuracy, last step" in page.text
+    assert "Accuracy of each method: average over the transfer tasks" in page.images
+    assert "Accuracy of each method: P->I mean per class" not in page.images
+
+
 def test_what_depends_on_the_target_may_differ_between_transfer_tasks(tmp_path: Path) -> None:
     def trained(target: str, seed: int, refresh_every: int, workers: int) -> None:
         run = fabricated_run(tmp_path, "gsda", pair=("mnist", target), seed=seed)
@@ -563,7 +599,7 @@ def test_a_sweep_beside_other_runs_is_on_the_same_page(tmp_path: Path) -> None:
     make_sweep(tmp_path)
     fabricated_run(tmp_path, "source-only", accuracy=40.0)
     page = written(tmp_path)
-    assert "digits: 1 method, 1 transfer task, 1 seed; digits: sweep over alpha, beta" in page.text
+    assert "digits: 1 method, M → F, 1 seed; digits: sweep over alpha, beta" in page.text
     assert "suite of 9 runs" in page.text
     assert {"Accuracy of gsda over the settings", "Accuracy of each method: M->F"} <= set(page.images)
 

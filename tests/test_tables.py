@@ -441,6 +441,14 @@ def test_spreads_are_left_out_where_a_terminal_is_too_narrow() -> None:
         assert "the files have more" not in whole
 
 
+def test_a_narrow_terminal_shows_the_averages_of_a_table_by_class() -> None:
+    runs = [with_classes("gsda", seed, (1.0, 2.0, 3.0, 4.0), 70.0, 75.0) for seed in (0, 1)]
+    table = class_table([replace(run, classes=tuple("abcd")) for run in runs], ("a", "b"))
+    (row,) = (line for line in on_a_terminal(table, 60).splitlines() if "gsda" in line)
+    assert re.split(r"\s{2,}", row.strip()) == ["gsda", "70.0 ± 0.0", "75.0 ± 0.0"]
+    assert "4.0 ± 0.0" in on_a_terminal(table, 150)
+
+
 def test_a_narrow_terminal_shows_the_differences_over_all_pairs_with_their_errors() -> None:
     table = differences(VALUES, ("group", "gsda"))
     (row,) = (line for line in on_a_terminal(table, 50).splitlines() if "gsda" in line)

@@ -26,12 +26,13 @@ from gsda_fast.errors import UsageError
 from gsda_fast.files import atomic_file
 from gsda_fast.results import alignment, plots, tables
 from gsda_fast.results.metrics import confusion_matrix
-from gsda_fast.results.records import NORM, RunResult, Selection, loss_terms
+from gsda_fast.results.records import LABEL_FREE_CRITERION, NORM, RunResult, Selection, loss_terms
 from gsda_fast.results.run_folder import FREE_TO_CHANGE, RunFolder, flat_settings
 from gsda_fast.results.suite_folder import (
     Layout,
     SuiteFolder,
     method_score_tables,
+    over_transfer_tasks,
     paired_sweep_tables,
     paired_tables,
     read_settings,
@@ -368,6 +369,8 @@ def _mixed(settings: pd.DataFrame, suite: SuiteFolder) -> list[str]:
             continue
         if name in _OF_A_TRANSFER_TASK:
             different = values.groupby([settings["data.source"], settings["data.target"]]).nunique().max()
+        elif str(name).startswith("adaptation.add."):  # some methods are such a term
+            different = values.groupby(settings["run.method"]).nunique().max()
         elif str(name).startswith("method."):  # a method's own: others have no such entry
             values = values[values != "-"]
             different = values.groupby(settings["run.method"]).nunique().max()
@@ -419,7 +422,7 @@ class _Groups:
 
 def _accuracy_section(groups: _Groups, facets: Mapping[str, Sequence[_Run]], names: Sequence[str]) -> _Section:
     section = _Section(
-        "Accuracy during training",
+        "Evaluations during training",
         "Measured on all target samples. "
         + (
             "The mutual information needs no label; where it is largest, the label-free choice is made."
@@ -595,7 +598,8 @@ def _runs_part(suite: SuiteFolder, layout: Layout, points: int, samples: int) ->
     if not results:
         return None
     layout = layout.only(results)
-    made = suite_tables(results, layout)
+    labelled = any(layout.last(result) is not None for result in results)
+    made = suite_tables(results, layout) if labelled else []
     groups = _Groups(suite, {name: [run for run in runs if run.identity["method"] == name] for name in layout.methods})
     facets = {
         tables.transfer_task_name(*pair, layout.short_names): [run for run in runs if run.transfer_task == pair]
@@ -605,11 +609,12 @@ def _runs_part(suite: SuiteFolder, layout: Layout, points: int, samples: int) ->
     seed, pair = min(result.seed for result in results), layout.transfer_tasks[0]
     ends = [groups.groups[name] for name in dict.fromkeys((layout.methods[0], layout.methods[-1]))]
     detailed = [run for of in ends for run in of if (run.transfer_task, run.identity["seed"]) == (pair, seed)]
+    where = next(iter(facets)).replace("->", " → ")
     title = (
         f"{layout.task}: {counted(len(layout.methods), 'method')}, "
-        f"{counted(len(layout.transfer_tasks), 'transfer task')}, {counted(len({r.seed for r in results}), 'seed')}"
+        f"{where if len(facets) == 1 else counted(len(facets), 'transfer task')}, "
+        f"{counted(len({r.seed for r in results}), 'seed')}"
     )
-    where = next(iter(facets)).replace("->", " → ")
     return title, [
         _Section("Accuracy on the target domain", tables=made),
         _Section(*_PAIRED, paired_tables(suite.runs, layout) if len(layout.methods) > 1 else []),
@@ -618,8 +623,8 @@ def _runs_part(suite: SuiteFolder, layout: Layout, points: int, samples: int) ->
             "Each score takes one evaluation of a run by the unlabelled predictions alone.",
             [*score_tables(suite.runs, layout), *method_score_tables(suite.runs, layout)],
         ),
-        _bar_section(groups, made),
-        _accuracy_section(groups, facets, (layout.metric,)),
+        _bar_section(groups, [table for table in over_transfer_tasks(made) if table.metric == layout.metric] or made),
+        _accuracy_section(groups, facets, (layout.metric if labelled else LABEL_FREE_CRITERION,)),
         _loss_section(groups),
         _alignment_section(groups),
         _detail_section(detailed, f"In detail: {where}, seed {seed}", ("final",), points),

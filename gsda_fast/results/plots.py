@@ -65,7 +65,9 @@ def curves(
     Returns:
         None if no run measured anything.
     """
-    measured = {label: found for label, runs in groups.items() if (found := [run for run in runs if len(run[0])])}
+    measured = {
+        label: found for label, runs in groups.items() if (found := [run for run in runs if np.isfinite(run[1]).any()])
+    }
     if not measured:
         return None
     with _axes_of((5.0, 3.1 + 0.15 * -(-len(measured) // 3)), title) as (figure, axes):

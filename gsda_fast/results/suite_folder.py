@@ -146,19 +146,34 @@ def _by_value(name: str) -> list[tuple[str, float, str]]:
 def suite_tables(results: Sequence[RunResult], layout: Layout) -> list[tables.ResultTable]:
     """Return the tables of a suite under each choice, the paper's rows among ours.
 
+    Where classes are reported, several transfer tasks have tables of both averages before those by class.
+
     Args:
         results: of finished runs. layout: rows and columns.
     """
-    if not layout.by_class:
-        return [with_paper(tables.transfer_table(results, choice=choice, **layout.table)) for choice in CHOICE_NAMES]
     measured = {result.transfer_task for result in results}
+    metrics: tuple[tables.Metric, ...] = ("accuracy",)
+    if layout.by_class:
+        metrics = ("mean_per_class", "accuracy") if len(measured) > 1 else ()
+    over_tasks = [
+        with_paper(tables.transfer_table(results, choice=choice, **{**layout.table, "metric": metric}))
+        for metric in metrics
+        for choice in CHOICE_NAMES
+    ]
+    if not layout.by_class:
+        return over_tasks
     options: Any = {"methods": layout.methods, "short_names": layout.short_names}
-    return [
+    return over_tasks + [
         with_paper(tables.class_table(results, pair, choice=choice, **options))
         for pair in layout.transfer_tasks
         if pair in measured
         for choice in CHOICE_NAMES
     ]
+
+
+def over_transfer_tasks(made: Sequence[tables.ResultTable]) -> list[tables.ResultTable]:
+    """Return those of a suite's tables that have transfer tasks, and not classes, as columns."""
+    return [table for table in made if table.metric != "per_class"]
 
 
 def paired_tables(runs: Sequence[RunFolder], layout: Layout) -> list[tables.PairedTable]:

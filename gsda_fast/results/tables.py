@@ -104,8 +104,8 @@ class Table:
 
     @property
     def fewer_texts(self) -> pd.DataFrame:
-        """What of it a narrow terminal shows: the figures without their spreads."""
-        return self.texts.replace(r" ± [\d.]+", "", regex=True)
+        """What of it a narrow terminal shows."""
+        return self.texts
 
     @property
     def about(self) -> dict[str, Any]:
@@ -173,6 +173,13 @@ class ResultTable(Table):
         if not math.isnan(cell.spread):
             text += f" ± {cell.spread:.1f}"
         return f"{text} ({cell.seeds})" if 0 < cell.seeds < self.seeds else text
+
+    @property
+    def fewer_texts(self) -> pd.DataFrame:
+        """Of a table by class both averages, of another one the means without their spreads."""
+        if self.metric == "per_class":
+            return self.texts.iloc[:, [0, -2, -1]]
+        return self.texts.replace(r" ± [\d.]+", "", regex=True)
 
 
 @dataclass(frozen=True, eq=False)
