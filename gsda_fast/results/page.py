@@ -620,7 +620,7 @@ def _runs_part(suite: SuiteFolder, layout: Layout, points: int, samples: int) ->
         _Section(*_PAIRED, paired_tables(suite.runs, layout) if len(layout.methods) > 1 else []),
         _Section(
             "Choices without labels",
-            "Each score takes one evaluation of a run by the unlabelled predictions alone.",
+            "Each score looks at the unlabelled predictions alone.",
             [*score_tables(suite.runs, layout), *method_score_tables(suite.runs, layout)],
         ),
         _bar_section(groups, [table for table in over_transfer_tasks(made) if table.metric == layout.metric] or made),
@@ -724,7 +724,7 @@ def _sweep_part(suite: SuiteFolder, layout: Layout) -> _Part | None:
         _Section(*_PAIRED, paired_sweep_tables(variants, layout) if len(options) == 1 else []),
         _Section(
             "Settings chosen without labels",
-            "Each score takes a setting by the unlabelled predictions alone.",
+            "Each score looks at the unlabelled predictions alone.",
             setting_score_tables({name: suite.variants[name].runs for name in variants}, layout),
         ),
         sweep_section(suite, made),
