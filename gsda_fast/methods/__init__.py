@@ -97,6 +97,11 @@ def _on_digits(tables: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[st
     return {"digits": tables, "digits-partial": tables}
 
 
+def _on_features(tables: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return settings for frozen features; docs/methods.md says by what they were chosen."""
+    return {"features": tables, "pictures-features": tables}
+
+
 def _feature_norm(add: Mapping[str, Mapping[str, float]]) -> Overrides:
     """Return the authors' settings of the feature norms, with the terms of each task ("*": all others)."""
     tables = on_images(
@@ -134,7 +139,10 @@ METHODS: dict[str, Entry] = {
     "dann": Entry(
         GSDA,
         AdversarialSettings(),
-        presets=SMALL_DISCRIMINATOR,
+        presets={
+            **SMALL_DISCRIMINATOR,
+            **_on_features({"method": {**SMALL_DISCRIMINATOR["features"]["method"], "adversarial_weight": 0.3}}),
+        },
         variant=_DANN,
     ),
     "glb": _ablation("domain"),
@@ -149,7 +157,12 @@ METHODS: dict[str, Entry] = {
     "mcd": Entry(mcd.MCD, mcd.MCDSettings(), presets=mcd.PRESETS, recipe=mcd.RECIPE),
     "cdan": Entry(cdan.CDAN, cdan.CDANSettings(), presets=SMALL_DISCRIMINATOR, recipe=cdan.RECIPE),
     "cdan-e": Entry(cdan.CDAN, _CDAN_E, presets=SMALL_DISCRIMINATOR, recipe=cdan.RECIPE),
-    "symnets": Entry(symnets.SymNets, symnets.SymNetsSettings(), recipe=symnets.RECIPE),
+    "symnets": Entry(
+        symnets.SymNets,
+        symnets.SymNetsSettings(),
+        presets=_on_features({"method": {"predicts": "mean"}}),
+        recipe=symnets.RECIPE,
+    ),
     "hafn": Entry(
         SourceOnly,
         presets={"*": _added(hafn=0.05), "visda": _added(hafn=0.01), **_on_digits(_added(hafn=2e-5))},
@@ -158,7 +171,12 @@ METHODS: dict[str, Entry] = {
     # The authors' step of 0.3 at a weight of 0.01 on VisDA is a step of 1 at 0.003.
     "safn": Entry(
         SourceOnly,
-        presets={"*": _added(safn=0.05), "visda": _added(safn=0.003), **_on_digits(_added(safn=1e-5))},
+        presets={
+            "*": _added(safn=0.05),
+            "visda": _added(safn=0.003),
+            **_on_digits(_added(safn=1e-5)),
+            **_on_features(_added(safn=4e-4)),
+        },
         recipe=_feature_norm(
             {"*": {"safn": 0.05}, "visda": {"safn": 0.003}, "office31": {"safn": 0.05, "entropy": 0.1}}
         ),
