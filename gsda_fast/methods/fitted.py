@@ -38,10 +38,8 @@ class TCASettings(MethodSettings):
 
 
 # Ten classes span few components; the nearest of a hundred follows what does not tell classes apart.
-TCA_PRESETS = {
-    task: {"method": {"dim": dim}}
-    for task, dim in {"digits": 20, "digits-partial": 20, "features": 10, "pictures-features": 10}.items()
-}
+_DIGITS, _FEATURES = {"method": {"dim": 20}}, {"method": {"dim": 10, "mu": 0.1}}
+TCA_PRESETS = {"digits": _DIGITS, "digits-partial": _DIGITS, "features": _FEATURES, "pictures-features": _FEATURES}
 
 
 @dataclass(frozen=True)
