@@ -340,6 +340,12 @@ def test_settings_are_compared_by_their_scores_over_the_runs_that_all_of_them_ha
     assert found["beta=0"]["entropy"] not in ("0.000", "-")
     assert [found[name]["overall accuracy"] for name in ("beta=0", "beta=1")] == ["80.0", "60.0"]
     assert table.runs == 1
+    assert tuple(table.fewer_texts.columns) == (
+        "setting",
+        "mutual information",
+        "softmax correlation",
+        "overall accuracy",
+    )
 
 
 def test_methods_are_compared_by_their_scores_without_a_label(tmp_path: Path) -> None:
