@@ -340,7 +340,7 @@ def test_settings_are_compared_by_their_scores_over_the_runs_that_all_of_them_ha
     assert found["beta=0"]["entropy"] not in ("0.000", "-")
     assert [found[name]["overall accuracy"] for name in ("beta=0", "beta=1")] == ["80.0", "60.0"]
     assert table.runs == 1
-    assert tuple(table.fewer_texts.columns) == (
+    assert tuple(table.narrower[0].columns) == (
         "setting",
         "mutual information",
         "softmax correlation",

@@ -103,9 +103,9 @@ class Table:
         return pd.DataFrame(lines, columns=[self.corner, *self.columns]).map(printable).rename(columns=printable)
 
     @property
-    def fewer_texts(self) -> pd.DataFrame:
-        """What of it a narrow terminal shows."""
-        return self.texts
+    def narrower(self) -> list[pd.DataFrame]:
+        """What narrow terminals show of `texts`, the widest first."""
+        return []
 
     @property
     def about(self) -> dict[str, Any]:
@@ -175,11 +175,12 @@ class ResultTable(Table):
         return f"{text} ({cell.seeds})" if 0 < cell.seeds < self.seeds else text
 
     @property
-    def fewer_texts(self) -> pd.DataFrame:
-        """Of a table by class both averages, of another one the means without their spreads."""
+    def narrower(self) -> list[pd.DataFrame]:
+        """Of a table by class both averages; of another one the means without their spreads, then the average alone."""
         if self.metric == "per_class":
-            return self.texts.iloc[:, [0, -2, -1]]
-        return self.texts.replace(r" ± [\d.]+", "", regex=True)
+            return [self.texts.iloc[:, [0, -2, -1]]]
+        means = self.texts.replace(r" ± [\d.]+", "", regex=True)
+        return [means, self.texts.filter([self.corner, AVERAGE])] if AVERAGE in self.columns else [means]
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,9 +234,9 @@ class PairedTable(Table):
         return super().texts.assign(**{self.HIGHER: [f"{cell['higher']} of {cell['pairs']}" for cell in over_all]})
 
     @property
-    def fewer_texts(self) -> pd.DataFrame:
+    def narrower(self) -> list[pd.DataFrame]:
         """The differences over all pairs: without its error none says anything."""
-        return self.texts[[self.corner, ALL, self.HIGHER]]
+        return [self.texts[[self.corner, ALL, self.HIGHER]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -320,10 +321,10 @@ class FinalScoreTable(Table):
         return f"{cell.mean:.3f}{' *' if cell.chosen else ''}"
 
     @property
-    def fewer_texts(self) -> pd.DataFrame:
+    def narrower(self) -> list[pd.DataFrame]:
         """The score that chooses evaluations, the one that chose settings best (docs/embeddings.md), the accuracy."""
         scores = (LABEL_FREE_CRITERION, "softmax_correlation")
-        return self.texts.filter([self.corner, *map(_score_name, scores), METRIC_NAMES[self.metric]])
+        return [self.texts.filter([self.corner, *map(_score_name, scores), METRIC_NAMES[self.metric]])]
 
 
 # ------------------------------------------------------------------------------------------------------------ results
@@ -626,13 +627,16 @@ def _chosen_by(score: str, result: RunResult, metric: Metric) -> float | None:
 
 def to_terminal(table: Table, console: Console) -> RichTable:
     """Return the table for rich's `print`, and less of it where the console is too narrow; its files have it whole."""
-    drawn = _drawn(table, table.texts, table.caption, box.HEAVY_HEAD)
     without_limit = console.options.update(max_width=sys.maxsize)
-    if console.measure(drawn, options=without_limit).maximum <= console.width:
-        return drawn
-    fewer = table.fewer_texts
-    caption = table.caption if fewer.equals(table.texts) else f"{table.caption}; the files have more"
-    return _drawn(table, fewer, caption, box.SIMPLE)
+    drawn = _drawn(table, table.texts, table.caption, box.HEAVY_HEAD)
+    needed = console.measure(drawn, options=without_limit).maximum
+    for texts in table.narrower:
+        if needed <= console.width:
+            break
+        caption = table.caption if texts.equals(table.texts) else f"{table.caption}; the files have more"
+        drawn = _drawn(table, texts, caption, box.SIMPLE)
+        needed = console.measure(drawn, options=without_limit).minimum  # its headings may break between words
+    return drawn
 
 
 def _drawn(table: Table, texts: pd.DataFrame, caption: str, lines: box.Box) -> RichTable:
