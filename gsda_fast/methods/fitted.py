@@ -38,7 +38,8 @@ class TCASettings(MethodSettings):
 
 
 # Ten classes span few components; the nearest of a hundred follows what does not tell classes apart.
-_DIGITS, _FEATURES = {"method": {"dim": 20}}, {"method": {"dim": 10, "mu": 0.1}}
+_DIGITS: dict[str, dict[str, Any]] = {"method": {"dim": 20}}
+_FEATURES: dict[str, dict[str, Any]] = {"method": {"dim": 10, "mu": 0.1}}
 TCA_PRESETS = {"digits": _DIGITS, "digits-partial": _DIGITS, "features": _FEATURES, "pictures-features": _FEATURES}
 
 
