@@ -45,6 +45,15 @@ def test_rows_are_the_backbones_features_of_the_evaluation_images(settings: Embe
         assert_close(torch.from_numpy(read.rows.values[0]), backbone(images), rtol=1e-5, atol=1e-5)
 
 
+def test_features_of_images_alone_are_written_where_they_were_asked_for(
+    settings: EmbedSettings, tmp_path: Path
+) -> None:
+    cats, output = Path(settings.what) / "cat", tmp_path / "out"
+    assert embed(replace(settings, what=str(cats), output=output)) == [output / "cat.npy"]
+    assert (read_embeddings(output / "cat.npy").labels == -1).all()
+    assert sorted(path.suffix for path in cats.iterdir()) == [".jpg"] * 3
+
+
 def test_augmented_views_differ_and_are_the_same_again(settings: EmbedSettings, tmp_path: Path) -> None:
     first = read_embeddings(embed(replace(settings, views=2))[0]).rows.values
     again = read_embeddings(embed(replace(settings, views=2, output=tmp_path / "b", batch_size=5))[0]).rows.values

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from gsda_fast.commands import UNSAID, parse_command_line, program, run_command
-from gsda_fast.console import plain_console, progress_bars
+from gsda_fast.console import counted, plain_console, progress_bars
 from gsda_fast.data.benchmarks import BENCHMARKS, Orientation
 from gsda_fast.errors import UsageError, visible
 
@@ -173,7 +173,9 @@ def run_verify(settings: VerifySettings, console: Console) -> int:
         count = write_quarantine(settings.quarantine, findings)
         listed = quote(str(settings.quarantine))
         told = (
-            f"{count} files; train with --quarantine {listed}" if count else "not written, as nothing is to be left out"
+            f"{counted(count, 'file')}; train with --quarantine {listed}"
+            if count
+            else "not written, as nothing is to be left out"
         )
         console.print(f"{settings.quarantine}: {told}", soft_wrap=True)
         return int(any(finding.error for finding in findings))
