@@ -79,7 +79,7 @@ def test_many_runs_are_grouped_by_their_methods(
     page = tmp_path / "report" / "report.html"
     assert capsys.readouterr().out == f"report: {page}\n"
     text = page.read_text(encoding="utf-8")
-    assert "digits: 2 methods, 1 transfer task, 7 seeds" in text
+    assert "digits: 2 methods, M → F, 7 seeds" in text
     assert "63.0 <small>± 2.2</small>" in text
 
 
