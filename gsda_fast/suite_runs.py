@@ -434,12 +434,13 @@ def _write_sweep(
     console: Console,
 ) -> None:
     made = sweep_tables(results, **layout.table)
+    labelled = any(layout.last(result) is not None for of_setting in results.values() for result in of_setting)
     # The choices beside the last step are for looking up.
-    _write(suite, "sweep", made, console, [table for table in made if table.choice == "last"])
+    _write(suite, "sweep", made, console, [table for table in made if table.choice == "last" and labelled])
     if paired:
         _write(suite, "paired", paired_sweep_tables(results, layout), console)
     _write(suite, "scores", setting_score_tables(runs, layout), console)
-    sweep_section(suite, made)
+    sweep_section(suite, made if labelled else [])
 
 
 def _write(

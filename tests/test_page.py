@@ -557,6 +557,15 @@ def test_without_labels_the_page_shows_what_there_is(tmp_path: Path) -> None:
     assert "M->F: mutual information of the predictions over the steps" in page.images
 
 
+def test_a_sweep_without_labels_shows_its_scores_alone(tmp_path: Path) -> None:
+    for alpha in ("0.1", "1"):
+        fabricated_run(tmp_path / f"alpha={alpha}", "gsda", accuracy=None, features=True)
+    page = written(tmp_path)
+    assert "digits gsda: label-free scores after the last step" in page.text
+    assert "Accuracy on the target domain" not in page.text
+    assert page.images == {}
+
+
 def test_transfer_tasks_with_reported_classes_have_averages_before_the_classes(tmp_path: Path) -> None:
     layout = suite_layout(BENCHMARKS["pictures"])
     for pair in (("photo", "icon"), ("icon", "photo")):

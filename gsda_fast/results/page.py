@@ -716,7 +716,8 @@ def _sweep_part(suite: SuiteFolder, layout: Layout) -> _Part | None:
     if not results:
         return None
     layout = layout.only(results)
-    made = tables.sweep_tables(variants, **layout.table)
+    labelled = any(layout.last(result) is not None for result in results)
+    made = tables.sweep_tables(variants, **layout.table) if labelled else []
     options = list(read_settings(next(iter(variants))))
     return f"{layout.task}: sweep over {', '.join(options)}", [
         _Section("Accuracy on the target domain", tables=made),
