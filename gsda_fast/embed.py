@@ -109,8 +109,7 @@ def embed(settings: EmbedSettings, progress: FilesDone | None = None) -> list[Pa
     on_gpu = settings.device != "cpu" and torch.cuda.is_available()
     network = _Network(backbone, dim, torch.device("cuda" if on_gpu else "cpu"))
     output = settings.output or _default_output(settings)
-    # A folder of images alone is named by its path.
-    paths = {output / f"{Path(domain.name).name}.npy": domain for domain in domains}
+    paths = {output / f"{domain.name}.npy": domain for domain in domains}
     made_from = {path: _digest(domain, network, preprocessing, settings.views) for path, domain in paths.items()}
     # What is there already can be used by many at once, and be where nobody may write.
     if any(digest_of_table(path) != made_from[path] for path in paths):

@@ -37,7 +37,6 @@ from gsda_fast.results.suite_folder import (
     Layout,
     SuiteFolder,
     TableName,
-    method_score_tables,
     over_transfer_tasks,
     paired_sweep_tables,
     paired_tables,
@@ -412,7 +411,7 @@ def _write_tables(
     paired: bool,
     console: Console,
 ) -> None:
-    made, labelled = suite_tables(results, layout), any(layout.last(result) is not None for result in results)
+    made, labelled = suite_tables(results, layout), layout.labelled(results)
     # By class they are for looking up, where several transfer tasks have averages.
     accuracies = over_transfer_tasks(made) or made
     if len(layout.transfer_tasks) == 1 and not layout.by_class:
@@ -421,8 +420,7 @@ def _write_tables(
     if paired:
         _write(suite, "paired", paired_tables(runs, layout), console)
     # Without labels the scores are all there is to see; else they are for looking up.
-    of_methods = method_score_tables(runs, layout)
-    _write(suite, "scores", [*score_tables(runs, layout), *of_methods], console, () if labelled else of_methods)
+    _write(suite, "scores", score_tables(runs, layout), console, () if labelled else None)
 
 
 def _write_sweep(
@@ -434,9 +432,9 @@ def _write_sweep(
     console: Console,
 ) -> None:
     made = sweep_tables(results, **layout.table)
-    labelled = any(layout.last(result) is not None for of_setting in results.values() for result in of_setting)
+    labelled = layout.labelled(itertools.chain(*results.values()))
     # The choices beside the last step are for looking up.
-    _write(suite, "sweep", made, console, [table for table in made if table.choice == "last" and labelled])
+    _write(suite, "sweep", made, console, [table for table in made if table.choice == "last"] if labelled else ())
     if paired:
         _write(suite, "paired", paired_sweep_tables(results, layout), console)
     _write(suite, "scores", setting_score_tables(runs, layout), console)

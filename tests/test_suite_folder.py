@@ -15,7 +15,6 @@ from gsda_fast.results.run_folder import RunFolder
 from gsda_fast.results.suite_folder import (
     Layout,
     SuiteFolder,
-    method_score_tables,
     paired_sweep_tables,
     paired_tables,
     read_settings,
@@ -352,10 +351,9 @@ def test_methods_are_compared_by_their_scores_without_a_label(tmp_path: Path) ->
     for method, certain in (("dann", 0.9), ("mcc", 0.5)):
         with_predictions(tmp_path, method, certain, accuracy=None)
     runs, layout = SuiteFolder(tmp_path).runs, replace(DIGITS, methods=("dann", "mcc", "gsda"))
-    assert score_tables(runs, layout) == []
-    (table,) = method_score_tables(runs, layout)
+    (table,) = score_tables(runs, layout)
     assert [line[0] for line in lines(table)] == ["dann", "mcc"]
     assert lines(table)[0][1].endswith(" *")
     assert "overall accuracy" not in table.columns
     assert "accuracy" not in table.caption
-    assert method_score_tables(runs[:1], layout) == []
+    assert score_tables(runs[:1], layout) == []

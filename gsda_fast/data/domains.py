@@ -298,6 +298,8 @@ def _root_of(benchmark: Benchmark, data_root: Path | None) -> Path:
 def open_folder(folder: Path, orientation: Orientation = "exif") -> ImageDomain:
     """Return a folder of class folders as a domain of its own; one of images alone as a domain without labels.
 
+    The domain has the folder's own name.
+
     Args:
         orientation: as for `open_pair`.
 
@@ -305,7 +307,7 @@ def open_folder(folder: Path, orientation: Orientation = "exif") -> ImageDomain:
         UsageError: there is no such folder, no image in it, or part of it cannot be read.
     """
     if not folder.is_dir() or not (folders := _class_folders(folder)):
-        return open_images(folder, (), orientation)
+        return replace(open_images(folder, (), orientation), name=folder.name)
     labels = {plain_name(name): label for label, name in enumerate(sorted(folders.values()))}
     return _read_as(_read_tree(folder.name, folder, folders, labels, tuple(sorted(folders.values()))), orientation)
 

@@ -31,7 +31,6 @@ from gsda_fast.results.run_folder import FREE_TO_CHANGE, RunFolder, flat_setting
 from gsda_fast.results.suite_folder import (
     Layout,
     SuiteFolder,
-    method_score_tables,
     over_transfer_tasks,
     paired_sweep_tables,
     paired_tables,
@@ -598,7 +597,7 @@ def _runs_part(suite: SuiteFolder, layout: Layout, points: int, samples: int) ->
     if not results:
         return None
     layout = layout.only(results)
-    labelled = any(layout.last(result) is not None for result in results)
+    labelled = layout.labelled(results)
     made = suite_tables(results, layout) if labelled else []
     groups = _Groups(suite, {name: [run for run in runs if run.identity["method"] == name] for name in layout.methods})
     facets = {
@@ -621,7 +620,7 @@ def _runs_part(suite: SuiteFolder, layout: Layout, points: int, samples: int) ->
         _Section(
             "Choices without labels",
             "Each score looks at the unlabelled predictions alone.",
-            [*score_tables(suite.runs, layout), *method_score_tables(suite.runs, layout)],
+            score_tables(suite.runs, layout),
         ),
         _bar_section(groups, [table for table in over_transfer_tasks(made) if table.metric == layout.metric] or made),
         _accuracy_section(groups, facets, (layout.metric if labelled else LABEL_FREE_CRITERION,)),
@@ -716,8 +715,7 @@ def _sweep_part(suite: SuiteFolder, layout: Layout) -> _Part | None:
     if not results:
         return None
     layout = layout.only(results)
-    labelled = any(layout.last(result) is not None for result in results)
-    made = tables.sweep_tables(variants, **layout.table) if labelled else []
+    made = tables.sweep_tables(variants, **layout.table) if layout.labelled(results) else []
     options = list(read_settings(next(iter(variants))))
     return f"{layout.task}: sweep over {', '.join(options)}", [
         _Section("Accuracy on the target domain", tables=made),

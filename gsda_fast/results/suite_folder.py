@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -51,6 +51,10 @@ class Layout:
     def last(self, result: RunResult) -> float | None:
         """Return the metric after the last step."""
         return getattr(result, self.metric).last
+
+    def labelled(self, results: Iterable[RunResult]) -> bool:
+        """Return whether the target of any of them has labels, so that there are accuracies to show."""
+        return any(self.last(result) is not None for result in results)
 
     @property
     def table(self) -> dict[str, Any]:
@@ -226,17 +230,18 @@ def paired_sweep_tables(variants: Mapping[str, Sequence[RunResult]], layout: Lay
     return [table for table in made if len(table.cells)]
 
 
-def score_tables(runs: Sequence[RunFolder], layout: Layout) -> list[tables.ScoreTable]:
-    """Return what each label-free score would have chosen; nothing where no run has two evaluations to choose from.
+def score_tables(runs: Sequence[RunFolder], layout: Layout) -> list[tables.ScoreTable | tables.FinalScoreTable]:
+    """Return what each label-free score would have chosen, where there are labels, and the scores of the methods.
 
     Args:
-        runs: those that have not finished are left out. layout: the metric that counts.
+        runs: those that have not finished are left out. layout: methods, and the metric that counts.
     """
-    finished = [(run, result) for run, result in _finished(runs) if layout.last(result) is not None]
-    if not finished:
-        return []
-    scores = pd.DataFrame([_final_scores(run) for run, _ in finished], columns=list(SCORES), dtype=float)
-    return [tables.score_table([result for _, result in finished], scores, layout.metric)]
+    scored = _scored(runs)
+    known = [(result, scores) for result, scores in scored if layout.labelled([result])]
+    final_scores = pd.DataFrame([scores for _, scores in known], columns=list(SCORES), dtype=float)
+    choices = [tables.score_table([result for result, _ in known], final_scores, layout.metric)] if known else []
+    by_method = [(method, *of) for method in layout.methods for of in scored if of[0].method == method]
+    return [*choices, *_final_score_tables(by_method, layout, "", "method")]
 
 
 def setting_score_tables(variants: Mapping[str, Sequence[RunFolder]], layout: Layout) -> list[tables.FinalScoreTable]:
@@ -245,44 +250,36 @@ def setting_score_tables(variants: Mapping[str, Sequence[RunFolder]], layout: La
     Args:
         variants: runs by setting, in order. layout: methods, and the metric that counts.
     """
-    every = [(name, *of) for name, runs in variants.items() for of in _finished(runs)]
+    scored = [(name, *of) for name, runs in variants.items() for of in _scored(runs)]
     return [
         table
         for method in layout.methods
-        for table in _final_score_tables(
-            [(name, run, result) for name, run, result in every if result.method == method], layout, method, "setting"
-        )
+        for table in _final_score_tables([of for of in scored if of[1].method == method], layout, method, "setting")
     ]
 
 
-def method_score_tables(runs: Sequence[RunFolder], layout: Layout) -> list[tables.FinalScoreTable]:
-    """Return the label-free scores of the methods after the last step."""
-    finished = _finished(runs)
-    by_method = [(method, *of) for method in layout.methods for of in finished if of[1].method == method]
-    return _final_score_tables(by_method, layout, "", "method")
-
-
 def _final_score_tables(
-    runs: Sequence[tuple[str, RunFolder, RunResult]], layout: Layout, subject: str, rows_are: str
+    runs: Sequence[tuple[str, RunResult, Mapping[str, float]]], layout: Layout, subject: str, rows_are: str
 ) -> list[tables.FinalScoreTable]:
+    """Compare labels (methods, settings), of which there are two or more, over the runs that all of them have."""
     pairs: dict[str, set[Any]] = {}
-    for label, _, result in runs:
+    for label, result, _ in runs:
         pairs.setdefault(label, set()).add((result.transfer_task, result.seed))
     common = set.intersection(*pairs.values()) if len(pairs) > 1 else set()
     lines = [
-        {
-            "label": label,
-            "accuracy": layout.last(result),
-            **dict.fromkeys(SCORES),
-            **_final_scores(run),
-        }
-        for label, run, result in runs
+        {"label": label, "accuracy": layout.last(result), **scores}
+        for label, result, scores in runs
         if (result.transfer_task, result.seed) in common
     ]
     if not lines:
         return []
-    values = pd.DataFrame(lines).astype(dict.fromkeys([*SCORES, "accuracy"], float))
+    numbers = ["accuracy", *SCORES]
+    values = pd.DataFrame(lines, columns=["label", *numbers]).astype(dict.fromkeys(numbers, float))
     return [tables.final_score_table(layout.task, values, layout.metric, subject=subject, rows_are=rows_are)]
+
+
+def _scored(runs: Sequence[RunFolder]) -> list[tuple[RunResult, dict[str, float]]]:
+    return [(result, _final_scores(run)) for run, result in _finished(runs)]
 
 
 def _finished(runs: Sequence[RunFolder]) -> list[tuple[RunFolder, RunResult]]:
