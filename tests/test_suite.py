@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fabricated_runs import fabricated_run
 from rich.console import Console
 from table_cells import squeezed
 
@@ -23,10 +24,13 @@ from gsda_fast import suite as command
 from gsda_fast import suite_runs
 from gsda_fast.commands import run_command
 from gsda_fast.config import Config, parse_config, preset
+from gsda_fast.data.benchmarks import BENCHMARKS
 from gsda_fast.errors import TrainingError, UsageError
 from gsda_fast.methods import METHODS
+from gsda_fast.report import suite_layout
 from gsda_fast.results.records import RunResult
 from gsda_fast.results.run_folder import RunFolder
+from gsda_fast.results.suite_folder import SuiteFolder
 from gsda_fast.suite_options import ABLATION, SuiteSettings
 from gsda_fast.suite_runs import run_suite, sweep_variants, visible_gpus
 from gsda_fast.train import train
@@ -493,6 +497,18 @@ def test_a_mistake_is_told_before_anything_is_submitted(few_digits: Path, tmp_pa
     with pytest.raises(UsageError, match="found 'X'; expected a domain of digits"):
         submit(*suite_runs.parse_suite([*arguments, "--slurm", "gpu"]), arguments, cluster="local")
     assert not (tmp_path / "suite").exists()
+
+
+def test_a_suite_without_labels_shows_scores_in_place_of_accuracies(tmp_path: Path) -> None:
+    runs = [fabricated_run(tmp_path, method, accuracy=None, features=True) for method in ("dann", "gsda")]
+    results = [result for run in runs if (result := run.read_result()) is not None]
+    layout = replace(suite_layout(BENCHMARKS["digits"]), methods=("dann", "gsda"), transfer_tasks=(("mnist", "fonts"),))
+    told = Console(file=io.StringIO(), width=200, record=True)
+    suite_runs._write_tables(SuiteFolder(tmp_path), results, runs, layout, paired=False, console=told)
+    text = told.export_text()
+    assert "label-free scores after the last step" in text
+    assert "overall accuracy" not in text
+    assert (tmp_path / "table.md").is_file()
 
 
 def test_how_long_the_runs_will_take() -> None:
